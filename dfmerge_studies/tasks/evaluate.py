@@ -1,0 +1,161 @@
+"""Losses and predictions for a whole data set, in batches of similar length.
+
+    losses[i][c]   l(x_i, c), as in `scoring`
+    prediction     the choice of lowest loss, the first of them when several are equal
+
+Batches hold inputs of similar length, as many as a budget of tokens allows, the longest first: memory runs out at once
+or not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.scoring import can_fold, forward_losses
+
+TOKEN_BUDGET = 16384
+FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; in 16 bits, rounding alone is of this size:
+FOLD_TOLERANCE_16_BIT = 5e-2
+
+
+def row_length(example: Encoded, kind: Kind) -> int:
+    """Tokens of an input's longest row."""
+    longest = max(map(len, example.choices), default=0)
+    return len(example.input_ids) + (longest if kind is Kind.CAUSAL else 0)
+
+
+def token_cost(example: Encoded, kind: Kind) -> int:
+    """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts."""
+    choices = sum(map(len, example.choices))
+    if kind is Kind.CAUSAL:
+        return len(example.input_ids) * len(example.choices) + choices
+    return len(example.input_ids) + choices
+
+
+def length_batches(
+    examples: Sequence[Encoded], kind: Kind, token_budget: int, cost: Callable[[Encoded, Kind], int] = token_cost
+) -> list[list[int]]:
+    """Positions of the examples, longest first, cut where the dearest input times the count exceeds the budget.
+
+    Args:
+        examples: inputs in any order.
+        kind: how the model answers.
+        token_budget: tokens of one batch; an input that exceeds it alone gets a batch of its own.
+        cost: tokens that one input puts into a batch.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-row_length(examples[i], kind), i))
+    batches: list[list[int]] = []
+    dearest = 0
+    for i in order:
+        price = cost(examples[i], kind)
+        dearest = max(dearest, price)
+        if not batches or dearest * (len(batches[-1]) + 1) > token_budget:
+            batches.append([])
+            dearest = price
+        batches[-1].append(i)
+    return batches
+
+
+def choice_losses(
+    model: nn.Module,
+    kind: Kind,
+    examples: Sequence[Encoded],
+    *,
+    pad_id: int,
+    token_budget: int = TOKEN_BUDGET,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Losses of all choices of all inputs, in the order of `examples`.
+
+    Args:
+        model: the model, put into evaluation mode for the time of the call.
+        kind: how the model answers.
+        examples: tokenised inputs.
+        pad_id: token id to pad inputs with.
+        token_budget: tokens of one batch, the bound on memory.
+        autocast: run the model in mixed precision of this dtype.
+        progress: called with the number of inputs done since the last call.
+
+    Returns:
+        One list per input: a loss per choice, or per class.
+
+    Raises:
+        RunError: a loss is not finite; the message names the row.
+    """
+    results: list[list[float]] = [[] for _ in examples]
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            folded = _folding_is_right(model, kind, examples, pad_id, autocast)
+            for batch in length_batches(examples, kind, token_budget):
+                chosen = [examples[i] for i in batch]
+                table = forward_losses(model, kind, chosen, pad_id=pad_id, autocast=autocast, folded=folded)
+                for i, losses in zip(batch, table.tolist(), strict=True):
+                    results[i] = _checked(examples[i], losses)
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        model.train(training)
+    return results
+
+
+def _checked(example: Encoded, losses: list[float]) -> list[float]:
+    """The losses of the choices that the input has, all finite."""
+    present = losses[: len(example.choices)] if example.choices else losses
+    if not all(map(math.isfinite, present)):
+        raise RunError(
+            f"the model's loss is not finite: {present}",
+            where=f"row {example.index}",
+            mend="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
+        )
+    return present
+
+
+def _folding_is_right(
+    model: nn.Module, kind: Kind, examples: Sequence[Encoded], pad_id: int, autocast: torch.dtype | None
+) -> bool:
+    """Whether this model gives the same losses for choices folded into one sequence as for rows of their own.
+
+    It does unless it has absolute decoder positions, a sliding window or the like.  Rather than a list of
+    architectures, the longest input decides, where such differences are largest.
+    """
+    several = [example for example in examples if len(example.choices) > 1]
+    if not several or not can_fold(model, kind):
+        return False
+    probe = [max(several, key=lambda example: row_length(example, kind))]
+    plain = forward_losses(model, kind, probe, pad_id=pad_id, autocast=autocast)
+    folded = forward_losses(model, kind, probe, pad_id=pad_id, autocast=autocast, folded=True)
+    dtype = autocast or next(model.parameters()).dtype
+    return _agree(plain, folded, FOLD_TOLERANCE.get(dtype, FOLD_TOLERANCE_16_BIT))
+
+
+def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance))
+
+
+def predict(losses: Iterable[Sequence[float]]) -> list[int]:
+    """Index of the lowest loss of every input, the first of equal ones."""
+    return [min(range(len(row)), key=row.__getitem__) for row in losses]
+
+
+def accuracy(predictions: Sequence[int], examples: Sequence[Encoded]) -> float:
+    """Share of the predictions that are the label, between 0 and 1.
+
+    Raises:
+        InputError: there is nothing to score, or an input has no label.
+    """
+    if not examples:
+        raise InputError("there are no examples to score", mend="Check the split and its limit")
+    for example in examples:
+        if example.label is None:
+            raise InputError("the row has no label", where=f"row {example.index}", mend="Give doc_to_target")
+    pairs = zip(predictions, examples, strict=True)
+    return sum(prediction == example.label for prediction, example in pairs) / len(examples)

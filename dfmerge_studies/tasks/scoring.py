@@ -1,0 +1,334 @@
+"""Losses of answer choices under a model, one batched forward pass.
+
+    x        one tokenised input (`Encoded`), B of them in a batch, padded on the right to S tokens
+    c        one of its choices, or one class; inputs may have different numbers of them, at most C
+    row      one pair (x, c), R of them in a batch, choices padded on the right to T tokens
+    loss     l(x, c): mean negative log-likelihood of the choice's tokens, or -log softmax(logits)[c] of a class
+    p(c|x)   softmax over the choices of -l(x, c)
+
+Evaluation wants all losses of a batch as cheaply as possible (`forward_losses`); the Fisher engine wants the same
+losses row by row, with the graph cut between encoder and decoder, so the pieces are public too.
+
+Attention masks are two-dimensional wherever a row is a sequence of its own, so that each model builds the mask that its
+attention kernel wants.  Only folded batches need a mask of four dimensions, which must be additive: a boolean one is
+added as 0 and 1 by the eager kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+
+IGNORED = -100  # target value of padding, the convention of transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The (input, choice) pairs of a batch, in input order, choices of an input side by side.
+
+    Attributes:
+        owner: (R,) position in the batch of each row's input.
+        choice: (R,) index of each row's choice among those of its input.
+        targets: (R, T) token ids of the choices, `IGNORED` where padded.
+    """
+
+    owner: Tensor
+    choice: Tensor
+    targets: Tensor
+
+    def grid(self, losses: Tensor, inputs: int) -> Tensor:
+        """Row losses (R,) laid out as (inputs, C), infinite where an input has no such choice."""
+        width = int(self.choice.max()) + 1
+        table = losses.new_full((inputs, width), torch.inf)
+        return table.index_put((self.owner, self.choice), losses)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter, where batches must be put."""
+    return next(model.parameters()).device
+
+
+def autocasting(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Mixed precision in `dtype` on the model's device, or nothing for `None`."""
+    return nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype=dtype)
+
+
+def probabilities(losses: Tensor) -> Tensor:
+    """p(c|x), the softmax over the last dimension of minus the losses; infinite losses (absent choices) get 0."""
+    return torch.softmax(-losses, dim=-1)
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
+    """Token sequences as one (n, longest) tensor of int64, padded on the right with `value`."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
+
+
+def pad_mask(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """(n, longest) int64 mask of `pad`: 1 for tokens, 0 for padding."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
+
+
+def make_rows(batch: Sequence[Encoded], device: torch.device) -> Rows:
+    """Every (input, choice) pair of a batch.
+
+    Raises:
+        InputError: an input without choices, or a choice without tokens.
+    """
+    for example in batch:
+        if not example.choices or not all(example.choices):
+            raise InputError(
+                "an input has no choices, or a choice has no tokens",
+                where=f"row {example.index}",
+                mend="Check doc_to_choice for this row",
+            )
+    owner = [i for i, example in enumerate(batch) for _ in example.choices]
+    choice = [c for example in batch for c in range(len(example.choices))]
+    targets = pad([tokens for example in batch for tokens in example.choices], IGNORED, device)
+    return Rows(torch.tensor(owner, device=device), torch.tensor(choice, device=device), targets)
+
+
+def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood over the targets that are not `IGNORED`.
+
+    Args:
+        logits: (..., T, vocabulary).
+        targets: (..., T).
+
+    Returns:
+        (...,), in float32 at least.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    losses = F.cross_entropy(
+        logits.flatten(0, -2).to(wide), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+    return losses.sum(-1) / (targets != IGNORED).sum(-1)
+
+
+# --- encoder-decoder -------------------------------------------------------------------------------------------------
+
+
+def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S)."""
+    device = device_of(model)
+    texts = [example.input_ids for example in batch]
+    mask = pad_mask(texts, device)
+    encoder: Any = model.get_encoder()  # type: ignore[operator]  # nn.Module's attributes are typed Tensor | Module
+    return encoder(input_ids=pad(texts, pad_id, device), attention_mask=mask).last_hidden_state, mask
+
+
+def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """Losses (R,) of target texts, row by row.
+
+    The decoder needs no mask of its own: padding is on the right, and no token looks to its right.
+
+    Args:
+        model: text-to-text model.
+        hidden: (R, S, d) encoder output of each row's input.
+        mask: (R, S) encoder mask.
+        targets: (R, T), `IGNORED` where padded.
+    """
+    logits = _decoder_logits(model, hidden, mask, _shifted(model, targets))
+    return mean_token_loss(logits, targets)
+
+
+def _decoder_logits(model: nn.Module, hidden: Tensor, mask: Tensor, ids: Tensor, own: Tensor | None = None) -> Tensor:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    output = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+        attention_mask=mask,
+        decoder_input_ids=ids,
+        decoder_attention_mask=own,
+        use_cache=False,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def _shifted(model: nn.Module, targets: Tensor) -> Tensor:
+    """Decoder inputs for the targets: the start token, then all targets but the last."""
+    prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is None:
+        raise InputError(
+            f"{type(model).__name__} cannot make decoder inputs from targets",
+            mend="Use an encoder-decoder class with a language modelling head",
+        )
+    ids: Tensor = prepare(labels=targets)
+    return ids
+
+
+def _fold(model: nn.Module, hidden: Tensor, mask: Tensor, rows: Rows) -> Tensor:
+    """Losses (R,), all choices of an input laid end to end in one decoder sequence.
+
+    The choices do not see each other, and relative positions inside a choice are what they were alone, so for models
+    without absolute decoder positions the losses are the same; keys and values of the encoder's output are computed
+    once per input instead of once per row.
+    """
+    inputs, width = hidden.shape[0], rows.targets.shape[1]
+    most = int(rows.choice.max()) + 1
+    place = rows.owner * most + rows.choice
+    blank = rows.targets.new_zeros((inputs * most, width))
+    ids = blank.index_copy(0, place, _shifted(model, rows.targets)).view(inputs, most * width)
+    step = torch.arange(most * width, device=hidden.device)
+    seen = (step[:, None] // width == step // width) & (step <= step[:, None])
+    own = _additive(seen, model).expand(inputs, 1, -1, -1)
+    logits = _decoder_logits(model, hidden, mask, ids, own)
+    return mean_token_loss(logits.view(inputs * most, width, -1).index_select(0, place), rows.targets)
+
+
+def _additive(seen: Tensor, model: nn.Module) -> Tensor:
+    """Boolean mask as the one that is added to attention scores, in the precision the kernels will run in."""
+    device = seen.device.type
+    dtype = next(model.parameters()).dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+# --- decoder only ----------------------------------------------------------------------------------------------------
+
+
+def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
+    """Losses (R,) of continuations: one sequence per row, prompt and then choice, scored on the choice's tokens."""
+    sequences = [(*example.input_ids, *tokens[:-1]) for example in batch for tokens in example.choices]
+    starts = _prompt_lengths(batch, rows.owner.device)[rows.owner] - 1
+    steps = torch.arange(rows.targets.shape[1], device=rows.owner.device)
+    device = rows.owner.device
+    ids = pad(sequences, pad_id, device)
+    at = (starts[:, None] + steps).clamp_max(ids.shape[1] - 1)  # the clamp touches only padded targets
+    logits = _logits_at(model, at, input_ids=ids, attention_mask=pad_mask(sequences, device))
+    return mean_token_loss(logits, rows.targets)
+
+
+def _prompt_lengths(batch: Sequence[Encoded], device: torch.device) -> Tensor:
+    for example in batch:
+        if not example.input_ids:
+            raise InputError("the prompt has no tokens", where=f"row {example.index}", mend="Check doc_to_text")
+    return torch.tensor([len(example.input_ids) for example in batch], device=device)
+
+
+def _logits_at(model: nn.Module, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """Logits (n, k, vocabulary) at positions (n, k), the only ones that the output head is run on."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]  # nn.Module's attributes are typed narrowly
+
+    def gathered(states: Tensor) -> Tensor:
+        return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+
+    if head is None:
+        return gathered(model(**inputs, use_cache=False).logits)
+    handle = head.register_forward_pre_hook(lambda _module, args: (gathered(args[0]), *args[1:]))
+    try:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits
+
+
+def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
+    """Losses (R,) with one sequence per input: the prompt once, then all choices, which do not see each other."""
+    device, most, width = rows.owner.device, int(rows.choice.max()) + 1, rows.targets.shape[1]
+    ids, segments, positions, wanted = [], [], [], []
+    for example in batch:
+        line, segment, position = (
+            list(example.input_ids),
+            [0] * len(example.input_ids),
+            [*range(len(example.input_ids))],
+        )
+        prompt = len(line)
+        for k, tokens in enumerate(example.choices, start=1):
+            # A choice's first token is scored by the prompt's last one, the others by the choice's tokens before them.
+            wanted.append([prompt - 1, *range(len(line), len(line) + len(tokens) - 1)])
+            line += tokens[:-1]
+            segment += [k] * (len(tokens) - 1)
+            position += range(prompt, prompt + len(tokens) - 1)
+        ids.append(line)
+        segments.append(segment)
+        positions.append(position)
+    segment_of = pad(segments, -1, device)
+    step = torch.arange(segment_of.shape[1], device=device)
+    same = (segment_of[:, :, None] == segment_of[:, None, :]) | (segment_of[:, None, :] == 0)
+    place = rows.owner * most + rows.choice
+    at = pad(wanted, 0, device)
+    at = at.new_zeros((len(batch) * most, width)).index_copy(0, place, at).view(len(batch), most * width)
+    logits = _logits_at(
+        model,
+        at,
+        input_ids=pad(ids, pad_id, device),
+        attention_mask=_additive((same & (step <= step[:, None]))[:, None], model),
+        position_ids=pad(positions, 0, device),
+    )
+    return mean_token_loss(logits.reshape(len(batch) * most, width, -1).index_select(0, place), rows.targets)
+
+
+# --- classification --------------------------------------------------------------------------------------------------
+
+
+def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Logits (B, classes) of a classification head, in float32 at least."""
+    device = device_of(model)
+    texts = [example.input_ids for example in batch]
+    inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
+    if any(example.token_type_ids is not None for example in batch):
+        types = [example.token_type_ids or (0,) * len(example.input_ids) for example in batch]
+        inputs["token_type_ids"] = pad(types, 0, device)
+    logits: Tensor = model(**inputs).logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+# --- all kinds -------------------------------------------------------------------------------------------------------
+
+
+def can_fold(model: nn.Module, kind: Kind) -> bool:
+    """Whether folded batches may be tried; whether they are right is for a comparison to say (see `evaluate`)."""
+    if kind is Kind.CAUSAL:
+        return "position_ids" in inspect.signature(model.forward).parameters
+    return kind is Kind.TEXT_TO_TEXT
+
+
+def forward_losses(
+    model: nn.Module,
+    kind: Kind,
+    batch: Sequence[Encoded],
+    *,
+    pad_id: int,
+    autocast: torch.dtype | None = None,
+    folded: bool = False,
+) -> Tensor:
+    """Losses of all choices of a batch.
+
+    Args:
+        model: model in evaluation mode, on one device.
+        kind: how the model answers.
+        batch: B inputs, with any numbers and lengths of choices.
+        pad_id: token id to pad inputs with.
+        autocast: run the model in mixed precision of this dtype.
+        folded: lay the choices of an input in one sequence; right for most models, and cheaper.
+
+    Returns:
+        (B, C) losses in float32 at least, infinite where an input has fewer than C choices.
+    """
+    with autocasting(model, autocast):
+        if kind is Kind.CLASSIFICATION:
+            return -torch.log_softmax(class_logits(model, batch, pad_id), dim=-1)
+        rows = make_rows(batch, device_of(model))
+        if kind is Kind.CAUSAL:
+            way = _fold_continuations if folded else continuation_losses
+            return rows.grid(way(model, batch, rows, pad_id), len(batch))
+        hidden, mask = encode(model, batch, pad_id)
+        if folded:
+            return rows.grid(_fold(model, hidden, mask, rows), len(batch))
+        losses = decode(model, hidden[rows.owner], mask[rows.owner], rows.targets)
+        return rows.grid(losses, len(batch))
