@@ -1,0 +1,1 @@
+"""Dynamic Fisher-weighted Merging of language models, as Optuna studies."""

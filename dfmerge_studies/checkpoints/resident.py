@@ -1,0 +1,184 @@
+"""The one model that stays in memory: every scaled expert and every merge is written into its parameters in place.
+
+    theta_pre   base parameters, kept only for the names on which an expert differs    {name: tensor}
+    tau[i]      task vectors, on the same device                                       {name: tensor}
+    heads[t]    parameters of task t's own head, never merged                          {name: tensor}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dfmerge_studies.checkpoints.load import (
+    ModelClass,
+    check_same_tokenizer,
+    has_tokenizer,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
+from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.params import TaskVector, align, changed_names, check_finite, float_parameters, task_vector
+
+
+@dataclass
+class Resident:
+    """A base, its experts' task vectors and the per-task heads around one model.
+
+    Attributes:
+        model: the model whose parameters are overwritten, in evaluation mode.
+        tokenizer: the base's tokenizer.
+        base: theta_pre for `names`.
+        task_vectors: one per expert, in the order of the spec.
+        names: parameters on which at least one expert differs from the base, in the model's order.
+        heads: per task, its head's parameters; empty for models without heads.
+        base_vocabulary: rows of the input embedding.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: Mapping[str, Tensor]
+    task_vectors: Sequence[TaskVector]
+    names: Sequence[str]
+    heads: Mapping[str, Mapping[str, Tensor]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def load_scaled_(self, expert: int, coefficient: float) -> None:
+        """Write theta_pre + lambda * tau[expert] into the model.
+
+        Args:
+            expert: index into `task_vectors`.
+            coefficient: lambda.
+        """
+        parameters = dict(self.model.named_parameters())
+        deltas = self.task_vectors[expert].deltas
+        for name in self.names:
+            parameter = parameters[name]
+            parameter.copy_(self.base[name])
+            if name in deltas:
+                parameter.add_(deltas[name], alpha=coefficient)
+
+    @torch.no_grad()
+    def load_base_(self) -> None:
+        """Write theta_pre into the model."""
+        parameters = dict(self.model.named_parameters())
+        for name in self.names:
+            parameters[name].copy_(self.base[name])
+
+    def use_head_(self, task: str) -> None:
+        """Put the head of one task on the model; nothing happens for models without heads.
+
+        Args:
+            task: name of the task.
+        """
+        for name, tensor in self.heads.get(task, {}).items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+            if isinstance(module, nn.Linear) and leaf == "weight":
+                module.out_features, module.in_features = tensor.shape
+        if task in self.heads:
+            self.model.config.num_labels = self.head_classes(task)
+
+    def head_classes(self, task: str) -> int:
+        """Number of classes of a task's head."""
+        return next(reversed([tensor.shape[0] for name, tensor in self.heads[task].items() if "weight" in name]))
+
+
+def load_resident(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    task_of: Mapping[str, str | None],
+    model_class: ModelClass,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Resident:
+    """Load a base and its experts, refuse what does not fit, and keep one model and the task vectors.
+
+    Args:
+        base: the model that all experts were fine-tuned from.
+        experts: expert name to checkpoint; full models or adapters.
+        task_of: expert name to the task whose head it brings (heads only exist for classification).
+        model_class: how to read them.
+        dtype: of parameters and task vectors.
+        device: where they go.
+
+    Raises:
+        InputError: naming the tensor, both shapes and both files, or the token, that does not fit.
+    """
+    loaded = load_model(base, model_class, dtype=dtype)
+    model, tokenizer = loaded.model, load_tokenizer(base)
+    head_names = _head_names(loaded.model, loaded.missing) if model_class is ModelClass.CLASSIFICATION else frozenset()
+    theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in head_names}
+    for name, tensor in theta_pre.items():
+        check_finite(tensor, name, where=str(base.path))
+    vectors: list[TaskVector] = []
+    heads: dict[str, dict[str, Tensor]] = {}
+    for expert, checkpoint in experts.items():
+        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer)
+        head = {name: theta.pop(name) for name in list(theta) if name in head_names}
+        align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
+        vectors.append(task_vector(expert, theta_pre, theta))
+        task = task_of[expert]
+        if head and task is not None:
+            heads.setdefault(task, {name: tensor.to(device) for name, tensor in head.items()})
+    names = changed_names(vectors, theta_pre)
+    kept = {name: theta_pre[name].clone().to(device) for name in names}
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+    model.requires_grad_(False)
+    vectors = [TaskVector(v.expert, {n: d.to(device) for n, d in v.deltas.items()}) for v in vectors]
+    return Resident(model, tokenizer, kept, vectors, names, heads)
+
+
+def _expert_parameters(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    model_class: ModelClass,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Tensor]:
+    if checkpoint.is_adapter:
+        model = load_adapter(checkpoint, base, model_class, dtype=dtype)
+    else:
+        _check_architecture(checkpoint, base)
+        loaded = load_model(checkpoint, model_class, dtype=dtype)
+        if loaded.missing:
+            raise InputError(
+                f"{len(loaded.missing)} tensors are missing from the weights, {min(loaded.missing)} among them",
+                where=str(checkpoint.path),
+                mend="An expert must bring all of its weights and its classification head",
+            )
+        model = loaded.model
+    if has_tokenizer(checkpoint):
+        check_same_tokenizer(
+            tokenizer, load_tokenizer(checkpoint), base_file=str(base.path), expert_file=str(checkpoint.path)
+        )
+    return {name: parameter.detach() for name, parameter in float_parameters(model).items()}
+
+
+def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    ours, theirs = checkpoint.read_config().get("model_type"), base.read_config().get("model_type")
+    if ours != theirs:
+        raise InputError(
+            f"a model of type {ours!r}, but the base {base.path} is {theirs!r}",
+            where=str(checkpoint.path / "config.json"),
+            mend="Only experts fine-tuned from the base can be merged into it",
+        )
+
+
+def _head_names(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
+    """Parameters that belong to a task: outside the shared encoder, or not in the base's files at all."""
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(n for n in float_parameters(model) if not n.startswith(prefix)) | missing

@@ -1,0 +1,43 @@
+"""The errors that a user can meet, one root class for all of them.
+
+Every message says what was found, where, and how to mend it.  The command line prints the message alone and exits
+with the error's `exit_code`: 2 for bad input that the user can correct, 1 for a run that failed.
+"""
+
+from __future__ import annotations
+
+
+class DFMergeError(Exception):
+    """Root of every error raised on purpose by this package.
+
+    Args:
+        what: what was found and what was expected, as a sentence without a closing full stop.
+        where: the file and the field, tensor or row at fault, if there is one.
+        mend: what the reader can do about it, as a sentence without a closing full stop.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.mend = mend
+        super().__init__(what, where, mend)
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        if not self.mend:
+            return text
+        return f"{text}. {self.mend}" if self.mend.endswith("?") else f"{text}. {self.mend}."
+
+
+class InputError(DFMergeError):
+    """Something that the user gave (a spec, a flag, a file) cannot be used as it is."""
+
+    exit_code = 2
+
+
+class RunError(DFMergeError):
+    """Valid input, but the work itself failed (non-finite values, no memory, a lost database)."""
+
+    exit_code = 1

@@ -1,0 +1,107 @@
+"""The one equation that merges (paper, eq. 7 and 8).
+
+    theta* = theta_pre + M * (sum_i C[i])^-1 * sum_i C[i] * lam[i] * tau[i]          elementwise
+
+    theta_pre   base parameters                {name: tensor}
+    tau[i]      task vector of expert i        {name: tensor}, shapes of theta_pre; absent names are zero
+    lam[i]      coefficient of expert i        number
+    C[i]        importance, F[i] + floor       {name: tensor}, shapes of theta_pre; None: uniform, C[i] = 1
+    M           number of experts
+
+Experts are folded in one after the other, so that only one importance is in memory at a time beside two sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import RunError
+from dfmerge_studies.params import TaskVector
+
+
+class WeightedSum:
+    """The two sums of the equation, fed expert by expert.
+
+    An expert whose coefficient is 0 still counts in the denominator: its importance holds the others back.
+
+    Args:
+        names: parameters that are merged; all others stay the base's.
+        floor: added to every entry of an importance, so that parameters that no input touches fall back to C = 1.
+    """
+
+    def __init__(self, names: Sequence[str], *, floor: float) -> None:
+        self._names = names
+        self._floor = floor
+        self._numerator: dict[str, Tensor] = {}
+        self._denominator: dict[str, Tensor] = {}
+        self._experts = 0
+        self._uniform: bool | None = None
+
+    @torch.no_grad()
+    def add(self, task_vector: TaskVector, coefficient: float, importance: Mapping[str, Tensor] | None) -> None:
+        """Fold in one expert.
+
+        Args:
+            task_vector: tau[i].
+            coefficient: lam[i].
+            importance: F[i] for every merged name, or None for uniform importance; all experts alike.
+
+        Raises:
+            RunError: the importance holds a value that is not finite.
+        """
+        if self._uniform is None:
+            self._uniform = importance is None
+        elif self._uniform != (importance is None):
+            raise ValueError("either all experts have an importance or none")
+        self._experts += 1
+        for name in self._names:
+            delta = task_vector.deltas.get(name)
+            if importance is None:
+                if delta is not None:
+                    self._accumulate(self._numerator, name, delta.float() * coefficient)
+                continue
+            fisher = importance[name]
+            weight = fisher.float() + self._floor
+            if not bool(torch.isfinite(weight.sum())):
+                raise RunError(
+                    f"the importance of expert {task_vector.expert!r} is not finite at {name}",
+                    mend="Lower the coefficient, or compute in float32",
+                )
+            if delta is not None:
+                self._accumulate(self._numerator, name, (weight * delta).mul_(coefficient))
+            self._accumulate(self._denominator, name, weight)
+
+    @torch.no_grad()
+    def write_into_(self, parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor]) -> None:
+        """Write theta* into a model's parameters, and forget the sums.
+
+        Args:
+            parameters: the model's parameters by name.
+            base: theta_pre.
+
+        Raises:
+            RunError: a merged weight is not finite.
+        """
+        for name in self._names:
+            parameter, start = parameters[name], base[name]
+            step = self._numerator.pop(name, None)
+            if step is None:
+                parameter.copy_(start)
+                continue
+            if not self._uniform:
+                step.mul_(self._experts).div_(self._denominator.pop(name))
+            # C = 1: M * (sum_i 1)^-1 is 1.
+            merged = step.add_(start)
+            if not bool(torch.isfinite(merged.sum())):
+                raise RunError(f"the merged weights are not finite at {name}", mend="Choose smaller coefficients")
+            parameter.copy_(merged)
+
+    @staticmethod
+    def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        if name in sums:
+            sums[name].add_(value)
+        else:
+            sums[name] = value

@@ -1,0 +1,1 @@
+"""One trial: coefficients -> merged model -> scores."""

@@ -1,0 +1,279 @@
+"""Coefficients -> importance -> merged weights in the resident model -> scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
+from dfmerge_studies.errors import RunError
+from dfmerge_studies.importance.cache import FisherCache, FisherKey
+from dfmerge_studies.importance.fisher import diagonal_fisher
+from dfmerge_studies.merging import WeightedSum
+from dfmerge_studies.methods import Importance, Method, importance_coefficient
+from dfmerge_studies.objective.problem import Problem, Progress, silent
+from dfmerge_studies.params import float_parameters
+from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
+from dfmerge_studies.tasks.sampling import seeded_generator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one merge gave.
+
+    Attributes:
+        tasks: score per task, 0..1.
+        seconds: wall-clock time per phase: fisher, merge, evaluate.
+        computed: Fishers that were computed.
+        cached: Fishers that came from the cache.
+    """
+
+    tasks: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    computed: int = 0
+    cached: int = 0
+
+
+class Merger:
+    """Merges and scores inside the problem's resident model.
+
+    Args:
+        problem: the loaded spec.
+        method: row of the method table.
+        cache: where Fishers are kept, or None.
+        progress: told how far a merge or an evaluation is.
+    """
+
+    def __init__(
+        self, problem: Problem, method: Method, cache: FisherCache | None, *, progress: Progress = silent
+    ) -> None:
+        self.problem = problem
+        self.method = method
+        self.cache = cache
+        self.progress = progress
+        self._vectors = method.transform(problem.resident.task_vectors)
+
+    def run(self, coefficients: Mapping[str, float]) -> Outcome:
+        """Merge at the given coefficients and score every task's validation inputs.
+
+        Args:
+            coefficients: lambda per expert.
+
+        Raises:
+            RunError: something is not finite, or memory ran out.
+        """
+        with memory_errors():
+            merged = self.merge_(coefficients)
+            start = time.perf_counter()
+            tasks = self.scores("validation")
+        seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
+        return Outcome(tasks, seconds, merged.computed, merged.cached)
+
+    def merge_(self, coefficients: Mapping[str, float]) -> Outcome:
+        """Write the merged weights into the resident model, without scoring them.
+
+        Args:
+            coefficients: lambda per expert.
+
+        Raises:
+            RunError: an importance or a weight is not finite.
+        """
+        resident, spec = self.problem.resident, self.problem.spec
+        total = WeightedSum(resident.names, floor=spec.importance.floor)
+        seconds = {"fisher": 0.0, "merge": 0.0}
+        computed = cached = 0
+        for index, expert in enumerate(self.problem.experts):
+            self.progress("fisher", index, len(self.problem.experts))
+            start = time.perf_counter()
+            values: Mapping[str, Tensor] | None = None
+            if self.method.importance is not Importance.UNIFORM:
+                at = importance_coefficient(self.method, coefficients[expert])
+                values, hit = self.importance(index, at)
+                cached, computed = cached + hit, computed + (not hit)
+            middle = time.perf_counter()
+            total.add(self._vectors[index], coefficients[expert], values)
+            seconds["fisher"] += middle - start
+            seconds["merge"] += time.perf_counter() - middle
+        start = time.perf_counter()
+        total.write_into_(dict(resident.model.named_parameters()), resident.base)
+        seconds["merge"] += time.perf_counter() - start
+        return Outcome({}, seconds, computed, cached)
+
+    def importance(
+        self, index: int, coefficient: float, *, names: Sequence[str] | None = None
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
+
+        An expert without a task of its own is weighed by the mean over all tasks.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            names: parameters; those on which an expert differs by default.
+
+        Returns:
+            The values by parameter name, and whether they came from the cache.
+        """
+        resident = self.problem.resident
+        names = list(resident.names if names is None else names)
+        key = self.fisher_key(index, coefficient, names)
+        stored = self.cache.get(key) if self.cache is not None else None
+        if stored is not None:
+            return {name: value.to(resident.device).float() for name, value in stored.items()}, True
+        resident.load_scaled_(index, coefficient)
+        tasks = self._fisher_tasks(index)
+        values: dict[str, Tensor] = {}
+        for task in tasks:
+            resident.use_head_(task)
+            result = diagonal_fisher(
+                resident.model,
+                self.problem.kind,
+                self.problem.tasks[task].fisher,
+                pad_id=self.problem.pad_id,
+                names=names,
+                estimator=self.problem.spec.importance.estimator,
+                generator=self._generator(task),
+                row_budget=self.problem.spec.importance.row_budget,
+            )
+            for name, value in result.values.items():
+                values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
+        # What is used now and what the cache gives later must be the same, or resuming would change the study.
+        dtype = getattr(torch, self.problem.spec.importance.dtype)
+        rounded = {name: value.to(dtype) for name, value in values.items()}
+        if self.cache is not None:
+            self.cache.put(key, rounded)
+        return {name: value.float() for name, value in rounded.items()}, False
+
+    def fisher_key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
+        """Identity of a Fisher.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            names: parameters.
+        """
+        problem, settings = self.problem, self.problem.spec.importance
+        expert = problem.experts[index]
+        labelled = settings.estimator == "empirical"
+        tasks = self._fisher_tasks(index)
+        inputs = {
+            task: [
+                ids_digest(
+                    [e.input_ids, e.choices, e.token_type_ids, e.label if labelled else None]
+                    for e in problem.tasks[task].fisher
+                ),
+                self._head_owner(task),
+            ]
+            for task in tasks
+        }
+        return FisherKey(
+            base=problem.base_digest,
+            expert=problem.expert_digests[expert],
+            expert_name=expert,
+            coefficient=float(coefficient).hex(),
+            estimator=settings.estimator,
+            inputs=json_digest(inputs),
+            indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
+            seed=problem.spec.search.seed if settings.estimator == "sampled" else None,
+            parameters=json_digest(list(names)),
+            compute_dtype=problem.spec.dtype,
+            dtype=settings.dtype,
+        )
+
+    def scores(self, split: str) -> dict[str, float]:
+        """Score of the model as it stands on every task.
+
+        Args:
+            split: "validation" or "test".
+
+        Raises:
+            RunError: a loss is not finite.
+        """
+        return {task: self.score(task, split) for task in self.problem.tasks}
+
+    def score(self, task: str, split: str) -> float:
+        """Score of the model as it stands on one task, 0..1.
+
+        Args:
+            task: name of the task.
+            split: "validation" or "test".
+        """
+        examples = self.problem.examples(task, split)
+        self.problem.resident.use_head_(task)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(f"{task} {split}", done, len(examples))
+
+        losses = choice_losses(
+            self.problem.resident.model,
+            self.problem.kind,
+            examples,
+            pad_id=self.problem.pad_id,
+            token_budget=self.problem.spec.token_budget,
+            progress=advance,
+        )
+        return accuracy(predict(losses), examples)
+
+    def expert_scores(self, split: str) -> dict[str, float]:
+        """Score of every task's own expert on it, by task; tasks without one are left out.
+
+        Args:
+            split: "validation" or "test".
+        """
+        scores = {}
+        for index, (_, expert) in enumerate(self.problem.spec.experts.items()):
+            if expert.task is not None and expert.task not in scores:
+                self.problem.resident.load_scaled_(index, 1.0)
+                scores[expert.task] = self.score(expert.task, split)
+        return scores
+
+    def base_scores(self, split: str) -> dict[str, float]:
+        """Score of the base on every task, under the task's head where there are heads.
+
+        Args:
+            split: "validation" or "test".
+        """
+        self.problem.resident.load_base_()
+        return self.scores(split)
+
+    def all_names(self) -> list[str]:
+        """Every shared parameter of the base, changed by an expert or not."""
+        heads = {name for head in self.problem.resident.heads.values() for name in head}
+        return [name for name in float_parameters(self.problem.resident.model) if name not in heads]
+
+    def _fisher_tasks(self, index: int) -> list[str]:
+        task = self.problem.spec.experts[self.problem.experts[index]].task
+        return [task] if task is not None else list(self.problem.tasks)
+
+    def _head_owner(self, task: str) -> str | None:
+        """Digest of the expert whose head a task uses."""
+        if task not in self.problem.resident.heads:
+            return None
+        owners = (name for name, expert in self.problem.spec.experts.items() if expert.task == task)
+        return self.problem.expert_digests[next(owners)]
+
+    def _generator(self, task: str) -> torch.Generator:
+        """Draws of the `sampled` estimator: the same at every lambda, so that Fishers differ by lambda alone."""
+        seed = seeded_generator(self.problem.spec.search.seed, "sampled", task).integers(2**62)
+        return torch.Generator().manual_seed(int(seed))
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory, on any device, into a `RunError` that fails the trial and not the study."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+            raise
+        raise RunError(
+            "out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16"
+        ) from error

@@ -1,0 +1,293 @@
+"""Everything that a trial needs, loaded and checked once: the resident model, the tasks' inputs, the digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dfmerge_studies.checkpoints.digest import ids_digest, model_digest
+from dfmerge_studies.checkpoints.load import ModelClass
+from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
+from dfmerge_studies.checkpoints.resident import Resident, load_resident
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.data import load_rows
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
+from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The spec's models on disk.
+
+    Attributes:
+        base: theta_pre.
+        experts: by name, in the order of the spec.
+        kind: how they answer.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    kind: Kind
+
+    @property
+    def model_class(self) -> ModelClass:
+        """The auto class that reads them."""
+        return {
+            Kind.TEXT_TO_TEXT: ModelClass.SEQ2SEQ,
+            Kind.CAUSAL: ModelClass.CAUSAL,
+            Kind.CLASSIFICATION: ModelClass.CLASSIFICATION,
+        }[self.kind]
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """One task, tokenised.
+
+    Attributes:
+        splits: examples per split name that is loaded.
+        fisher: the inputs that importance is estimated on; the same for a whole study.
+    """
+
+    splits: dict[str, list[Encoded]]
+    fisher: Sequence[Encoded]
+
+
+@dataclass
+class Problem:
+    """A loaded spec.
+
+    Attributes:
+        spec: the settings.
+        checkpoints: where the models are.
+        resident: the model in memory.
+        tasks: tokenised inputs by task.
+        pad_id: token id that batches are padded with.
+        base_digest: identity of the base.
+        expert_digests: identity of every expert.
+    """
+
+    spec: StudySpec
+    checkpoints: Checkpoints
+    resident: Resident
+    tasks: dict[str, TaskInputs]
+    pad_id: int
+    base_digest: str
+    expert_digests: dict[str, str]
+    _data_digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """How the models answer."""
+        return self.checkpoints.kind
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the experts, in the order of the spec."""
+        return list(self.spec.experts)
+
+    def fisher_indices(self) -> dict[str, list[int]]:
+        """Validation rows of the Fisher inputs, by task."""
+        return {name: [example.index for example in task.fisher] for name, task in self.tasks.items()}
+
+    def data_digests(self) -> dict[str, str]:
+        """Identity of every task's validation inputs as the model sees them: prompts and tokenizer included."""
+        if not self._data_digests:
+            for name, task in self.tasks.items():
+                self._data_digests[name] = ids_digest(
+                    [e.index, e.input_ids, e.choices, e.label, e.token_type_ids] for e in task.splits["validation"]
+                )
+        return self._data_digests
+
+    def examples(self, task: str, split: str) -> list[Encoded]:
+        """Tokenised rows of the validation or the test split, the latter loaded when first asked for.
+
+        Args:
+            task: name of the task.
+            split: "validation" or "test".
+
+        Raises:
+            InputError: the task names no test split, or it cannot be read.
+        """
+        splits = self.tasks[task].splits
+        if split not in splits:
+            splits[split] = _encode_split(self.spec, task, split, self.resident, self.kind)
+            check_labels(self.spec, self.resident, task, splits[split])
+        return splits[split]
+
+
+def find_checkpoints(spec: StudySpec) -> Checkpoints:
+    """Resolve the spec's models to directories and decide how they answer.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    trust = spec.trust_remote_code
+    base = resolve(spec.base, root=spec.root, where=spec.where("base"), trust_remote_code=trust)
+    if base.is_adapter:
+        raise InputError(
+            "the base is an adapter", where=spec.where("base"), mend="Name the whole model that adapters sit on"
+        )
+    experts = {
+        name: resolve(e.model, root=spec.root, where=spec.where(f"experts.{name}"), trust_remote_code=trust)
+        for name, e in spec.experts.items()
+    }
+    if next(iter(spec.tasks.values())).type == "classification":
+        kind = Kind.CLASSIFICATION
+    else:
+        kind = Kind.TEXT_TO_TEXT if base.read_config().get("is_encoder_decoder") else Kind.CAUSAL
+    return Checkpoints(base, experts, kind)
+
+
+def load_problem(spec: StudySpec, *, indices: Mapping[str, list[int]] | None = None, progress: Progress = silent) -> Problem:
+    """Load models and validation data of a spec.
+
+    Args:
+        spec: what to load.
+        indices: Fisher inputs that a study has already fixed; otherwise the spec's own, otherwise a seeded draw.
+        progress: told of each step.
+
+    Raises:
+        InputError: anything that does not fit, before anything is computed.
+    """
+    steps = len(spec.experts) + 2 + len(spec.tasks)
+    progress("checking files", 0, steps)
+    checkpoints = find_checkpoints(spec)
+    device, dtype = choose_device(spec), getattr(torch, spec.dtype)
+    digests = {name: model_digest(checkpoint) for name, checkpoint in checkpoints.experts.items()}
+    base_digest = model_digest(checkpoints.base)
+    progress("loading models", 1, steps)
+    resident = load_resident(
+        checkpoints.base,
+        checkpoints.experts,
+        {name: expert.task for name, expert in spec.experts.items()},
+        checkpoints.model_class,
+        dtype=dtype,
+        device=device,
+    )
+    wanted = indices or read_indices(spec)
+    tasks = {}
+    for done, name in enumerate(spec.tasks):
+        progress(f"reading {name}", len(spec.experts) + 2 + done, steps)
+        if checkpoints.kind is Kind.CLASSIFICATION and name not in resident.heads:
+            raise InputError(
+                "no expert brings a classification head for this task",
+                where=spec.where(f"tasks.{name}"),
+                mend="Add an expert with this task, or remove the task",
+            )
+        everything = _encode_split(spec, name, "validation", resident, checkpoints.kind)
+        check_labels(spec, resident, name, everything)
+        rows = limited_rows(len(everything), spec.tasks[name].limit, seeded_generator(spec.search.seed, "limit", name))
+        fisher = [everything[row] for row in _fisher_rows(spec, name, len(everything), wanted)]
+        tasks[name] = TaskInputs({"validation": [everything[row] for row in rows]}, fisher)
+    progress("ready", steps, steps)
+    return Problem(spec, checkpoints, resident, tasks, _pad_id(resident), base_digest, digests)
+
+
+def choose_device(spec: StudySpec) -> torch.device:
+    """The device that a spec means.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if spec.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(spec.device)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
+    if not there or (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise InputError(
+            f"the device {spec.device!r} is not available ({torch.cuda.device_count()} CUDA devices)",
+            where=spec.where("device"),
+            mend="Use device: auto",
+        )
+    return device
+
+
+def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
+    """Fisher inputs that the spec names, from itself or from its JSON file.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or holds no rows by task.
+    """
+    given = spec.importance.indices
+    if not isinstance(given, str):
+        return given
+    file = spec.root / given
+    where = spec.where("importance.indices")
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {file}", where=where, mend="Correct the path") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not readable as JSON: {error}", where=where, mend="Correct it") from error
+    if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
+        content = content["fisher_indices"]
+    rows_by_task = isinstance(content, dict) and all(
+        isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in content.values()
+    )
+    if not rows_by_task:
+        raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")
+    return content  # type: ignore[no-any-return]  # checked above
+
+
+def check_labels(spec: StudySpec, resident: Resident, task: str, examples: Sequence[Encoded]) -> None:
+    """Refuse labels that a classification head has no class for.
+
+    Raises:
+        InputError: naming the row.
+    """
+    if task not in resident.heads:
+        return
+    classes = resident.head_classes(task)
+    for example in examples:
+        if example.label is not None and example.label >= classes:
+            raise InputError(
+                f"row {example.index}: label {example.label} is not among the {classes} classes of the expert's head",
+                where=spec.where(f"tasks.{task}.doc_to_target"),
+                mend="Correct the data, or name the expert that was trained on these classes",
+            )
+
+
+def _encode_split(spec: StudySpec, task: str, split: str, resident: Resident, kind: Kind) -> list[Encoded]:
+    settings = spec.tasks[task]
+    name = settings.validation_split if split == "validation" else settings.test_split
+    if name is None:
+        raise InputError("no test_split", where=spec.where(f"tasks.{task}"), mend="Name one, or use --split validation")
+    rows = load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
+    longest = longest_input(resident.model.config, resident.tokenizer)
+    return encode_rows(rows, settings, kind, resident.tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length"))
+
+
+def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
+    if wanted is None or task not in wanted:
+        return draw_rows(total, spec.importance.samples, seeded_generator(spec.search.seed, "fisher", task))
+    rows = wanted[task]
+    bad = [row for row in rows if not 0 <= row < total]
+    if bad or not rows or len(set(rows)) < len(rows):
+        what = f"row {bad[0]} of a split with {total} rows" if bad else "rows missing or given twice"
+        raise InputError(
+            what, where=spec.where(f"importance.indices.{task}"), mend=f"Name different rows from 0 to {total - 1}"
+        )
+    return list(rows)
+
+
+def _pad_id(resident: Resident) -> int:
+    """The token that pads batches; it is masked, so any will do where a tokenizer has none."""
+    pad = resident.tokenizer.pad_token_id
+    if isinstance(pad, int):
+        return pad
+    end = resident.tokenizer.eos_token_id
+    return end if isinstance(end, int) else 0
+
+

@@ -1,0 +1,125 @@
+"""Named parameters of a model, their alignment across checkpoints, and task vectors.
+
+Symbols, used as they stand in the formulas of this package:
+
+    theta_pre   parameters of the base         {name: tensor}
+    theta[i]    parameters of expert i         {name: tensor}, shapes of theta_pre
+    tau[i]      theta[i] - theta_pre           {name: tensor}, only the names where it is not zero throughout
+    M           number of experts
+
+A parameter that is tied to another appears once, under the name that `torch.nn.Module.named_parameters` gives it.
+Buffers and integer tensors are no parameters here: they stay the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import InputError
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """What fine-tuning changed: tau = theta_expert - theta_pre.
+
+    Attributes:
+        expert: name of the expert.
+        deltas: difference per parameter name, shape of the parameter; a name that is absent did not change at all.
+    """
+
+    expert: str
+    deltas: Mapping[str, Tensor]
+
+
+def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The floating-point parameters of a model by name, tied ones once, in the model's own order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def changed_names(task_vectors: Iterable[TaskVector], order: Iterable[str]) -> list[str]:
+    """Names on which at least one expert differs from the base, in the given order."""
+    changed = {name for vector in task_vectors for name in vector.deltas}
+    return [name for name in order if name in changed]
+
+
+def align(base: Weights, expert: Weights, *, base_file: str, expert_file: str) -> None:
+    """Check that two sets of parameters have the same names and shapes.
+
+    Args:
+        base: parameters of the base.
+        expert: parameters of one expert, under the same naming.
+        base_file: where the base was read from, for the message.
+        expert_file: where the expert was read from, for the message.
+
+    Raises:
+        InputError: naming the first tensor that differs, both shapes and both files.
+    """
+    for name in base:
+        if name not in expert:
+            raise InputError(
+                f"tensor {name} {tuple(base[name].shape)} of the base {base_file} is missing here",
+                where=expert_file,
+                mend="Base and experts must be the same architecture; name the base that this expert was fine-tuned from",
+            )
+    for name in expert:
+        if name not in base:
+            raise InputError(
+                f"tensor {name} {tuple(expert[name].shape)} does not exist in the base {base_file}",
+                where=expert_file,
+                mend="Base and experts must be the same architecture; name the base that this expert was fine-tuned from",
+            )
+    for name, tensor in base.items():
+        ours, theirs = tuple(expert[name].shape), tuple(tensor.shape)
+        if ours != theirs:
+            raise InputError(
+                f"tensor {name} has shape {ours} but {theirs} in the base {base_file}",
+                where=expert_file,
+                mend=_mend_shapes(ours, theirs),
+            )
+
+
+def _mend_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    if len(ours) == len(theirs) == 2 and ours[1] == theirs[1] and min(ours[0], theirs[0]) > 100:
+        return (
+            "Only the number of rows differs, which is what a vocabulary that was padded or extended looks like: "
+            "resize both with model.resize_token_embeddings to one size, with the same tokenizer, and save them again"
+        )
+    return "Use the base that this expert was fine-tuned from"
+
+
+def task_vector(expert_name: str, base: Weights, expert: Weights) -> TaskVector:
+    """tau = theta_expert - theta_pre, without the parameters that are equal bit for bit.
+
+    Args:
+        expert_name: name that the vector carries.
+        base: theta_pre.
+        expert: theta of the expert; names and shapes as in `base` (see `align`).
+
+    Raises:
+        InputError: a weight of the expert is not finite.
+    """
+    deltas: dict[str, Tensor] = {}
+    for name, theta in expert.items():
+        start = base[name]
+        theta = theta.detach().to(device=start.device)
+        check_finite(theta, name, where=expert_name)
+        if not torch.equal(theta, start):
+            deltas[name] = theta.to(start.dtype) - start
+    return TaskVector(expert_name, deltas)
+
+
+def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
+    """Raise `InputError` if a weight is NaN or infinite."""
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(
+            f"tensor {name} holds {bad} values that are NaN or infinite",
+            where=where,
+            mend="The checkpoint is damaged or its training diverged; use another one",
+        )

@@ -1,0 +1,161 @@
+"""What the loop writes on a trial beside its result, and how to read a study's trials through it.
+
+    place         ordinal of the trial's coefficients in the study; a retry keeps it
+    owner         which process runs the trial (see `owner.py`)
+    drawn         every coefficient has been stored: the trial can be repeated from the storage alone
+    retry_of      number of the trial that this one repeats
+    crashes       processes that died on these coefficients before this trial
+    interrupted   the trial was stopped on purpose and put back in the queue
+    dropped       the trial was given back without a result: its place was not needed
+    error         why the trial failed for good
+    beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
+
+A FAIL trial is a failure only if it has an error (or crashed once too often).  Every other FAIL is vacated: its place is
+free, or taken by a retry.  Optuna's private names are used here and in `search.py` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from dfmerge_studies.search import DROPPED, FIXED, PLACE, RETRY_OF, place_of
+
+OWNER = "owner"
+DRAWN = "drawn"
+CRASHES = "crashes"
+INTERRUPTED = "interrupted"
+ERROR = "error"
+BEAT = "beat"
+RESERVED = frozenset({PLACE, RETRY_OF, DROPPED, OWNER, DRAWN, CRASHES, INTERRUPTED, ERROR, BEAT})
+MAX_RETRIES = 3
+
+_STARTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id."""
+    return study._storage
+
+
+def study_id_of(study: optuna.Study) -> int:
+    """Return the storage's id of a study."""
+    return study._study_id
+
+
+def id_of(trial: FrozenTrial) -> int:
+    """Return the storage's id of a trial."""
+    return trial._trial_id
+
+
+def point_of(trial: FrozenTrial) -> dict[str, float] | None:
+    """Return the coefficients of a trial, or None while not all of them are stored."""
+    if FIXED in trial.system_attrs:
+        return dict(trial.system_attrs[FIXED])
+    if trial.user_attrs.get(DRAWN) or trial.state == TrialState.COMPLETE:
+        return dict(trial.params)
+    return None
+
+
+def crashes_of(trial: FrozenTrial) -> int:
+    """Count the processes that have died on a vacated trial's coefficients, the trial's own included."""
+    return int(trial.user_attrs.get(CRASHES, 0)) + (0 if INTERRUPTED in trial.user_attrs else 1)
+
+
+def is_failure(trial: FrozenTrial) -> bool:
+    """Tell whether a trial failed for good: it keeps its place and is not repeated."""
+    if trial.state != TrialState.FAIL or DROPPED in trial.user_attrs:
+        return False
+    return ERROR in trial.user_attrs or (PLACE in trial.user_attrs and crashes_of(trial) > MAX_RETRIES)
+
+
+def is_vacated(trial: FrozenTrial) -> bool:
+    """Tell whether a trial ended without a result and without a failure."""
+    return trial.state == TrialState.FAIL and not is_failure(trial)
+
+
+def duplicates(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the waiting trials whose given coefficients an earlier trial already holds.
+
+    Several processes that start at once each enqueue the same points, and may each put the same dead trial back.
+    """
+    seen: set[tuple[tuple[str, float], ...]] = set()
+    found = []
+    for trial in trials:
+        point = None if is_vacated(trial) else point_of(trial)
+        if point is None:
+            continue
+        key = tuple(sorted(point.items()))
+        if trial.state == TrialState.WAITING and key in seen:
+            found.append(trial)
+        seen.add(key)
+    return found
+
+
+def holders(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the trials that hold a place: those with a result, a failure, or the prospect of either."""
+    kept = [trial for trial in trials if not is_vacated(trial)]
+    extra = {trial.number for trial in duplicates(kept)}
+    return [trial for trial in kept if trial.number not in extra]
+
+
+def free_place(trials: Iterable[FrozenTrial]) -> int:
+    """Return the smallest place that no trial holds."""
+    taken = {place_of(trial) for trial in holders(trials)}
+    return next(place for place in range(len(taken) + 1) if place not in taken)
+
+
+def owed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the vacated trials whose coefficients must still be put back in the queue."""
+    trials = list(trials)
+    repeated = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
+    return [
+        trial
+        for trial in trials
+        if is_vacated(trial)
+        and PLACE in trial.user_attrs
+        and DROPPED not in trial.user_attrs
+        and trial.number not in repeated
+        and point_of(trial) is not None
+    ]
+
+
+def started(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the trials that count towards a study's total: those with a result, and those running."""
+    return [trial for trial in trials if trial.state in _STARTED]
+
+
+def counts(study: optuna.Study) -> dict[str, int]:
+    """Count a study's trials; those merely put back in the queue, or given back, are not failures."""
+    trials = study.get_trials(deepcopy=False)
+    kept = holders(trials)
+
+    def count(state: TrialState) -> int:
+        return sum(trial.state == state for trial in kept)
+
+    return {
+        "complete": count(TrialState.COMPLETE),
+        "running": count(TrialState.RUNNING),
+        "waiting": count(TrialState.WAITING) + len(owed(trials)),
+        "failed": count(TrialState.FAIL),
+        "pruned": count(TrialState.PRUNED),
+    }
+
+
+def results(study: optuna.Study) -> list[FrozenTrial]:
+    """List the completed trials in the order of their places, which is that of an uninterrupted run."""
+    return sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=place_of)
+
+
+def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:
+    """Write attributes on a trial that has not finished.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: it has.
+    """
+    for key, value in marks.items():
+        storage_of(study).set_trial_user_attr(trial_id, key, value)

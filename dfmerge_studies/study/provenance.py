@@ -1,0 +1,122 @@
+"""What a study is about, stored with it, so that nothing else can be mixed into it later."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import optuna
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.storage import safe_url
+
+# User attributes of a study.
+SCIENCE = "dfmerge:science"
+SPEC = "dfmerge:spec"
+INDICES = "dfmerge:fisher_indices"
+VERSIONS = "dfmerge:versions"
+TARGET = "dfmerge:target"
+
+_LIBRARIES = ("dfmerge-studies", "torch", "transformers", "optuna", "datasets", "peft", "numpy", "scipy")
+
+
+def stated_science(spec: StudySpec) -> dict[str, Any]:
+    """What decides a study's results, as far as the spec alone says it.
+
+    Budget, device, batch sizes, paths and storage are left out: they may change between runs.
+    """
+    search, importance = spec.search, spec.importance
+    return {
+        "method": spec.method,
+        "experts": {name: expert.task for name, expert in spec.experts.items()},
+        "tasks": list(spec.tasks),
+        "metrics": {name: task.metric for name, task in spec.tasks.items()},
+        "importance.estimator": importance.estimator,
+        "importance.floor": importance.floor,
+        "importance.dtype": importance.dtype,
+        "search.sampler": search.sampler,
+        "search.acquisition": search.acquisition,
+        "search.startup_trials": search.startup_trials,
+        "search.bounds": list(search.bounds),
+        "search.step": search.step,
+        "search.seed": search.seed,
+        "search.max_drop": search.max_drop,
+        "objective": spec.objective.model_dump(),
+        "dtype": spec.dtype,
+    }
+
+
+def measured_science(problem: Problem) -> dict[str, Any]:
+    """What decides a study's results, as far as the files say it: digests of weights, data and Fisher inputs."""
+    return {
+        "base digest": problem.base_digest,
+        **{f"expert digest of {name}": digest for name, digest in problem.expert_digests.items()},
+        **{f"data digest of {name}": digest for name, digest in problem.data_digests().items()},
+        **{f"Fisher inputs of {name}": rows for name, rows in problem.fisher_indices().items()},
+    }
+
+
+def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Fields on which two sciences disagree, one readable line each; fields that only one states are ignored."""
+    return [
+        f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
+        for field in ours
+        if field in stored and stored[field] != ours[field]
+    ]
+
+
+def refuse_other_science(study_name: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any], where: str) -> None:
+    """Refuse to join a study that is about something else.
+
+    Args:
+        study_name: its name.
+        stored: its science attribute, None if it has none.
+        ours: what this run would do.
+        where: the storage, without password.
+
+    Raises:
+        InputError: with the list of differences.
+    """
+    if stored is None:
+        raise InputError(
+            f"the name {study_name!r} is taken by a study that this program did not make",
+            where=where,
+            mend="Choose another name in the spec, or with --set name=NAME",
+        )
+    odd = differences(stored, ours)
+    if odd:
+        raise InputError(
+            f"the study {study_name!r} is about something else:\n  - " + "\n  - ".join(odd) + "\n",
+            where=where,
+            mend="Put the spec back as it was, or give the new study another name with --set name=NAME",
+        )
+
+
+def describe_spec(spec: StudySpec) -> dict[str, Any]:
+    """The spec as JSON, without any password."""
+    return {**spec.model_dump(mode="json"), "storage": safe_url(spec.storage) if spec.storage else ""}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def stored_science(study: optuna.Study) -> dict[str, Any] | None:
+    """A study's science attribute."""
+    return study.user_attrs.get(SCIENCE)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

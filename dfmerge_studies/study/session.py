@@ -1,0 +1,328 @@
+"""A study that is open: its database, its loaded models, and the ways to work on it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.importance.cache import FisherCache, open_cache
+from dfmerge_studies.methods import METHODS, SHARED, Coefficients, Method, expand, fixed_coefficients
+from dfmerge_studies.objective.merger import Merger
+from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
+from dfmerge_studies.search import Space, make_sampler
+from dfmerge_studies.spec import StudySpec, parse_size
+from dfmerge_studies.storage import join_study, load_study, open_storage, resolve_url, safe_url, storage_errors
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
+from dfmerge_studies.study.value import (
+    COEFFICIENTS,
+    DROPS,
+    FISHERS,
+    SECONDS,
+    TASKS,
+    best_trial,
+    constraint_values,
+    directions,
+    drops,
+    objective_values,
+)
+
+logger = logging.getLogger(__name__)
+_SCORES = "dfmerge:scores"  # study attribute: scores of base, experts and single trials, by row and split
+
+
+def storage_url(spec: StudySpec) -> str:
+    """The spec's storage, its relative path made absolute."""
+    return resolve_url(spec.storage or f"sqlite:///{spec.name}.db", spec.workdir)
+
+
+def spec_cache(spec: StudySpec) -> FisherCache | None:
+    """The spec's Fisher cache."""
+    limit = parse_size(spec.cache_limit) if spec.cache_limit is not None else None
+    return open_cache(spec.cache, spec.workdir, limit)
+
+
+def search_space(spec: StudySpec) -> Space:
+    """Which coefficients the study's trials have."""
+    low, high = spec.search.bounds
+    method = METHODS[spec.method]
+    if method.coefficients is Coefficients.SHARED_GRID:
+        return Space((SHARED,), min(method.grid), max(method.grid))
+    return Space(tuple(spec.experts), low, high, spec.search.step)
+
+
+def target_trials(spec: StudySpec, stored: int = 0) -> int:
+    """Total that the study should reach: the spec's, or as many points as a method without a search has.
+
+    Args:
+        spec: the settings.
+        stored: a total that an earlier `--add` raised the study to.
+    """
+    method = METHODS[spec.method]
+    if method.coefficients is Coefficients.FIXED:
+        return 1
+    if method.coefficients is Coefficients.SHARED_GRID:
+        return len(method.grid)
+    return max(spec.search.trials, stored)
+
+
+@dataclass
+class Session:
+    """An open study with its models loaded.
+
+    Attributes:
+        spec: the settings.
+        method: row of the method table.
+        problem: models and data in memory.
+        study: the Optuna study.
+        merger: merges and scores.
+        url: storage URL, with password: never print it.
+    """
+
+    spec: StudySpec
+    method: Method
+    problem: Problem
+    study: optuna.Study
+    merger: Merger
+    url: str
+
+    def run(self, *, target: int | None = None, on_event: Callable[[Event], None] = lambda event: None) -> Summary:
+        """Work until the study has its total of trials.
+
+        Args:
+            target: the total; by default the spec's, or what an earlier call raised it to.
+            on_event: told of every trial.
+
+        Raises:
+            RunError: three trials in a row failed, or the database is gone for good.
+        """
+        total = target if target is not None else target_trials(self.spec, self.stored_target())
+        with storage_errors(self.url):
+            self._check_total(total)
+            self.study.set_user_attr(provenance.TARGET, total)
+            self._enqueue_known_points()
+            expert_scores = self.reference_scores("experts", "validation")
+            return work(
+                self.study,
+                search_space(self.spec),
+                lambda point, place: self._trial(point, expert_scores),
+                target=total,
+                outbox=self._outbox(),
+                on_event=on_event,
+            )
+
+    def stored_target(self) -> int:
+        """Total that the study was last asked to reach, 0 for a new one."""
+        return int(self.study.user_attrs.get(provenance.TARGET, 0))
+
+    def best(self) -> FrozenTrial | None:
+        """The best completed trial."""
+        return best_trial(results(self.study), self.spec.objective)
+
+    def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
+        """Coefficient per expert of a trial."""
+        return expand(trial.params, self.problem.experts)
+
+    def reference_scores(self, row: str, split: str) -> dict[str, float]:
+        """Scores of the base or of the experts, computed once per study and then kept in it.
+
+        Args:
+            row: "base", or "experts" (each on its own task).
+            split: "validation" or "test".
+        """
+        compute = self.merger.base_scores if row == "base" else self.merger.expert_scores
+        return self._kept(row, split, lambda: compute(split))
+
+    def trial_scores(self, trial: FrozenTrial, split: str) -> dict[str, float]:
+        """Scores of a completed trial; those of the test split are computed once and then kept in the study.
+
+        Args:
+            trial: a completed trial.
+            split: "validation" or "test".
+        """
+        if split == "validation":
+            return dict(trial.user_attrs[TASKS])
+
+        def compute() -> dict[str, float]:
+            self.merger.merge_(self.coefficients(trial))
+            return self.merger.scores(split)
+
+        return self._kept(f"trial {trial.number}", split, compute)
+
+    def _kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        name = f"{_SCORES}:{row}:{split}"
+        stored = self.study.user_attrs.get(name)
+        if stored is None:
+            stored = dict(compute())
+            self.study.set_user_attr(name, stored)
+        return dict(stored)
+
+    def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
+        coefficients = expand(point, self.problem.experts)
+        outcome = self.merger.run(coefficients)
+        task_drops = drops(outcome.tasks, expert_scores)
+        return TrialResult(
+            values=objective_values(self.spec.objective, outcome.tasks),
+            attributes={
+                COEFFICIENTS: coefficients,
+                TASKS: outcome.tasks,
+                SECONDS: {phase: round(seconds, 4) for phase, seconds in outcome.seconds.items()},
+                FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
+                DROPS: {task: round(drop, 4) for task, drop in task_drops.items()},
+            },
+            constraints=constraint_values(task_drops, self.spec.search.max_drop),
+        )
+
+    def _check_total(self, total: int) -> None:
+        if total < len(results(self.study)):
+            logger.warning(
+                "the study already has %d completed trials, more than the total of %d", len(results(self.study)), total
+            )
+
+    def _enqueue_known_points(self) -> None:
+        """1/M first, then the points that the spec asks for; those that are there already are left alone."""
+        if self.method.coefficients is Coefficients.SHARED_GRID:
+            return
+        points: list[Mapping[str, float]] = [self._on_grid(fixed_coefficients(self.problem.experts))]
+        if self.method.coefficients is Coefficients.PER_EXPERT:
+            for given in self.spec.search.enqueue:
+                points.append(dict.fromkeys(self.problem.experts, given) if isinstance(given, float) else given)
+        enqueue(self.study, search_space(self.spec), points)
+
+    def _on_grid(self, point: Mapping[str, float]) -> dict[str, float]:
+        """1/M moved into the bounds and onto the grid, where the spec sets them so."""
+        (low, high), step = self.spec.search.bounds, self.spec.search.step
+        if self.method.coefficients is Coefficients.FIXED:
+            return dict(point)
+        moved = {name: min(max(value, low), high) for name, value in point.items()}
+        if step is None:
+            return moved
+        return {name: min(low + round((value - low) / step) * step, high) for name, value in moved.items()}
+
+    def _outbox(self) -> Path:
+        """Where results wait until the database has them; one folder per study and storage."""
+        identity = hashlib.sha256(f"{safe_url(self.url)}\n{self.spec.name}".encode()).hexdigest()[:16]
+        return self.spec.workdir / ".dfmerge" / "outbox" / identity
+
+
+def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Progress = silent) -> Session:
+    """Create the study that a spec names, or join it.
+
+    Nothing is written before everything that can be checked has been checked.
+
+    Args:
+        spec: what to study.
+        problem: models and data that are loaded already, of a spec that differs in name and method only.
+        progress: told how far loading is.
+
+    Raises:
+        InputError: models or data do not fit, or the study in the storage is about something else.
+    """
+    url, method = storage_url(spec), METHODS[spec.method]
+    cache = spec_cache(spec)
+    stored = _stored_study(spec, url)
+    where = safe_url(url)
+    if stored is not None:
+        provenance.refuse_other_science(
+            spec.name, provenance.stored_science(stored), provenance.stated_science(spec), where
+        )
+    if problem is None:
+        indices = None
+        if stored is not None and spec.importance.indices is None:
+            indices = stored.user_attrs.get(provenance.INDICES)
+        problem = load_problem(spec, indices=indices, progress=progress)
+    science = {**provenance.stated_science(spec), **provenance.measured_science(problem)}
+    if stored is not None:
+        provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
+    study = _join(spec, method, url, science, problem)
+    return Session(spec, method, problem, study, Merger(problem, method, cache, progress=progress), url)
+
+
+def stored_study(spec: StudySpec) -> optuna.Study:
+    """The study of a spec as it is in its storage, without loading any model.
+
+    Raises:
+        InputError: there is none.
+    """
+    url = storage_url(spec)
+    with storage_errors(url):
+        return load_study(open_storage(url, create=False), spec.name)
+
+
+def _stored_study(spec: StudySpec, url: str) -> optuna.Study | None:
+    """The study if it is there; nothing is created."""
+    path = url.removeprefix("sqlite:///").partition("?")[0] if url.startswith("sqlite:///") else None
+    if path is not None and not Path(path).exists():
+        return None
+    with storage_errors(url):
+        storage = open_storage(url, create=path is None)
+        if spec.name not in optuna.get_all_study_names(storage):
+            return None
+        return load_study(storage, spec.name)
+
+
+def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
+    with storage_errors(url):
+        sampler = _sampler(spec, method)
+        study = join_study(
+            open_storage(url), spec.name, directions=directions(spec.objective, list(spec.tasks)), sampler=sampler
+        )
+        if provenance.stored_science(study) is None:
+            if study.get_trials(deepcopy=False):
+                provenance.refuse_other_science(spec.name, None, science, safe_url(url))
+            study.set_user_attr(provenance.SPEC, provenance.describe_spec(spec))
+            study.set_user_attr(provenance.INDICES, problem.fisher_indices())
+            study.set_user_attr(provenance.VERSIONS, provenance.library_versions())
+            study.set_user_attr(provenance.SCIENCE, dict(science))
+            study.set_metric_names(_metric_names(spec))
+        # Two first starts at once: whoever wrote last, both must agree.
+        provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, safe_url(url))
+    return study
+
+
+def _sampler(spec: StudySpec, method: Method) -> optuna.samplers.BaseSampler:
+    search = spec.search
+    name = "grid" if method.coefficients is Coefficients.SHARED_GRID else search.sampler
+    return make_sampler(
+        name,
+        seed=search.seed,
+        study_name=spec.name,
+        space=search_space(spec),
+        startup_trials=search.startup_trials,
+        grid={SHARED: method.grid} if method.grid else None,
+        constrained=search.max_drop is not None,
+    )
+
+
+def _metric_names(spec: StudySpec) -> list[str]:
+    if spec.objective.kind == "pareto":
+        return list(spec.tasks)
+    return [f"{spec.objective.kind} score"]
+
+
+def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:
+    """The best completed trial, or the one of a given number.
+
+    Raises:
+        InputError: the number is not that of a completed trial.
+        RunError: no trial has completed yet.
+    """
+    completed = results(study)
+    if number is None:
+        best = best_trial(completed, spec.objective)
+        if best is None:
+            raise RunError(f"the study {spec.name!r} has no completed trial yet", mend="Run it first")
+        return best
+    for trial in completed:
+        if trial.number == number:
+            return trial
+    known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
+    raise InputError(f"no completed trial {number}", where="--trial", mend=f"Completed trials: {known}")

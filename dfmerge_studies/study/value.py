@@ -1,0 +1,101 @@
+"""From task scores to what Optuna maximises, and from trials to the best one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.spec import ObjectiveSettings
+
+# User attributes of a trial.
+COEFFICIENTS = "coefficients"
+TASKS = "tasks"
+SECONDS = "seconds"
+FISHERS = "fishers"
+DROPS = "drops"
+
+
+def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
+    """Optuna directions: one, or one per task for `pareto`.
+
+    Args:
+        objective: the spec's objective.
+        tasks: names of the tasks.
+    """
+    return ["maximize"] * (len(tasks) if objective.kind == "pareto" else 1)
+
+
+def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float]) -> tuple[float, ...]:
+    """What a trial is worth.
+
+    Args:
+        objective: the spec's objective.
+        scores: per task, 0..1.
+
+    Returns:
+        One value, or for `pareto` one per task in the order of `scores`.
+    """
+    if objective.kind == "pareto":
+        return tuple(scores.values())
+    if objective.kind == "min":
+        return (min(scores.values()),)
+    if objective.kind == "weighted":
+        assert objective.weights is not None
+        total = sum(objective.weights.values())
+        return (sum(objective.weights.get(task, 0.0) * score for task, score in scores.items()) / total,)
+    return (mean_score(scores),)
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+    """Mean over tasks."""
+    return sum(scores.values()) / len(scores)
+
+
+def drops(scores: Mapping[str, float], expert_scores: Mapping[str, float]) -> dict[str, float]:
+    """Points (of 100) that every task loses against its own expert; negative where the merge is better.
+
+    Args:
+        scores: of the merged model, 0..1.
+        expert_scores: of each task's expert, 0..1; tasks without an expert are left out.
+    """
+    return {task: 100.0 * (best - scores[task]) for task, best in expert_scores.items()}
+
+
+def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -> tuple[float, ...]:
+    """Optuna constraints, feasible where <= 0: drop - max_drop per task.
+
+    Args:
+        task_drops: from `drops`.
+        max_drop: points, or None for no constraint.
+    """
+    if max_drop is None:
+        return ()
+    # A hair's breadth of rounding must not make a drop of exactly max_drop infeasible.
+    return tuple(round(drop - max_drop, 9) for drop in task_drops.values())
+
+
+def violation(trial: FrozenTrial) -> float:
+    """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
+    return sum(max(0.0, value) for value in trial.constraints or ())
+
+
+def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> FrozenTrial | None:
+    """The one trial to export.
+
+    Among the trials that keep all constraints (or, where none does, those that miss them least) the one of the
+    highest value; for `pareto` the member of the front with the highest mean score, then the highest minimum.  Among
+    equals the earliest.
+
+    Args:
+        trials: completed trials, in their order.
+        objective: the spec's objective.
+    """
+    if not trials:
+        return None
+    least = min(violation(trial) for trial in trials)
+    candidates = [trial for trial in trials if violation(trial) <= least]
+    if objective.kind == "pareto":
+        # The trial with the highest mean is never dominated, so it is on the front.
+        return max(candidates, key=lambda trial: (sum(trial.values), min(trial.values)))
+    return max(candidates, key=lambda trial: trial.values[0])

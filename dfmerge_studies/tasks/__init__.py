@@ -1,0 +1,1 @@
+"""Tasks: data, prompts, tokenised inputs, choice scoring, metrics."""

@@ -1,0 +1,35 @@
+"""One tokenised input, the currency between data, scoring and importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """How a model answers, decided by the task type and the architecture."""
+
+    TEXT_TO_TEXT = "text-to-text"  # encoder-decoder, choices are target texts
+    CAUSAL = "causal"  # decoder only, choices are continuations of the prompt
+    CLASSIFICATION = "classification"  # encoder with a classification head, choices are classes
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One tokenised input with its choices.
+
+    Attributes:
+        index: row of the split that it came from.
+        input_ids: token ids of the encoder input, of the prompt, or of the whole text, by kind.
+        choices: token ids of every choice, special tokens of the target included; empty for classification.
+        label: index of the right choice or class, `None` where the data has no labels.
+        token_type_ids: segment ids beside `input_ids` for models that use them (text pairs), otherwise `None`.
+        truncated: whether the text was cut to fit.
+    """
+
+    index: int
+    input_ids: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...] = ()
+    label: int | None = None
+    token_type_ids: tuple[int, ...] | None = None
+    truncated: bool = False
