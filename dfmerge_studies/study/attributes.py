@@ -10,8 +10,8 @@
     error         why the trial failed for good
     beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
 
-A FAIL trial is a failure only if it has an error (or crashed once too often).  Every other FAIL is vacated: its place is
-free, or taken by a retry.  Optuna's private names are used here and in `search.py` and nowhere else.
+A FAIL trial is a failure only if it has an error (or crashed once too often).  Every other FAIL is vacated: its place
+is free, or taken by a retry.  Optuna's private names are used here and in `search.py` and nowhere else.
 """
 
 from __future__ import annotations

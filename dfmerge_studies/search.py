@@ -1,0 +1,309 @@
+"""The space that a study searches, and the samplers that propose points in it.
+
+    names       experts, one coefficient each           (M,)
+    point       coefficients by name                    {name: float}
+    place       ordinal of a trial in its study         0, 1, 2, ...
+
+A trial's random numbers derive from (study's seed, study's name, place) and from nothing that a process remembers, so a
+study that was cut and resumed proposes what an uncut one proposes.  The place, unlike Optuna's trial number, stays with
+the coefficients when a trial is put back in the queue; the loop stores it on the trial under `PLACE`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.errors import InputError
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+PLACE = "place"
+RETRY_OF = "retry_of"
+DROPPED = "dropped"
+FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
+_ON_STEP = 1e-8  # the tolerance that Optuna's FloatDistribution uses for membership of a stepped range
+
+
+class GridExhausted(Exception):
+    """Every row of the grid has been proposed: there is nothing left to draw."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A box of coefficients, the same range for every name.
+
+    Attributes:
+        names: what the coefficients belong to, in the study's order.
+        low: smallest coefficient allowed.
+        high: largest coefficient allowed.
+        step: distance between allowed values, counted from `low`; None for a continuous range.
+
+    Raises:
+        InputError: the names or the range cannot be searched.
+    """
+
+    names: tuple[str, ...]
+    low: float = 0.0
+    high: float = 1.0
+    step: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) != len(self.names):
+            raise InputError(f"the names to search over must be distinct and at least one, got {list(self.names)}")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise InputError(f"the bounds must be two finite numbers in rising order, got [{self.low}, {self.high}]")
+        if self.step is not None and not (self.step > 0 and _is_multiple(self.high - self.low, self.step)):
+            raise InputError(
+                f"the step must be positive and divide the range [{self.low}, {self.high}], got {self.step}"
+            )
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return the Optuna distribution of each coefficient."""
+        return {name: FloatDistribution(self.low, self.high, step=self.step) for name in self.names}
+
+    def check(self, point: Mapping[str, float], *, where: str | None = None) -> None:
+        """Refuse a point that the study could not have proposed.
+
+        Args:
+            point: coefficients by name.
+            where: what to name as the place at fault, such as a flag or a field of a spec.
+
+        Raises:
+            InputError: a name is missing or unknown, or a value is outside the range or off the step.
+        """
+        missing = [name for name in self.names if name not in point]
+        unknown = [name for name in point if name not in self.names]
+        if missing or unknown:
+            raise InputError(
+                f"coefficients for unknown experts {unknown}" if unknown else f"no coefficient for {missing}",
+                where=where,
+                mend=f"Give one coefficient for each of {', '.join(self.names)}",
+            )
+        for name in self.names:
+            value = point[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+                raise InputError(
+                    f"the coefficient of {name} is {value}, outside [{self.low}, {self.high}]",
+                    where=where,
+                    mend="Choose a value in the range, or widen search.bounds in a new study",
+                )
+            if self.step is not None and not _is_multiple(value - self.low, self.step):
+                raise InputError(
+                    f"the coefficient of {name} is {value}, not {self.low} plus a multiple of {self.step}", where=where
+                )
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    return abs(value / step - round(value / step)) < _ON_STEP
+
+
+def trial_seed(seed: int, study_name: str, place: int, *words: str) -> int:
+    """Derive the seed of one trial's random numbers, 32 bits, from a hash of what identifies it."""
+    text = json.dumps([seed, study_name, place, *words])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def place_of(trial: FrozenTrial) -> int:
+    """Return the place of a trial; a trial that other software added stands at its number."""
+    return int(trial.user_attrs.get(PLACE, trial.number))
+
+
+class _OrderedGP(GPSampler):
+    """Optuna's GP sampler, shown the completed trials in the order of their places.
+
+    A point that was put back in the queue completes under a later number; the sums inside the GP depend, in their last
+    bits, on the order of the rows.  This overrides the one private name of Optuna that we rely on for proposals, and is
+    where another acquisition replaces log-EI.
+    """
+
+    def _sample_relative_impl(
+        self,
+        study: Study,
+        completed_trials: list[FrozenTrial],
+        running_trials: list[FrozenTrial],
+        search_space: dict[str, BaseDistribution],
+    ) -> dict[str, Any]:
+        ordered = sorted(completed_trials, key=place_of)
+        return super()._sample_relative_impl(study, ordered, running_trials, search_space)
+
+
+class StatelessSampler(BaseSampler):
+    """Proposes each trial with a fresh sampler, seeded for that trial alone.
+
+    Safe to share between threads: nothing is kept between two trials.
+
+    Args:
+        fresh: builds the sampler of one trial from that trial's seed.
+        space: what is searched; Optuna would infer it from past trials, and turn to random points when they differ.
+        seed: the study's seed.
+        study_name: the study's name.
+    """
+
+    def __init__(self, fresh: Callable[[int], BaseSampler], *, space: Space, seed: int, study_name: str) -> None:
+        self._fresh = fresh
+        self._space = space
+        self._seed = seed
+        self._study_name = study_name
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the whole space, or nothing for a trial whose coefficients are given."""
+        return {} if FIXED in trial.system_attrs else self._space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Propose all coefficients together; empty where the sampler leaves them to `sample_independent`."""
+        sampler = self._fresh(trial_seed(self._seed, self._study_name, place_of(trial)))
+        return sampler.sample_relative(study, trial, search_space) if search_space else {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Propose one coefficient uniformly: the startup trials, and all trials of the random sampler."""
+        seed = trial_seed(self._seed, self._study_name, place_of(trial), param_name)
+        return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+
+
+class _Grid(BaseSampler):
+    """Proposes the rows of a grid in order, each once.
+
+    Optuna's GridSampler chooses by trial number and by a process's own random state, so a failed or enqueued trial
+    costs a row and a resumed run takes another order.  Here the row follows from the places: two workers that draw at
+    the same moment stand at different places, hence get different rows.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, float]]) -> None:
+        self._rows = rows
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        others = [
+            other
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and DROPPED not in other.user_attrs
+        ]
+        given = {place_of(t): t.system_attrs[FIXED] for t in others if FIXED in t.system_attrs and not _is_retry(t)}
+        left = list(self._rows)
+        for place in range(place_of(trial)):
+            if place not in given:
+                del left[:1]
+            elif given[place] in left:
+                left.remove(given[place])
+        taken = [t.system_attrs.get(FIXED, t.params) for t in others if place_of(t) != place_of(trial)]
+        for row in itertools.chain(left, self._rows):
+            if row not in taken:
+                return dict(row)
+        raise GridExhausted
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        raise AssertionError(f"the grid has no values for {param_name}")
+
+
+def _is_retry(trial: FrozenTrial) -> bool:
+    return RETRY_OF in trial.user_attrs
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What a row of `SAMPLERS` may use.
+
+    Attributes:
+        space: what is searched.
+        startup_trials: completed trials before the model proposes.
+        grid: values by name, for the grid.
+    """
+
+    space: Space
+    startup_trials: int
+    grid: Mapping[str, Sequence[float]] | None
+
+
+def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
+    return _OrderedGP(seed=seed, n_startup_trials=max(1, settings.startup_trials), warn_independent_sampling=False)
+
+
+def _random(settings: SamplerSettings, seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+def _grid(settings: SamplerSettings, seed: int) -> BaseSampler:
+    return _Grid(grid_rows(settings.space, settings.grid))
+
+
+# A sampler is a function from the settings and one trial's seed to a fresh Optuna sampler for that trial.
+SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {"gp": _gp, "random": _random, "grid": _grid}
+
+
+def grid_rows(space: Space, grid: Mapping[str, Sequence[float]] | None) -> list[dict[str, float]]:
+    """List the distinct points of a grid, the last name varying fastest.
+
+    Args:
+        space: what is searched; every row must lie in it.
+        grid: values to combine, by name.
+
+    Raises:
+        InputError: there is no grid, or it does not fit the space.
+    """
+    if not grid or set(grid) != set(space.names) or not all(grid.values()):
+        raise InputError(
+            "the grid sampler needs values for every coefficient",
+            where="search.grid",
+            mend=f"Give a list of values for each of {', '.join(space.names)}",
+        )
+    columns = [list(dict.fromkeys(float(value) for value in grid[name])) for name in space.names]
+    rows = [dict(zip(space.names, values, strict=True)) for values in itertools.product(*columns)]
+    for row in rows:
+        space.check(row, where="search.grid")
+    return rows
+
+
+def make_sampler(
+    name: str,
+    *,
+    seed: int,
+    study_name: str,
+    space: Space,
+    startup_trials: int = 10,
+    grid: Mapping[str, Sequence[float]] | None = None,
+) -> BaseSampler:
+    """Build the sampler of a study; constraints and several objectives need no setting of their own.
+
+    Args:
+        name: a row of `SAMPLERS`.
+        seed: the study's seed.
+        study_name: the study's name, so that two studies of one seed differ.
+        space: what is searched.
+        startup_trials: completed trials before the Gaussian process proposes (at least 1).
+        grid: values by name, for the grid sampler.
+
+    Raises:
+        InputError: unknown sampler, or a grid that does not fit.
+    """
+    if name not in SAMPLERS:
+        raise InputError(
+            f"there is no sampler named {name!r}", where="search.sampler", mend=f"Use one of {', '.join(SAMPLERS)}"
+        )
+    if not hasattr(GPSampler, "_sample_relative_impl"):
+        raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
+    settings = SamplerSettings(space, startup_trials, grid)
+    row = SAMPLERS[name]
+    row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
+    return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

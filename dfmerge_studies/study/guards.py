@@ -1,0 +1,101 @@
+"""Two guards around a running trial: signals that end it in good order, and signs of life for other workers."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from sqlalchemy.exc import SQLAlchemyError
+
+from dfmerge_studies.study import attributes as at
+
+_BEAT_SECONDS = 30.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into `requested`, raising KeyboardInterrupt only inside `allowed`.
+
+    Between trials the loop is writing to its storage, where an exception could strike half-way through; it looks at
+    `requested` instead.  A second signal has its usual effect, at once.  Handlers exist from `__enter__` to `__exit__`,
+    and only in the main thread, where alone Python can install them.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._raising = False
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._former.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if self._raising:
+            self._raising = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let a signal interrupt what runs in the context."""
+        self._raising = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raising = False
+
+
+@contextlib.contextmanager
+def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
+    """Record that a trial is alive, now and from a thread until the context ends.
+
+    Storages without a heartbeat of their own get the time of day as an attribute.  A storage that fails is tried again
+    at the next beat: what counts is whether it takes the result.
+    """
+    interval = _beat(study, trial_id)
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(interval):
+            with contextlib.suppress(SQLAlchemyError, StorageInternalError, UpdateFinishedTrialError, OSError):
+                _beat(study, trial_id)
+        at.storage_of(study).remove_session()  # a database connection belongs to the thread that opened it
+
+    thread = threading.Thread(target=run, name=f"signs-of-life-{trial_id}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _beat(study: optuna.Study, trial_id: int) -> float:
+    """Record one sign of life, and return the seconds to the next."""
+    storage = at.storage_of(study)
+    record, interval = getattr(storage, "record_heartbeat", None), getattr(storage, "get_heartbeat_interval", None)
+    seconds = interval() if interval is not None else None
+    if record is not None and seconds is not None:
+        record(trial_id)
+        return float(seconds)
+    at.mark(study, trial_id, {at.BEAT: time.time()})
+    return _BEAT_SECONDS

@@ -1,0 +1,326 @@
+"""The loop of one worker: claim a place, evaluate its coefficients, store the result, until the study has its total.
+
+A study's total is exact over any number of workers and restarts.  Before a worker takes a place it counts what has a
+result, runs or waits; afterwards it looks again, and gives the place back if others were as quick.  A new trial has the
+highest number, so it yields to lower ones; a trial from the queue yields whenever there are too many.  The last to
+arrive therefore always sees the others, and yields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.search import DROPPED, PLACE, GridExhausted, Space, place_of
+from dfmerge_studies.storage import root_text, storage_errors
+from dfmerge_studies.study import attributes as at
+from dfmerge_studies.study.attributes import counts, results
+from dfmerge_studies.study.guards import Interrupts, signs_of_life
+from dfmerge_studies.study.owner import working
+from dfmerge_studies.study.recovery import (
+    STORAGE_FAILURES,
+    Event,
+    EventKind,
+    OnEvent,
+    Outbox,
+    Superseded,
+    TrialResult,
+    fail,
+    ignore,
+    recover,
+    refuse_reserved,
+    requeue,
+    tell,
+)
+
+__all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "enqueue", "recover", "results", "work"]
+
+MAX_FAILURES_IN_A_ROW = 3
+
+Evaluate = Callable[[dict[str, float], int], TrialResult]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of `work` ended.
+
+    Attributes:
+        completed: trials that this call completed, results found in the outbox included.
+        failed: trials that failed for good in this call.
+        interrupted: whether a signal ended it before the total was reached.
+        exhausted: whether the sampler had no more points.
+        counts: the study's trials by state, as `counts` gives them.
+    """
+
+    completed: int
+    failed: int
+    interrupted: bool
+    exhausted: bool
+    counts: dict[str, int]
+
+
+def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, float]]) -> int:
+    """Queue known points, to be evaluated before the sampler's own; safe to repeat at every start.
+
+    Args:
+        study: the study.
+        space: what it searches.
+        points: coefficients by name.
+
+    Returns:
+        The number of points that the study did not have yet.
+
+    Raises:
+        InputError: a point lies outside the space; none has been queued then.
+    """
+    for point in points:
+        space.check(point)
+    added = 0
+    with storage_errors():
+        for point in points:
+            wanted = {name: float(point[name]) for name in space.names}
+            trials = study.get_trials(deepcopy=False)
+            if any(DROPPED not in trial.user_attrs and at.point_of(trial) == wanted for trial in trials):
+                continue
+            study.enqueue_trial(wanted, user_attrs={PLACE: at.free_place(trials)})
+            added += 1
+    return added
+
+
+def work(
+    study: optuna.Study,
+    space: Space,
+    evaluate: Evaluate,
+    *,
+    target: int,
+    outbox: Path | None = None,
+    on_event: OnEvent = ignore,
+) -> Summary:
+    """Run trials until the study has `target` results, counting those of other workers and of earlier runs.
+
+    Args:
+        study: the study, with a sampler from `search.make_sampler`.
+        space: what it searches.
+        evaluate: from the coefficients and the trial's place to its result.  A RunError or MemoryError fails the trial
+            and the loop goes on; any other exception puts the trial back in the queue and is passed on.
+        target: the total of results that the study should reach.
+        outbox: a local folder for results that the storage has not taken yet.
+        on_event: told of everything that happens to a trial.
+
+    Returns:
+        What was done, and whether a signal ended it early.
+
+    Raises:
+        RunError: three trials in a row failed, or the storage did not take a result.
+    """
+    with working() as owner, Interrupts() as interrupts, storage_errors():
+        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, owner, interrupts)
+        worker.run()
+        now = counts(study)
+        early = interrupts.requested and now["complete"] + now["pruned"] < target and not worker.exhausted
+        return Summary(worker.completed, worker.failed, early, worker.exhausted, now)
+
+
+class _Worker:
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        evaluate: Evaluate,
+        target: int,
+        outbox: Outbox,
+        on_event: OnEvent,
+        owner: dict[str, Any],
+        interrupts: Interrupts,
+    ) -> None:
+        self.study = study
+        self.space = space
+        self.evaluate = evaluate
+        self.target = target
+        self.outbox = outbox
+        self.on_event = on_event
+        self.owner = owner
+        self.interrupts = interrupts
+        self.storage = at.storage_of(study)
+        self.completed = 0
+        self.failed = 0
+        self.exhausted = False
+        self.failures: list[str] = []  # in a row
+
+    def run(self) -> None:
+        self.completed += self.outbox.apply(self.on_event)
+        recover(self.study, on_event=self.on_event)
+        self.completed += self.outbox.apply(self.on_event)
+        while not self.interrupts.requested and not self.exhausted:
+            trial = self._claim()
+            if trial is None:
+                return
+            self._run(trial)
+            if len(self.failures) == MAX_FAILURES_IN_A_ROW:
+                raise RunError(
+                    f"{MAX_FAILURES_IN_A_ROW} trials in a row failed: {'; '.join(self.failures)}",
+                    where=self.study.study_name,
+                    mend="Mend the cause and run again: the study goes on with new coefficients",
+                )
+
+    # Claiming a place
+
+    def _claim(self) -> FrozenTrial | None:
+        """Take the next waiting trial or a new one; None when the study has, or will have, its total."""
+        while not self.interrupts.requested:
+            recover(self.study, on_event=self.on_event)
+            kept = at.holders(self.study.get_trials(deepcopy=False))
+            begun = at.started(kept)
+            waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
+            if len(begun) >= self.target:
+                return None
+            trial = self._take(waiting[0]) if waiting else self._draw(at.free_place(kept))
+            if trial is not None:
+                return trial
+            time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
+        return None
+
+    def _take(self, waiting: FrozenTrial) -> FrozenTrial | None:
+        trial_id = at.id_of(waiting)
+        try:
+            # Named before it runs: were it the other way round, a process killed in between would leave an orphan.
+            at.mark(self.study, trial_id, {at.OWNER: self.owner, PLACE: place_of(waiting)})
+            if not self.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                return None
+        except UpdateFinishedTrialError:
+            return None
+        begun = at.started(self.study.get_trials(deepcopy=False))
+        if len(begun) > self.target:
+            self._put_back(trial_id)
+            return None
+        return self.storage.get_trial(trial_id)
+
+    def _draw(self, place: int) -> FrozenTrial | None:
+        # Owner and place are part of the row from its first moment.
+        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, at.OWNER: self.owner})
+        trial_id = self.storage.create_new_trial(at.study_id_of(self.study), template_trial=template)
+        trial = self.storage.get_trial(trial_id)
+        lower = [t for t in at.holders(self.study.get_trials(deepcopy=False)) if t.number < trial.number]
+        live = [t for t in lower if t.state != TrialState.FAIL]
+        if len(live) >= self.target or any(place_of(t) == place for t in lower):
+            fail(self.study, trial_id, {DROPPED: True})
+            return None
+        return trial
+
+    def _put_back(self, trial_id: int) -> None:
+        """End a trial that was not this process's fault, and queue its coefficients again."""
+        fail(self.study, trial_id, {at.INTERRUPTED: True})
+        requeue(self.study)
+
+    # Running a trial
+
+    def _run(self, trial: FrozenTrial) -> None:
+        with signs_of_life(self.study, at.id_of(trial)):
+            try:
+                coefficients = self._suggest(at.id_of(trial))
+                self._event("started", trial, coefficients)
+                result = self._evaluate(trial, coefficients)
+                if result is not None:
+                    self._deliver(trial, coefficients, result)
+            except GridExhausted:
+                fail(self.study, at.id_of(trial), {DROPPED: True})
+                self.exhausted = True
+            except (Superseded, UpdateFinishedTrialError):
+                self._event("superseded", trial, {}, message="another worker has taken this trial meanwhile")
+
+    def _evaluate(self, trial: FrozenTrial, coefficients: dict[str, float]) -> TrialResult | None:
+        """Evaluate a trial; None if it failed, or was interrupted and is back in the queue."""
+        try:
+            self.space.check(coefficients)
+        except InputError as error:  # other software queued the point
+            self._failed(trial, coefficients, error)
+            return None
+        try:
+            with self.interrupts.allowed():
+                result = self.evaluate(dict(coefficients), place_of(trial))
+            self._check(result)
+        except (RunError, MemoryError) as error:
+            self._failed(trial, coefficients, error)
+            return None
+        except KeyboardInterrupt:
+            self._put_back(at.id_of(trial))
+            self._event("interrupted", trial, coefficients)
+            if not self.interrupts.requested:
+                raise  # not of our handler's making: whoever made it decides what it means
+            return None
+        except BaseException:
+            self._put_back(at.id_of(trial))
+            raise
+        return result
+
+    def _deliver(self, trial: FrozenTrial, coefficients: dict[str, float], result: TrialResult) -> None:
+        kept = self.outbox.write(trial.number, self.owner, result)
+        try:
+            tell(self.study, at.id_of(trial), result)
+        except Superseded:
+            if kept is not None:
+                kept.unlink(missing_ok=True)
+            raise
+        except STORAGE_FAILURES as error:
+            raise RunError(
+                f"the storage did not take the result of trial {trial.number}: {root_text(error)}",
+                where=self.study.study_name,
+                mend=f"It is kept in {kept}: run again to apply it" if kept else "Run again to repeat the trial",
+            ) from None
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+        self.completed += 1
+        self.failures.clear()
+        self._event("completed", trial, coefficients, result.values)
+
+    def _suggest(self, trial_id: int) -> dict[str, float]:
+        live = optuna.Trial(self.study, trial_id)
+        low, high, step = self.space.low, self.space.high, self.space.step
+        coefficients = {name: live.suggest_float(name, low, high, step=step) for name in self.space.names}
+        # The owner once more: a rival that lost the race for a waiting trial may have written its own name last.
+        at.mark(self.study, trial_id, {at.OWNER: self.owner, at.DRAWN: True})
+        return coefficients
+
+    def _check(self, result: TrialResult) -> None:
+        """Refuse what Optuna would store and then trip over."""
+        directions = len(self.study.directions)
+        if len(result.values) != directions:
+            raise ValueError(f"the trial gave {len(result.values)} values for {directions} objectives")
+        bad = [value for value in (*result.values, *result.constraints) if not math.isfinite(value)]
+        if bad:
+            raise RunError(f"the trial's values {list(result.values)} or constraints are not finite")
+        refuse_reserved(result)
+        json.dumps(dict(result.attributes))
+        earlier = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if earlier and len(earlier[0].constraints) != len(result.constraints):
+            raise RunError(
+                f"the trial has {len(result.constraints)} constraints, earlier ones {len(earlier[0].constraints)}"
+            )
+
+    def _failed(self, trial: FrozenTrial, coefficients: Mapping[str, float], error: Exception) -> None:
+        message = str(error) or type(error).__name__
+        fail(self.study, at.id_of(trial), {at.ERROR: message})
+        self.failed += 1
+        self.failures.append(f"trial {trial.number}: {message}")
+        self._event("failed", trial, coefficients, message=message)
+
+    def _event(
+        self,
+        kind: EventKind,
+        trial: FrozenTrial,
+        coefficients: Mapping[str, float],
+        values: tuple[float, ...] | None = None,
+        message: str | None = None,
+    ) -> None:
+        self.on_event(Event(kind, trial.number, place_of(trial), coefficients, values, message))

@@ -1,0 +1,100 @@
+"""A worker process for the tests: `python loop_child.py '{"url": …}'` runs one call of `work` on a cheap real objective.
+
+Faults are real: the process kills or signals itself at the moment that the test asks for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from dfmerge_studies.errors import DFMergeError, RunError
+from dfmerge_studies.search import Space, make_sampler
+from dfmerge_studies.storage import join_study, open_storage
+from dfmerge_studies.study import loop
+from dfmerge_studies.study.loop import Event, TrialResult, enqueue, work
+
+SPACE = Space(("a", "b", "c"))
+
+
+def objective(point: dict[str, float]) -> float:
+    return -((point["a"] - 0.3) ** 2) - (point["b"] - 0.8) ** 2 - 0.5 * (point["c"] - point["a"]) ** 2
+
+
+def study_of(settings: dict[str, Any]) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler = make_sampler(
+        settings.get("sampler", "random"),
+        seed=settings.get("seed", 0),
+        study_name="s",
+        space=SPACE,
+        startup_trials=settings.get("startup", 4),
+        grid=settings.get("grid"),
+    )
+    directions = ["maximize"] * settings.get("objectives", 1)
+    return join_study(open_storage(settings["url"]), "s", directions=directions, sampler=sampler)
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    log = Path(settings["log"])
+    calls = 0
+
+    def evaluate(point: dict[str, float], place: int) -> TrialResult:
+        nonlocal calls
+        calls += 1
+        with log.open("a") as file:
+            file.write(json.dumps([place, point]) + "\n")
+        if calls == settings.get("kill_at_call"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if calls == settings.get("signal_at_call"):
+            os.kill(os.getpid(), settings["signal"])
+            if settings.get("twice"):
+                os.kill(os.getpid(), settings["signal"])
+            time.sleep(20)
+        time.sleep(settings.get("seconds", 0.0))
+        if place in settings.get("failing", []):
+            raise RunError(f"no result at place {place}")
+        values = {"inf": float("inf"), "nan": float("nan")}.get(settings.get("value", ""), objective(point))
+        more = (point["a"] + point["b"], point["c"])[: settings.get("objectives", 1) - 1]
+        constraints = (point["a"] - 0.5, 0.1 - point["b"])[: settings.get("constraints", 0)]
+        return TrialResult((values, *more), {"tasks": {"t": point["a"]}}, constraints)
+
+    def on_event(event: Event) -> None:
+        print(json.dumps([event.kind, event.number, event.place, event.message]), flush=True)
+
+    if settings.get("kill_at_tell"):
+        told, tell = 0, loop.tell
+
+        def tell_or_die(*arguments: Any) -> None:
+            nonlocal told
+            told += 1
+            if told == settings["kill_at_tell"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            tell(*arguments)
+
+        loop.tell = tell_or_die
+    if settings.get("kill_after") is not None:
+        threading.Timer(settings["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        study = study_of(settings)
+        enqueue(study, SPACE, settings.get("points", []))
+        outbox = Path(settings["outbox"]) if settings.get("outbox") else None
+        summary = work(study, SPACE, evaluate, target=settings["target"], outbox=outbox, on_event=on_event)
+    except DFMergeError as error:
+        print(json.dumps(["error", str(error)]), flush=True)
+        raise SystemExit(error.exit_code) from None
+    print(json.dumps(["summary", summary.__dict__]), flush=True)
+    os._exit(0)  # a timer that would kill this process later has nothing left to kill
+
+
+if __name__ == "__main__":
+    main()
