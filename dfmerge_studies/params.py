@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import InputError
 
 Weights = Mapping[str, Tensor]
+_MEND_NAMES = "Base and experts must be one architecture; name the base that this expert was fine-tuned from"
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def align(base: Weights, expert: Weights, *, base_file: str, expert_file: str) -
             raise InputError(
                 f"tensor {name} {tuple(base[name].shape)} of the base {base_file} is missing here",
                 where=expert_file,
-                mend="Base and experts must be the same architecture; name the base that this expert was fine-tuned from",
+                mend=_MEND_NAMES,
             )
     for name in expert:
         if name not in base:
             raise InputError(
                 f"tensor {name} {tuple(expert[name].shape)} does not exist in the base {base_file}",
                 where=expert_file,
-                mend="Base and experts must be the same architecture; name the base that this expert was fine-tuned from",
+                mend=_MEND_NAMES,
             )
     for name, tensor in base.items():
         ours, theirs = tuple(expert[name].shape), tuple(tensor.shape)
@@ -94,7 +95,7 @@ def _mend_shapes(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
 
 
 def task_vector(expert_name: str, base: Weights, expert: Weights) -> TaskVector:
-    """tau = theta_expert - theta_pre, without the parameters that are equal bit for bit.
+    """Tau = theta_expert - theta_pre, without the parameters that are equal bit for bit.
 
     Args:
         expert_name: name that the vector carries.

@@ -229,11 +229,13 @@ class SamplerSettings:
         space: what is searched.
         startup_trials: completed trials before the model proposes.
         grid: values by name, for the grid.
+        constrained: whether trials carry constraints: Optuna's GP notices by itself, other acquisitions must be told.
     """
 
     space: Space
-    startup_trials: int
-    grid: Mapping[str, Sequence[float]] | None
+    startup_trials: int = 10
+    grid: Mapping[str, Sequence[float]] | None = None
+    constrained: bool = False
 
 
 def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -283,8 +285,9 @@ def make_sampler(
     space: Space,
     startup_trials: int = 10,
     grid: Mapping[str, Sequence[float]] | None = None,
+    constrained: bool = False,
 ) -> BaseSampler:
-    """Build the sampler of a study; constraints and several objectives need no setting of their own.
+    """Build the sampler of a study, of one objective or several.
 
     Args:
         name: a row of `SAMPLERS`.
@@ -293,6 +296,7 @@ def make_sampler(
         space: what is searched.
         startup_trials: completed trials before the Gaussian process proposes (at least 1).
         grid: values by name, for the grid sampler.
+        constrained: whether the study's trials carry constraints.
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
@@ -303,7 +307,7 @@ def make_sampler(
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
-    settings = SamplerSettings(space, startup_trials, grid)
+    settings = SamplerSettings(space, startup_trials, grid, constrained)
     row = SAMPLERS[name]
     row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
     return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

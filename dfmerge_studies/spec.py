@@ -229,6 +229,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
         if isinstance(key, (str, int, float, bool)):
             if key in seen:
@@ -249,9 +251,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {error}", where=str(path), mend="Give a YAML text file") from error
     try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506  # a subclass of SafeLoader
+        data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path), mend="Correct it") from error
+        raise InputError(
+            f"not valid YAML: {' '.join(str(error).split())}", where=str(path), mend="Correct it"
+        ) from error
     if not isinstance(data, dict):
         raise InputError("expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec")
     return data
@@ -271,7 +275,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", mend="Correct the key")
         target = inner
     try:
-        target[leaf] = yaml.load(value, Loader=_Loader)  # noqa: S506
+        target[leaf] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise InputError(f"the value of {override!r} is not valid YAML", where="--set", mend="Quote it") from error
 
@@ -334,7 +338,10 @@ def _check_references(spec: StudySpec) -> None:
             mend="Use one type",
         )
     _check_points(spec)
-    for field, named in (("objective.weights", spec.objective.weights), ("importance.indices", spec.importance.indices)):
+    for field, named in (
+        ("objective.weights", spec.objective.weights),
+        ("importance.indices", spec.importance.indices),
+    ):
         if isinstance(named, dict) and (odd := sorted(set(named) - set(spec.tasks))):
             raise InputError(
                 f"unknown task {odd[0]!r}", where=spec.where(field), mend=f"The tasks are {', '.join(spec.tasks)}"
@@ -343,7 +350,9 @@ def _check_references(spec: StudySpec) -> None:
 
 def _check_points(spec: StudySpec) -> None:
     for point in spec.search.enqueue:
-        check_coefficients(spec, {e: point for e in spec.experts} if isinstance(point, float) else point, "search.enqueue")
+        check_coefficients(
+            spec, dict.fromkeys(spec.experts, point) if isinstance(point, float) else point, "search.enqueue"
+        )
 
 
 def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) -> dict[str, float]:
@@ -375,5 +384,3 @@ def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) 
             mend="Give one for every expert",
         )
     return {name: float(point[name]) for name in spec.experts}
-
-

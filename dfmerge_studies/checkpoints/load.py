@@ -129,9 +129,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(
-                checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
         raise InputError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
@@ -175,7 +173,9 @@ def check_same_tokenizer(
         )
     probe = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
     if list(expert(probe)["input_ids"]) != list(base(probe)["input_ids"]):
-        raise InputError(f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend)
+        raise InputError(
+            f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend
+        )
 
 
 def check_files(checkpoint: Checkpoint) -> None:

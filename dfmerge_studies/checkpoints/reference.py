@@ -54,7 +54,9 @@ class Checkpoint:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again") from error
+            raise InputError(
+                f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again"
+            ) from error
         if not isinstance(config, dict):
             raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
         return config

@@ -1,8 +1,8 @@
 """The one model that stays in memory: every scaled expert and every merge is written into its parameters in place.
 
-    theta_pre   base parameters, kept only for the names on which an expert differs    {name: tensor}
-    tau[i]      task vectors, on the same device                                       {name: tensor}
-    heads[t]    parameters of task t's own head, never merged                          {name: tensor}
+theta_pre   base parameters, kept only for the names on which an expert differs    {name: tensor}
+tau[i]      task vectors, on the same device                                       {name: tensor}
+heads[t]    parameters of task t's own head, never merged                          {name: tensor}
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Resident:
         task_vectors: one per expert, in the order of the spec.
         names: parameters on which at least one expert differs from the base, in the model's order.
         heads: per task, its head's parameters; empty for models without heads.
-        base_vocabulary: rows of the input embedding.
     """
 
     model: PreTrainedModel
@@ -82,18 +81,42 @@ class Resident:
         Args:
             task: name of the task.
         """
-        for name, tensor in self.heads.get(task, {}).items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-            if isinstance(module, nn.Linear) and leaf == "weight":
-                module.out_features, module.in_features = tensor.shape
-        if task in self.heads:
-            self.model.config.num_labels = self.head_classes(task)
+        put_head_on_(self.model, self.heads.get(task, {}))
 
-    def head_classes(self, task: str) -> int:
-        """Number of classes of a task's head."""
-        return next(reversed([tensor.shape[0] for name, tensor in self.heads[task].items() if "weight" in name]))
+
+def put_head_on_(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Replace the parameters of a model's head, which may change its number of classes.
+
+    Args:
+        model: the model.
+        head: parameters by their full names.
+    """
+    for name, tensor in head.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            module.out_features, module.in_features = tensor.shape
+
+
+def head_names(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
+    """Parameters that belong to a task and not to the shared encoder.
+
+    Args:
+        model: a classifier as transformers loaded it from the base.
+        missing: parameters that the base's files did not hold (a pooler that pretraining had no use for, say).
+    """
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(n for n in float_parameters(model) if not n.startswith(prefix)) | missing
+
+
+def head_classes(head: Mapping[str, Tensor]) -> int:
+    """Number of classes of a classification head: the rows of its last weight.
+
+    Args:
+        head: its parameters by name.
+    """
+    return [tensor.shape[0] for name, tensor in head.items() if name.endswith("weight")][-1]
 
 
 def load_resident(
@@ -120,15 +143,15 @@ def load_resident(
     """
     loaded = load_model(base, model_class, dtype=dtype)
     model, tokenizer = loaded.model, load_tokenizer(base)
-    head_names = _head_names(loaded.model, loaded.missing) if model_class is ModelClass.CLASSIFICATION else frozenset()
-    theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in head_names}
+    own = head_names(loaded.model, loaded.missing) if model_class is ModelClass.CLASSIFICATION else frozenset()
+    theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in own}
     for name, tensor in theta_pre.items():
         check_finite(tensor, name, where=str(base.path))
     vectors: list[TaskVector] = []
     heads: dict[str, dict[str, Tensor]] = {}
     for expert, checkpoint in experts.items():
         theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer)
-        head = {name: theta.pop(name) for name in list(theta) if name in head_names}
+        head = {name: theta.pop(name) for name in list(theta) if name in own}
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         vectors.append(task_vector(expert, theta_pre, theta))
         task = task_of[expert]
@@ -176,9 +199,3 @@ def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:
             where=str(checkpoint.path / "config.json"),
             mend="Only experts fine-tuned from the base can be merged into it",
         )
-
-
-def _head_names(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
-    """Parameters that belong to a task: outside the shared encoder, or not in the base's files at all."""
-    prefix = f"{model.base_model_prefix}."
-    return frozenset(n for n in float_parameters(model) if not n.startswith(prefix)) | missing

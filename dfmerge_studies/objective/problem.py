@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, model_digest
 from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
-from dfmerge_studies.checkpoints.resident import Resident, load_resident
+from dfmerge_studies.checkpoints.resident import Resident, head_classes, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
 
@@ -122,8 +126,10 @@ class Problem:
         """
         splits = self.tasks[task].splits
         if split not in splits:
-            splits[split] = _encode_split(self.spec, task, split, self.resident, self.kind)
-            check_labels(self.spec, self.resident, task, splits[split])
+            splits[split] = encode_split(
+                self.spec, task, split, self.resident.model, self.resident.tokenizer, self.kind
+            )
+            check_labels(self.spec, task, splits[split], self.resident.heads)
         return splits[split]
 
 
@@ -150,7 +156,9 @@ def find_checkpoints(spec: StudySpec) -> Checkpoints:
     return Checkpoints(base, experts, kind)
 
 
-def load_problem(spec: StudySpec, *, indices: Mapping[str, list[int]] | None = None, progress: Progress = silent) -> Problem:
+def load_problem(
+    spec: StudySpec, *, indices: Mapping[str, list[int]] | None = None, progress: Progress = silent
+) -> Problem:
     """Load models and validation data of a spec.
 
     Args:
@@ -186,13 +194,13 @@ def load_problem(spec: StudySpec, *, indices: Mapping[str, list[int]] | None = N
                 where=spec.where(f"tasks.{name}"),
                 mend="Add an expert with this task, or remove the task",
             )
-        everything = _encode_split(spec, name, "validation", resident, checkpoints.kind)
-        check_labels(spec, resident, name, everything)
+        everything = encode_split(spec, name, "validation", resident.model, resident.tokenizer, checkpoints.kind)
+        check_labels(spec, name, everything, resident.heads)
         rows = limited_rows(len(everything), spec.tasks[name].limit, seeded_generator(spec.search.seed, "limit", name))
         fisher = [everything[row] for row in _fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs({"validation": [everything[row] for row in rows]}, fisher)
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, _pad_id(resident), base_digest, digests)
+    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests)
 
 
 def choose_device(spec: StudySpec) -> torch.device:
@@ -241,15 +249,23 @@ def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     return content  # type: ignore[no-any-return]  # checked above
 
 
-def check_labels(spec: StudySpec, resident: Resident, task: str, examples: Sequence[Encoded]) -> None:
+def check_labels(
+    spec: StudySpec, task: str, examples: Sequence[Encoded], heads: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     """Refuse labels that a classification head has no class for.
+
+    Args:
+        spec: for messages.
+        task: name of the task.
+        examples: its inputs.
+        heads: parameters of the heads by task.
 
     Raises:
         InputError: naming the row.
     """
-    if task not in resident.heads:
+    if task not in heads:
         return
-    classes = resident.head_classes(task)
+    classes = head_classes(heads[task])
     for example in examples:
         if example.label is not None and example.label >= classes:
             raise InputError(
@@ -259,14 +275,34 @@ def check_labels(spec: StudySpec, resident: Resident, task: str, examples: Seque
             )
 
 
-def _encode_split(spec: StudySpec, task: str, split: str, resident: Resident, kind: Kind) -> list[Encoded]:
+def encode_split(
+    spec: StudySpec,
+    task: str,
+    split: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+) -> list[Encoded]:
+    """Read and tokenise one split of a task.
+
+    Args:
+        spec: where the task is described.
+        task: its name.
+        split: "validation" or "test".
+        model: whose limits and architecture count.
+        tokenizer: its tokenizer.
+        kind: how it answers.
+
+    Raises:
+        InputError: the split is not named, cannot be read, or does not fit the model.
+    """
     settings = spec.tasks[task]
     name = settings.validation_split if split == "validation" else settings.test_split
     if name is None:
         raise InputError("no test_split", where=spec.where(f"tasks.{task}"), mend="Name one, or use --split validation")
     rows = load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
-    longest = longest_input(resident.model.config, resident.tokenizer)
-    return encode_rows(rows, settings, kind, resident.tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length"))
+    longest = longest_input(model.config, tokenizer)
+    return encode_rows(rows, settings, kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length"))
 
 
 def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
@@ -282,12 +318,9 @@ def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, li
     return list(rows)
 
 
-def _pad_id(resident: Resident) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that pads batches; it is masked, so any will do where a tokenizer has none."""
-    pad = resident.tokenizer.pad_token_id
-    if isinstance(pad, int):
-        return pad
-    end = resident.tokenizer.eos_token_id
-    return end if isinstance(end, int) else 0
-
-
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0

@@ -69,7 +69,9 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     ]
 
 
-def refuse_other_science(study_name: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any], where: str) -> None:
+def refuse_other_science(
+    study_name: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any], where: str
+) -> None:
     """Refuse to join a study that is about something else.
 
     Args:

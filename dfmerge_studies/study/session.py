@@ -18,7 +18,7 @@ from dfmerge_studies.methods import METHODS, SHARED, Coefficients, Method, expan
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
 from dfmerge_studies.search import Space, make_sampler
-from dfmerge_studies.spec import StudySpec, parse_size
+from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import join_study, load_study, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
@@ -56,6 +56,8 @@ def search_space(spec: StudySpec) -> Space:
     method = METHODS[spec.method]
     if method.coefficients is Coefficients.SHARED_GRID:
         return Space((SHARED,), min(method.grid), max(method.grid))
+    if method.coefficients is Coefficients.FIXED:
+        return Space(tuple(spec.experts))
     return Space(tuple(spec.experts), low, high, spec.search.step)
 
 
@@ -155,7 +157,18 @@ class Session:
             self.merger.merge_(self.coefficients(trial))
             return self.merger.scores(split)
 
-        return self._kept(f"trial {trial.number}", split, compute)
+        return self._kept(_trial_row(trial), split, compute)
+
+    def kept_scores(self, row: str | FrozenTrial, split: str) -> dict[str, dict[str, float]]:
+        """Scores that the study already has, as `{split: scores}`, or nothing.
+
+        Args:
+            row: "base", "experts", or a trial.
+            split: "validation" or "test".
+        """
+        name = row if isinstance(row, str) else _trial_row(row)
+        stored = self.study.user_attrs.get(f"{_SCORES}:{name}:{split}")
+        return {split: dict(stored)} if stored is not None else {}
 
     def _kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         name = f"{_SCORES}:{row}:{split}"
@@ -213,6 +226,10 @@ class Session:
         return self.spec.workdir / ".dfmerge" / "outbox" / identity
 
 
+def _trial_row(trial: FrozenTrial) -> str:
+    return f"trial {trial.number}"
+
+
 def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Progress = silent) -> Session:
     """Create the study that a spec names, or join it.
 
@@ -228,7 +245,7 @@ def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Pro
     """
     url, method = storage_url(spec), METHODS[spec.method]
     cache = spec_cache(spec)
-    stored = _stored_study(spec, url)
+    stored = stored_study_or_none(spec, url)
     where = safe_url(url)
     if stored is not None:
         provenance.refuse_other_science(
@@ -257,7 +274,7 @@ def stored_study(spec: StudySpec) -> optuna.Study:
         return load_study(open_storage(url, create=False), spec.name)
 
 
-def _stored_study(spec: StudySpec, url: str) -> optuna.Study | None:
+def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
     """The study if it is there; nothing is created."""
     path = url.removeprefix("sqlite:///").partition("?")[0] if url.startswith("sqlite:///") else None
     if path is not None and not Path(path).exists():
@@ -326,3 +343,9 @@ def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> Froz
             return trial
     known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
     raise InputError(f"no completed trial {number}", where="--trial", mend=f"Completed trials: {known}")
+
+
+def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
+    """The objective that a stored study was made with."""
+    science = provenance.stored_science(study) or {}
+    return ObjectiveSettings.model_validate(science.get("objective", {}))

@@ -211,7 +211,9 @@ def _checked_choices(value: Any, where: str, index: int) -> tuple[str, ...]:
     if len(choices) < 2:
         raise InputError(f"row {index} has only {len(choices)} choice", where=where, mend="Give at least two choices")
     if len(set(choices)) < len(choices):
-        raise InputError(f"row {index} has the same choice twice: {list(choices)}", where=where, mend="Make them differ")
+        raise InputError(
+            f"row {index} has the same choice twice: {list(choices)}", where=where, mend="Make them differ"
+        )
     if not all(choice.strip() for choice in choices):
         raise InputError(f"row {index} has an empty choice", where=where, mend="Give every choice a text")
     return choices

@@ -15,10 +15,14 @@ class _Task(BaseModel):
     )
     doc_to_text: str = Field(description="the input: a column or a Jinja2 template")
     doc_to_target: str | int = Field(description="the right choice, by index or by text: a column or a template")
-    validation_split: str = Field("validation", description="split that trials are scored on and Fisher inputs come from")
+    validation_split: str = Field(
+        "validation", description="split that trials are scored on and Fisher inputs come from"
+    )
     test_split: str | None = Field(None, description="split that is only ever reported")
     max_length: int | None = Field(
-        None, gt=0, description="tokens of an input; longer texts are cut. null: as many as the model takes, none is cut"
+        None,
+        gt=0,
+        description="tokens of an input; longer texts are cut. null: as many as the model takes, none is cut",
     )
     limit: int | float | None = Field(
         None, gt=0, description="use only so many validation rows (count, or fraction below 1), drawn with the seed"

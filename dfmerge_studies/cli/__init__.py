@@ -1,0 +1,1 @@
+"""The command line: thin skins over the Python API, and the only place that prints."""

@@ -1,0 +1,78 @@
+"""`dfmerge` and `python -m dfmerge_studies`: the commands, and what becomes of errors.
+
+Only light modules are imported here: `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from dfmerge_studies.cli import cache, inspect, models, run
+from dfmerge_studies.errors import DFMergeError
+
+app = typer.Typer(
+    help="Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("status")(inspect.status)
+app.command("list")(inspect.list_studies)
+app.command("merge")(models.merge)
+app.command("fisher")(models.fisher)
+app.command("evaluate")(models.evaluate)
+app.command("export")(models.export)
+app.command("validate")(inspect.validate)
+app.add_typer(cache.app, name="cache")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("dfmerge-studies"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 bad input, 1 a failed run, 130 interrupted.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given or bool(os.environ.get("DFMERGE_DEBUG"))
+    try:
+        app(args=[item for item in given if item != "--debug"], prog_name="dfmerge")
+    except DFMergeError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error}. Run again with --debug for the traceback.", file=sys.stderr)
+        sys.exit(1)

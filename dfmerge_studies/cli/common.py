@@ -1,0 +1,111 @@
+"""What the commands share: options, the spec, consoles, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.spec import StudySpec
+
+SpecArgument = Annotated[
+    Path | None, typer.Argument(metavar="[SPEC]", help="A YAML spec; without one, the shipped quickstart.")
+]
+RequiredSpec = Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML spec.")]
+StorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", envvar="DFMERGE_STORAGE", help="Optuna storage instead of the spec's."),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any field, e.g. search.step=0.1.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
+CacheOption = Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Fisher cache instead of the spec's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+QUICKSTART = "quickstart"
+
+
+def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: str | int | None) -> StudySpec:
+    """The spec of a command line.
+
+    Args:
+        file: its path, None for the quickstart, whose outputs go to the working directory.
+        overrides: values of `--set`.
+        **flags: further overrides by dotted key with `__` for the dots; None means not given.
+    """
+    from dfmerge_studies.spec import StudySpec
+
+    given = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in flags.items() if value is not None]
+    everything = [*(overrides or []), *given]
+    if file is None:
+        shipped = Path(str(files("dfmerge_studies").joinpath(QUICKSTART, f"{QUICKSTART}.yaml")))
+        return StudySpec.from_yaml(shipped, everything, workdir=Path.cwd())
+    return StudySpec.from_yaml(file, everything)
+
+
+def output() -> Console:
+    """Standard output: results."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def messages() -> Console:
+    """Standard error: progress and logs."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Our own warnings on standard error, nothing of Optuna's and transformers' chatter."""
+    import warnings
+
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
+    """A bar on standard error for work in named phases; nothing remains of it afterwards.
+
+    Args:
+        hidden: show nothing.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=messages(), transient=True, disable=hidden) as bars:
+        shown = bars.add_task("loading", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bars.update(shown, description=what, completed=done, total=total)
+
+        yield show

@@ -1,0 +1,101 @@
+"""`status`, `list`, `validate`: look without working."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from dfmerge_studies.cli import common
+
+
+def status(
+    spec: common.SpecArgument = None,
+    storage: common.StorageOption = None,
+    overrides: common.SetOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Trials by state, the best so far, per-task scores, speed."""
+    settings = common.load_spec(spec, overrides, storage=storage)
+    common.quiet_libraries()
+    from dfmerge_studies.report.summary import study_summary
+    from dfmerge_studies.report.tables import status_table
+    from dfmerge_studies.storage import storage_errors
+    from dfmerge_studies.study.recovery import recover
+    from dfmerge_studies.study.session import storage_url, stored_study
+
+    study = stored_study(settings)
+    with storage_errors(storage_url(settings)):
+        recover(study)
+        summary = study_summary(study, settings)
+    if json:
+        common.print_json(summary)
+    else:
+        common.output().print(status_table(summary))
+
+
+def list_studies(
+    spec: common.SpecArgument = None,
+    storage: common.StorageOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """All studies of a storage: the spec's, or the one that --storage names."""
+    settings = common.load_spec(spec, storage=storage)
+    common.quiet_libraries()
+    from dfmerge_studies.report.summary import storage_summary
+    from dfmerge_studies.report.tables import studies_table
+    from dfmerge_studies.storage import open_storage, storage_errors
+    from dfmerge_studies.study.session import storage_url
+
+    url = storage_url(settings)
+    with storage_errors(url):
+        entries = storage_summary(open_storage(url, create=False))
+    if json:
+        common.print_json(entries)
+    else:
+        common.output().print(studies_table(entries))
+
+
+def validate(
+    spec: common.SpecArgument = None,
+    storage: common.StorageOption = None,
+    overrides: common.SetOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Check everything that can be checked before spending: files, shapes, tokenizers, data, memory."""
+    settings = common.load_spec(spec, overrides, storage=storage)
+    with common.progress_bar(hidden=json) as progress:
+        common.quiet_libraries()
+        from dfmerge_studies.study.validate import validate as check
+
+        result = check(settings, progress=progress)
+    if json:
+        common.print_json(result)
+    else:
+        _show_validation(settings.file.name, result)
+    if not result["ok"]:
+        raise typer.Exit(2)
+
+
+def _show_validation(name: str, result: dict[str, Any]) -> None:
+    out = common.output()
+    for problem in result["problems"]:
+        where = f"{problem['where']}: " if problem["where"] else ""
+        typer.echo(f"error: {where}{problem['what']}. {problem['mend'] or ''}", err=True)
+    if result["ok"]:
+        estimate = result["estimate"]
+        out.print(f"{name} is valid")
+        out.print(
+            f"  {estimate['parameters']:,} parameters, {estimate['changed_parameters']:,} changed by "
+            f"{estimate['experts']} experts"
+        )
+        for task, count in estimate["validation_inputs"].items():
+            cut = estimate["truncated_inputs"][task]
+            fisher = estimate["fisher_inputs"][task]
+            out.print(
+                f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
+            )
+        peak, free = estimate["peak_bytes"] / 1e9, estimate["available_bytes"] / 1e9
+        out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
+        if peak > free:
+            out.print("  warning: that is more than there is")

@@ -1,0 +1,203 @@
+"""`merge`, `fisher`, `evaluate`, `export`: one model at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfmerge_studies.cli import common
+from dfmerge_studies.errors import InputError
+
+if TYPE_CHECKING:
+    from dfmerge_studies.spec import StudySpec
+
+OutOption = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
+
+
+def merge(
+    spec: common.RequiredSpec,
+    out: OutOption,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            "--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all; 1/M by default."
+        ),
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
+    device: common.DeviceOption = None,
+    cache: common.CacheOption = None,
+    overrides: common.SetOption = None,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
+) -> None:
+    """Merge once at the given coefficients, without a study."""
+    settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
+    point = _parse_coefficients(settings, coefficients)
+    from dfmerge_studies.checkpoints.write import check_target
+
+    check_target(out, force=force)
+    with common.progress_bar(hidden=json) as progress:
+        common.quiet_libraries()
+        from dfmerge_studies.methods import METHODS
+        from dfmerge_studies.objective.merger import Merger
+        from dfmerge_studies.objective.problem import load_problem
+        from dfmerge_studies.report.card import Merged
+        from dfmerge_studies.report.export import export_merge
+        from dfmerge_studies.study.session import spec_cache
+
+        merger = Merger(
+            load_problem(settings, progress=progress), METHODS[settings.method], spec_cache(settings), progress=progress
+        )
+        digest, outcome = export_merge(merger, settings, Merged(settings.method, point), out, force=force)
+    result = {
+        "out": str(out),
+        "method": settings.method,
+        "coefficients": point,
+        "digest": digest,
+        "fishers": {"computed": outcome.computed, "cached": outcome.cached},
+    }
+    if json:
+        common.print_json(result)
+    else:
+        common.output().print(f"merged with {settings.method} into {out}", markup=False)
+
+
+def fisher(
+    spec: common.RequiredSpec,
+    expert: Annotated[str, typer.Option("--expert", metavar="NAME", help="Whose importance.")],
+    out: OutOption,
+    coefficient: Annotated[
+        float, typer.Option("--coefficient", metavar="X", help="lambda: the parameters are theta_pre + X tau.")
+    ] = 1.0,
+    device: common.DeviceOption = None,
+    cache: common.CacheOption = None,
+    overrides: common.SetOption = None,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
+) -> None:
+    """Write one expert's diagonal Fisher information as a safetensors file."""
+    settings = common.load_spec(spec, overrides, device=device, cache=cache)
+    from dfmerge_studies.spec import check_coefficients
+
+    check_coefficients(settings, {**dict.fromkeys(settings.experts, coefficient), expert: coefficient}, "--expert")
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already", where="--out", mend="Choose another file, or add --force")
+    with common.progress_bar(hidden=json) as progress:
+        common.quiet_libraries()
+        from dfmerge_studies.importance.cache import key_metadata, save_fisher
+        from dfmerge_studies.methods import METHODS
+        from dfmerge_studies.objective.merger import Merger
+        from dfmerge_studies.objective.problem import load_problem
+        from dfmerge_studies.study.session import spec_cache
+
+        problem = load_problem(settings, progress=progress)
+        merger = Merger(problem, METHODS["df-merge"], spec_cache(settings), progress=progress)
+        index, names = problem.experts.index(expert), merger.all_names()
+        values, cached = merger.importance(index, coefficient, names=names)
+        key = merger.fisher_key(index, coefficient, names)
+        samples = {task: len(problem.tasks[task].fisher) for task in key.indices}
+        save_fisher(out, values, {**key_metadata(key), "expert": expert, "samples": str(sum(samples.values()))})
+    result = {
+        "out": str(out),
+        "expert": expert,
+        "coefficient": coefficient,
+        "estimator": settings.importance.estimator,
+        "samples": sum(samples.values()),
+        "cached": cached,
+        "key": key.digest,
+    }
+    if json:
+        common.print_json(result)
+    else:
+        source = "from the cache" if cached else f"over {result['samples']} inputs"
+        common.output().print(f"Fisher information of {expert} at {coefficient:g} {source} in {out}", markup=False)
+
+
+def evaluate(
+    spec: common.RequiredSpec,
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Directory, Hub id or adapter.")],
+    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
+    device: common.DeviceOption = None,
+    overrides: common.SetOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Score any model on the spec's tasks."""
+    if split not in ("validation", "test"):
+        raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
+    settings = common.load_spec(spec, overrides, device=device)
+    with common.progress_bar(hidden=json) as progress:
+        common.quiet_libraries()
+        from dfmerge_studies.objective.evaluate import evaluate_model
+
+        tasks = evaluate_model(settings, model, split, progress=progress)
+    mean = sum(float(entry["score"]) for entry in tasks.values()) / len(tasks)
+    if json:
+        common.print_json({"model": model, "split": split, "tasks": tasks, "mean": mean})
+        return
+    from dfmerge_studies.report.tables import Row, comparison_table
+
+    scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
+    common.output().print(comparison_table([Row(model, scores)], list(tasks), [split], title="accuracy in percent"))
+
+
+def export(
+    spec: common.SpecArgument = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Directory to make.")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="A trial other than the best.")] = None,
+    storage: common.StorageOption = None,
+    device: common.DeviceOption = None,
+    cache: common.CacheOption = None,
+    overrides: common.SetOption = None,
+    shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weights file.")] = "5GB",
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
+) -> None:
+    """Write the best trial, or a given one, as a model directory that from_pretrained loads."""
+    if out is None:
+        raise typer.BadParameter("--out DIR is required")
+    settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
+    from dfmerge_studies.checkpoints.write import check_target
+
+    check_target(out, force=force)
+    with common.progress_bar(hidden=json) as progress:
+        common.quiet_libraries()
+        from dfmerge_studies.report.export import export_trial
+        from dfmerge_studies.study.session import find_trial, open_study, stored_study
+
+        found = find_trial(stored_study(settings), settings, trial)
+        session = open_study(settings, progress=progress)
+        exported = export_trial(session, found, out, force=force, shard_size=shard_size)
+    result = {"out": str(out), "study": settings.name, "trial": found.number, **exported}
+    if json:
+        common.print_json(result)
+        return
+    console = common.output()
+    console.print(f"trial {found.number} ({100 * result['value']:.1f}) written to {out}", markup=False)
+    spec_text = f" {spec}" if spec is not None else ""
+    if spec is not None:
+        console.print(f"next:\n  dfmerge evaluate{spec_text} --model {out} --split test", markup=False)
+
+
+def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
+    """`a=0.4,b=0.9`, or one number for all, as a checked coefficient per expert."""
+    from dfmerge_studies.methods import METHODS, Coefficients, fixed_coefficients
+    from dfmerge_studies.spec import check_coefficients
+
+    where = "--coefficients"
+    if text is None:
+        if METHODS[spec.method].coefficients is not Coefficients.FIXED:
+            raise InputError(f"the method {spec.method!r} needs coefficients", where=where, mend="Give one per expert")
+        return fixed_coefficients(list(spec.experts))
+    point: dict[str, float] = {}
+    for part in text.split(","):
+        name, sign, value = part.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise InputError(f"{part!r} is not NAME=NUMBER", where=where, mend="Write e.g. a=0.4,b=0.9") from error
+        if name.strip() in point:
+            raise InputError(f"{name.strip()!r} is given twice", where=where, mend="Give it once")
+        point.update({name.strip(): number} if sign else dict.fromkeys(spec.experts, number))
+    return check_coefficients(spec, point, where)

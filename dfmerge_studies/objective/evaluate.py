@@ -1,0 +1,122 @@
+"""Score any model directory on the tasks of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dfmerge_studies.checkpoints.load import ModelClass, load_adapter, load_model, load_tokenizer
+from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
+from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
+from dfmerge_studies.checkpoints.write import HEADS
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.problem import (
+    Checkpoints,
+    Progress,
+    check_labels,
+    choose_device,
+    encode_split,
+    find_checkpoints,
+    padding_id,
+    silent,
+)
+from dfmerge_studies.params import float_parameters
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.encoding import Kind
+from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
+
+
+def evaluate_model(
+    spec: StudySpec, reference: str, split: str, *, progress: Progress = silent
+) -> dict[str, dict[str, float | int | str]]:
+    """Scores of a model on every task of a spec.
+
+    A classifier's heads come from the model's own `heads` folder, otherwise from the spec's experts.
+
+    Args:
+        spec: tasks, device, dtype.
+        reference: directory (relative to the working directory), Hub id, or adapter on the spec's base.
+        split: "validation" or "test".
+        progress: told how far it is.
+
+    Returns:
+        Per task: `score` in 0..1, `metric`, and `n`, the number of inputs.
+
+    Raises:
+        InputError: the model cannot be loaded or does not fit the tasks.
+    """
+    found = find_checkpoints(spec)
+    checkpoint = resolve(reference, root=Path.cwd(), where="--model", trust_remote_code=spec.trust_remote_code)
+    dtype, device = getattr(torch, spec.dtype), choose_device(spec)
+    progress("loading", 0, 1)
+    if checkpoint.is_adapter:
+        model, missing = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype), frozenset[str]()
+    else:
+        loaded = load_model(checkpoint, found.model_class, dtype=dtype)
+        model, missing = loaded.model, loaded.missing
+    tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
+    heads = _heads(spec, checkpoint, found, dtype) if found.kind is Kind.CLASSIFICATION else {}
+    headless = missing - {name for head in heads.values() for name in head}
+    if headless:
+        raise InputError(
+            f"{len(headless)} tensors are missing from the weights, {min(headless)} among them",
+            where=str(checkpoint.path),
+            mend="Copy the checkpoint again, or name the right one",
+        )
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+    results: dict[str, dict[str, float | int | str]] = {}
+    for task, settings in spec.tasks.items():
+        examples = encode_split(spec, task, split, model, tokenizer, found.kind)
+        check_labels(spec, task, examples, heads)
+        put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
+        done = 0
+
+        def advance(count: int, task: str = task, total: int = len(examples)) -> None:
+            nonlocal done
+            done += count
+            progress(f"{task} {split}", done, total)
+
+        losses = choice_losses(
+            model,
+            found.kind,
+            examples,
+            pad_id=padding_id(tokenizer),
+            token_budget=spec.token_budget,
+            progress=advance,
+        )
+        score = accuracy(predict(losses), examples)
+        results[task] = {"score": score, "metric": settings.metric, "n": len(examples)}
+    return results
+
+
+def _heads(
+    spec: StudySpec, checkpoint: Checkpoint, found: Checkpoints, dtype: torch.dtype
+) -> Mapping[str, Mapping[str, Tensor]]:
+    heads: dict[str, Mapping[str, Tensor]] = {}
+    for task in spec.tasks:
+        file = checkpoint.path / HEADS / f"{task}.safetensors"
+        if file.is_file():
+            heads[task] = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+            continue
+        owner = next((name for name, expert in spec.experts.items() if expert.task == task), None)
+        if owner is None:
+            raise InputError(
+                f"neither {file} nor an expert brings a classification head for this task",
+                where=spec.where(f"tasks.{task}"),
+                mend="Add an expert with this task, or remove the task",
+            )
+        heads[task] = _expert_head(found.experts[owner], found.base, dtype)
+    return heads
+
+
+def _expert_head(expert: Checkpoint, base: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+    if expert.is_adapter:
+        model = load_adapter(expert, base, ModelClass.CLASSIFICATION, dtype=dtype)
+    else:
+        model = load_model(expert, ModelClass.CLASSIFICATION, dtype=dtype).model
+    names = head_names(model, load_model(base, ModelClass.CLASSIFICATION, dtype=dtype).missing)
+    return {name: p.detach() for name, p in float_parameters(model).items() if name in names}

@@ -1,0 +1,1 @@
+"""What people read: summaries, tables, model cards, exported models, figures."""

@@ -1,0 +1,179 @@
+"""The model card, in the Hub's format, and `dfmerge.json`, the whole provenance of a merged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study import provenance
+
+CARD = "README.md"
+PROVENANCE = "dfmerge.json"
+PAPER = "https://arxiv.org/abs/2504.18992"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge, as its card tells of it.
+
+    Attributes:
+        method: row of the method table.
+        coefficients: lambda per expert.
+        trial: number of the trial, None for a merge outside any study.
+        value: what the trial was worth.
+        scores: per split, per task, 0..1.
+        expert_scores: per split, of each task's own expert.
+    """
+
+    method: str
+    coefficients: Mapping[str, float]
+    trial: int | None = None
+    value: float | None = None
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    expert_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
+    """Everything that is needed to make the same weights again, as JSON.
+
+    Args:
+        problem: the loaded models and data.
+        spec: the settings.
+        merged: what was merged.
+    """
+    content: dict[str, Any] = {
+        "format": 1,
+        "study": spec.name if merged.trial is not None else None,
+        "trial": merged.trial,
+        "value": merged.value,
+        "method": merged.method,
+        "coefficients": dict(merged.coefficients),
+        "coefficients_hex": {name: float(value).hex() for name, value in merged.coefficients.items()},
+        "scores": merged.scores,
+        "expert_scores": merged.expert_scores,
+        "base": {"reference": spec.base, "digest": problem.base_digest},
+        "experts": {
+            name: {"reference": expert.model, "task": expert.task, "digest": problem.expert_digests[name]}
+            for name, expert in spec.experts.items()
+        },
+        "data": problem.data_digests(),
+        "fisher_indices": problem.fisher_indices(),
+        "spec": provenance.describe_spec(spec),
+        "versions": provenance.library_versions(),
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
+    """A card in the Hub's format: metadata, coefficients, scores, how to make it again.
+
+    Args:
+        problem: the loaded models and data.
+        spec: the settings.
+        merged: what was merged.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            task_name=task,
+            dataset_type=str(spec.tasks[task].dataset["path"]),
+            dataset_name=task,
+            dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
+            metric_type=spec.tasks[task].metric,
+            metric_value=round(score, 4),
+        )
+        for split, scores in merged.scores.items()
+        for task, score in scores.items()
+    ]
+    data = ModelCardData(
+        base_model=[_public(reference) for reference in (spec.base, *(e.model for e in spec.experts.values()))],
+        library_name="transformers",
+        tags=["merge", "model-merging", "df-merge", spec.method],
+        metrics=sorted({task.metric for task in spec.tasks.values()}),
+        model_name=spec.name,
+        eval_results=results or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(problem, spec, merged)}"
+
+
+def _public(reference: str) -> str:
+    """A model as other people may read its name: as the spec has it, but without the folders of one machine."""
+    return Path(reference).name if Path(reference).expanduser().is_absolute() else reference
+
+
+def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
+    origin = f"trial {merged.trial} of the study `{spec.name}`" if merged.trial is not None else "a single merge"
+    lines = [
+        f"# {spec.name}",
+        "",
+        f"{len(spec.experts)} fine-tuned models merged into one with `{merged.method}` ({origin}), without "
+        f"training, by [Dynamic Fisher-weighted Merging]({PAPER}) as implemented in `dfmerge-studies`.",
+        "",
+        "## Coefficients",
+        "",
+        "| expert | model | task | coefficient |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | `{_public(expert.model)}` | {expert.task or 'all'} | {merged.coefficients[name]:.6g} |"
+            for name, expert in spec.experts.items()
+        ),
+        "",
+        f"Base: `{_public(spec.base)}`",
+        "",
+        *_score_table(spec, merged),
+        "## How to use",
+        "",
+        "```python",
+        *_usage(problem),
+        "```",
+        "",
+        "## How to make it again",
+        "",
+        "```sh",
+        f"pip install dfmerge-studies=={provenance.library_versions().get('dfmerge-studies', '')}",
+        "dfmerge merge SPEC.yaml --out DIR --coefficients "
+        + ",".join(f"{name}={value!r}" for name, value in merged.coefficients.items()),
+        "```",
+        "",
+        f"The spec, the digests of all weights and data, the rows that Fisher information was estimated on and the "
+        f"versions of the libraries are in [`{PROVENANCE}`]({PROVENANCE}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
+    if not merged.scores:
+        return []
+    splits = list(merged.scores)
+    header = [f"{split}: {what}" for split in splits for what in ("merged", "own expert")]
+    lines = ["## Scores", "", f"| task | {' | '.join(header)} |", "|---" * (1 + len(header)) + "|"]
+    for task in spec.tasks:
+        cells = []
+        for split in splits:
+            for source in (merged.scores, merged.expert_scores):
+                score = source.get(split, {}).get(task)
+                cells.append("-" if score is None else f"{100 * score:.1f}")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    lines += ["", "Accuracy in percent. Coefficients were chosen on the validation split.", ""]
+    return lines
+
+
+def _usage(problem: Problem) -> list[str]:
+    if not problem.resident.heads:
+        auto = problem.checkpoints.model_class.value
+        return [f"from transformers import AutoTokenizer, {auto}", "", f'model = {auto}.from_pretrained("DIR")']
+    return [
+        "from safetensors.torch import load_file",
+        "from transformers import AutoModel",
+        "",
+        'encoder = AutoModel.from_pretrained("DIR")',
+        'head = load_file("DIR/heads/TASK.safetensors")  # one classification head per task, never merged',
+    ]

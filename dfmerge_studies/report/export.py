@@ -1,0 +1,94 @@
+"""Merged models as directories: one trial of a study, or a merge at given coefficients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.checkpoints.digest import model_digest
+from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.write import SHARD_SIZE, check_target, write_model
+from dfmerge_studies.objective.merger import Merger, Outcome
+from dfmerge_studies.report.card import CARD, PROVENANCE, Merged, model_card, provenance_json
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.session import Session
+from dfmerge_studies.study.value import mean_score
+
+
+def export_merge(
+    merger: Merger, spec: StudySpec, merged: Merged, out: Path, *, force: bool = False, shard_size: str = SHARD_SIZE
+) -> tuple[str, Outcome]:
+    """Merge at the given coefficients and write the model directory with its card and provenance.
+
+    Args:
+        merger: holds the models.
+        spec: the settings.
+        merged: coefficients, and what is known of them.
+        out: directory to make.
+        force: replace a directory that exists.
+        shard_size: largest size of one weights file.
+
+    Returns:
+        The content digest of the written model, and what the merge took.
+
+    Raises:
+        InputError: the directory exists.
+        RunError: it cannot be written.
+    """
+    check_target(out, force=force)
+    problem = merger.problem
+    outcome = merger.merge_(merged.coefficients)
+    write_model(
+        problem.resident.model,
+        problem.resident.tokenizer,
+        out,
+        source=problem.checkpoints.base.path,
+        heads=problem.resident.heads,
+        texts={CARD: model_card(problem, spec, merged), PROVENANCE: provenance_json(problem, spec, merged)},
+        force=force,
+        shard_size=shard_size,
+    )
+    return model_digest(Checkpoint(str(out), out.absolute())), outcome
+
+
+def export_trial(
+    session: Session, trial: FrozenTrial, out: Path, *, force: bool = False, shard_size: str = SHARD_SIZE
+) -> dict[str, Any]:
+    """Write a completed trial of a study as a model directory.
+
+    Args:
+        session: the open study.
+        trial: the trial.
+        out: directory to make.
+        force: replace a directory that exists.
+        shard_size: largest size of one weights file.
+
+    Returns:
+        `value` (for several objectives the mean score), `digest`, `coefficients`, `fishers`.
+
+    Raises:
+        InputError: the directory exists.
+        RunError: it cannot be written.
+    """
+    scores = session.trial_scores(trial, "validation")
+    value = trial.values[0] if len(trial.values) == 1 else mean_score(scores)
+    merged = Merged(
+        method=session.spec.method,
+        coefficients=session.coefficients(trial),
+        trial=trial.number,
+        value=value,
+        scores={"validation": scores, **session.kept_scores(trial, "test")},
+        expert_scores={
+            "validation": session.reference_scores("experts", "validation"),
+            **session.kept_scores("experts", "test"),
+        },
+    )
+    digest, outcome = export_merge(session.merger, session.spec, merged, out, force=force, shard_size=shard_size)
+    return {
+        "value": value,
+        "coefficients": dict(merged.coefficients),
+        "digest": digest,
+        "fishers": {"computed": outcome.computed, "cached": outcome.cached},
+    }

@@ -1,0 +1,82 @@
+"""A study in numbers, as `--json` prints it; needs the storage only, no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+
+from dfmerge_studies.methods import expand
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.storage import safe_url
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.loop import counts, results
+from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
+from dfmerge_studies.study.value import DROPS, FISHERS, SECONDS, TASKS, best_trial, mean_score, violation
+
+
+def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
+    """Trials by state, the best one, Fishers computed and found, seconds per trial.
+
+    Args:
+        study: the stored study.
+        spec: the spec that it belongs to.
+    """
+    completed = results(study)
+    best = best_trial(completed, spec.objective)
+    target = max(target_trials(spec), int(study.user_attrs.get(provenance.TARGET, 0)))
+    return {
+        "study": study.study_name,
+        "method": spec.method,
+        "trials": {"target": target, **counts(study)},
+        "best": _best(best, spec) if best is not None else None,
+        "storage": safe_url(storage_url(spec)),
+        "fishers": {
+            kind: sum(trial.user_attrs[FISHERS][kind] for trial in completed) for kind in ("computed", "cached")
+        },
+        "seconds_per_trial": {
+            phase: round(sum(trial.user_attrs[SECONDS][phase] for trial in completed) / len(completed), 4)
+            for phase in (completed[0].user_attrs[SECONDS] if completed else ())
+        },
+    }
+
+
+def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
+    scores = best.user_attrs[TASKS]
+    described: dict[str, Any] = {
+        "number": best.number,
+        "value": best.values[0] if len(best.values) == 1 else mean_score(scores),
+        "coefficients": expand(best.params, list(spec.experts)),
+        "tasks": scores,
+    }
+    if len(best.values) > 1:
+        described["values"] = best.values
+    if spec.search.max_drop is not None:
+        described["drops"] = best.user_attrs[DROPS]
+        described["feasible"] = violation(best) == 0
+    return described
+
+
+def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]]:
+    """One entry per study of a storage; studies that this program did not make have no method.
+
+    Args:
+        storage: an open storage.
+    """
+    entries = []
+    for name in sorted(optuna.get_all_study_names(storage)):
+        study = optuna.load_study(study_name=name, storage=storage)
+        science = provenance.stored_science(study)
+        best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
+        value = None
+        if best is not None:
+            value = best.values[0] if len(best.values) == 1 else mean_score(best.user_attrs[TASKS])
+        entries.append(
+            {
+                "study": name,
+                "method": science["method"] if science is not None else None,
+                "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
+                "best_value": value,
+            }
+        )
+    return entries

@@ -1,0 +1,137 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison.
+
+    Attributes:
+        name: what was scored.
+        scores: per split, per task, 0..1; the experts' row has each task's own expert.
+        compete: whether it may be the best of its column.
+        detail: coefficients, or nothing.
+    """
+
+    name: str
+    scores: Mapping[str, Mapping[str, float]]
+    compete: bool = True
+    detail: Mapping[str, float] = field(default_factory=dict)
+
+
+def comparison_table(rows: Sequence[Row], tasks: Sequence[str], splits: Sequence[str], *, title: str) -> Table:
+    """Scores in points (of 100), one row each, the best of every column bold.
+
+    Args:
+        rows: what to show.
+        tasks: columns of every split, before its mean.
+        splits: groups of columns.
+        title: of the table.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("")
+    for split in splits:
+        for task in [*tasks, "mean"]:
+            table.add_column(f"{split}\n{task}" if task == tasks[0] else f"\n{task}", justify="right")
+    best = {
+        (split, task): max(
+            (v for row in rows if row.compete if (v := _value(row, split, task)) is not None), default=None
+        )
+        for split in splits
+        for task in [*tasks, "mean"]
+    }
+    for row in rows:
+        cells = []
+        for split in splits:
+            for task in [*tasks, "mean"]:
+                value = _value(row, split, task)
+                wins = row.compete and value is not None and value == best[split, task]
+                cells.append(Text("-" if value is None else f"{100 * value:.1f}", style="bold" if wins else ""))
+        table.add_row(Text(row.name, style="" if row.compete else "dim"), *cells)
+    return table
+
+
+def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The same rows for `--json`."""
+    return [
+        {
+            "name": row.name,
+            "coefficients": dict(row.detail) or None,
+            **{split: {"tasks": dict(scores), "mean": _mean(scores)} for split, scores in row.scores.items()},
+        }
+        for row in rows
+    ]
+
+
+def coefficients_text(coefficients: Mapping[str, float]) -> str:
+    """`a=0.41 b=0.90`."""
+    return " ".join(f"{name}={value:.3g}" for name, value in coefficients.items())
+
+
+def status_table(summary: Mapping[str, Any]) -> Table:
+    """A study at a glance.
+
+    Args:
+        summary: from `study_summary`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    trials, best = summary["trials"], summary["best"]
+    table.add_row("study", f"{summary['study']} ({summary['method']})")
+    others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
+    table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
+    if best is not None:
+        table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f}")
+        table.add_row("coefficients", coefficients_text(best["coefficients"]))
+        table.add_row("tasks", "  ".join(f"{task} {100 * score:.1f}" for task, score in best["tasks"].items()))
+        if "drops" in best:
+            text = "  ".join(f"{task} {drop:+.1f}" for task, drop in best["drops"].items())
+            table.add_row("drop vs expert", f"{text}  ({'within' if best['feasible'] else 'NOT within'} max_drop)")
+    if summary["seconds_per_trial"]:
+        phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in summary["seconds_per_trial"].items())
+        table.add_row("seconds per trial", phases)
+        table.add_row(
+            "Fishers", f"{summary['fishers']['computed']} computed, {summary['fishers']['cached']} from the cache"
+        )
+    table.add_row("storage", summary["storage"])
+    return table
+
+
+def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """All studies of a storage.
+
+    Args:
+        entries: from `storage_summary`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("study", "method", "complete", "total", "best"):
+        table.add_column(name, justify="left" if name in ("study", "method") else "right")
+    for entry in entries:
+        best = entry["best_value"]
+        table.add_row(
+            Text(entry["study"]),
+            entry["method"] or "-",
+            str(entry["trials"]["complete"]),
+            str(entry["trials"]["target"] or "-"),
+            "-" if best is None else f"{100 * best:.1f}",
+        )
+    return table
+
+
+def _value(row: Row, split: str, task: str) -> float | None:
+    scores = row.scores.get(split, {})
+    return (_mean(scores) if scores else None) if task == "mean" else scores.get(task)
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return sum(scores.values()) / len(scores)

@@ -1,0 +1,122 @@
+"""Everything that can be checked before anything is spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from dfmerge_studies.checkpoints.load import check_files
+from dfmerge_studies.checkpoints.reference import resolve
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS, Importance
+from dfmerge_studies.objective.problem import Problem, Progress, choose_device, load_problem, silent
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.storage import safe_url
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.session import spec_cache, storage_url, stored_study_or_none
+from dfmerge_studies.tasks.data import load_rows
+
+
+def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
+    """Check files, shapes, tokenizers, data, storage, and estimate the memory that a run needs.
+
+    Args:
+        spec: what to check.
+        progress: told how far it is.
+
+    Returns:
+        `ok`, `problems` (each with `where`, `what`, `mend`), and `estimate` where everything could be loaded.
+    """
+    problems = [*_file_problems(spec), *_data_problems(spec)]
+    estimate: dict[str, Any] = {}
+    if not problems:
+        try:
+            problem = load_problem(spec, progress=progress)
+            for task, settings in spec.tasks.items():
+                if settings.test_split is not None:
+                    problem.examples(task, "test")
+            _check_storage(spec, problem)
+            spec_cache(spec)
+            estimate = memory_estimate(problem)
+        except InputError as error:
+            problems.append(error)
+    return {
+        "ok": not problems,
+        "problems": [{"where": p.where, "what": p.what, "mend": p.mend} for p in problems],
+        "estimate": estimate,
+    }
+
+
+def memory_estimate(problem: Problem) -> dict[str, Any]:
+    """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
+
+    The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
+    sums of the merge and one importance with its workspace, in float32.
+
+    Args:
+        problem: the loaded spec.
+    """
+    resident = problem.resident
+    parameters = sum(p.numel() for p in resident.model.parameters())
+    changed = sum(resident.base[name].numel() for name in resident.names)
+    width = torch.empty((), dtype=getattr(torch, problem.spec.dtype)).element_size()
+    importance = METHODS[problem.spec.method].importance is not Importance.UNIFORM
+    sums = (4 if importance else 1) * 4 * changed
+    vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
+    return {
+        "parameters": parameters,
+        "changed_parameters": changed,
+        "experts": len(resident.task_vectors),
+        "validation_inputs": {name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
+        "fisher_inputs": {name: len(task.fisher) for name, task in problem.tasks.items()},
+        "truncated_inputs": {n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
+        "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * changed,
+        "peak_bytes": width * (parameters + changed + vectors) + sums,
+        "available_bytes": _available(problem),
+    }
+
+
+def _available(problem: Problem) -> int:
+    device = problem.resident.device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().available)
+
+
+def _file_problems(spec: StudySpec) -> list[InputError]:
+    problems = []
+    named = {"base": spec.base, **{f"experts.{name}": expert.model for name, expert in spec.experts.items()}}
+    for field, reference in named.items():
+        try:
+            check_files(resolve(reference, root=spec.root, where=spec.where(field)))
+        except InputError as error:
+            problems.append(error)
+    try:
+        choose_device(spec)
+    except InputError as error:
+        problems.append(error)
+    return problems
+
+
+def _data_problems(spec: StudySpec) -> list[InputError]:
+    problems = []
+    for name, task in spec.tasks.items():
+        for split in (task.validation_split, task.test_split):
+            if split is None:
+                continue
+            try:
+                load_rows(name, task, split, root=spec.root, spec_file=str(spec.file))
+            except InputError as error:
+                problems.append(error)
+    return problems
+
+
+def _check_storage(spec: StudySpec, problem: Problem) -> None:
+    stored = stored_study_or_none(spec, storage_url(spec))
+    if stored is not None:
+        science = {**provenance.stated_science(spec), **provenance.measured_science(problem)}
+        provenance.refuse_other_science(
+            spec.name, provenance.stored_science(stored), science, safe_url(storage_url(spec))
+        )
