@@ -244,10 +244,14 @@ def _check_sqlite_file(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:
         raise RunError(f"the database cannot be read: {error}", where=where) from error
     except sqlite3.DatabaseError as error:
         raise damaged from error
+    if health != "ok":
+        text = " ".join(str(health).replace("*", "").split())
+        raise InputError(f"the database is damaged: {text}", where=where, mend="Restore a copy, or name another file")
     # Another process may be creating the tables one by one: any of Optuna's will do.
     if tables and not tables & {"studies", "version_info", "alembic_version", "trials"}:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A worker process for the tests: `python loop_child.py '{"url": …}'` runs one call of `work` on a cheap real objective.
+"""A worker process for the tests: `python loop_child.py '{"url": …}'` calls `work` once, on a cheap real objective.
 
 Faults are real: the process kills or signals itself at the moment that the test asks for.
 """
