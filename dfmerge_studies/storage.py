@@ -131,12 +131,13 @@ def _translated(error: Exception, url: str | None) -> InputError | RunError:
         with contextlib.suppress(exc.ArgumentError, ValueError):
             password = make_url(url).password
             text = text.replace(str(password), "***") if password else text
-    if _is_damaged(error):
+    if is_damaged(error):
         return InputError(f"the database is damaged ({text})", where=where, mend="Restore a copy, or name another file")
     return RunError(f"the study's storage failed: {text}", where=where, mend="Run the same command again to go on")
 
 
-def _is_damaged(error: BaseException) -> bool:
+def is_damaged(error: BaseException) -> bool:
+    """Tell whether an error means that the database's file is no longer a database: trying again cannot help."""
     root, text = _root(error), root_text(error)
     return isinstance(root, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text)
 
@@ -163,7 +164,7 @@ def _first_start(build: Callable[[], _T], where: str) -> _T:
             unreachable = "psycopg" in type(getattr(error, "orig", None)).__module__ and not getattr(
                 getattr(error, "orig", None), "sqlstate", None
             )
-            if attempt == _FIRST_START_TRIES or unreachable or _is_damaged(error):
+            if attempt == _FIRST_START_TRIES or unreachable or is_damaged(error):
                 raise
             time.sleep(random.uniform(0.02, 0.1) * attempt)  # jitter only: no result depends on it
         except RuntimeError as error:

@@ -40,7 +40,8 @@ def study_of(settings: dict[str, Any]) -> optuna.Study:
         grid=settings.get("grid"),
     )
     directions = ["maximize"] * settings.get("objectives", 1)
-    return join_study(open_storage(settings["url"]), "s", directions=directions, sampler=sampler)
+    storage = open_storage(settings["url"], heartbeat=settings.get("heartbeat", 30), grace=settings.get("grace", 180))
+    return join_study(storage, "s", directions=directions, sampler=sampler)
 
 
 def main() -> None:
@@ -55,11 +56,15 @@ def main() -> None:
             file.write(json.dumps([place, point]) + "\n")
         if calls == settings.get("kill_at_call"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if calls == settings.get("signal_at_call"):
-            os.kill(os.getpid(), settings["signal"])
-            if settings.get("twice"):
-                os.kill(os.getpid(), settings["signal"])
-            time.sleep(20)
+        if calls == settings.get("hang_at_call"):
+            print(json.dumps(["hanging"]), flush=True)
+            try:
+                time.sleep(settings.get("hang_seconds", 60))
+            except KeyboardInterrupt:
+                if not settings.get("stubborn"):
+                    raise
+                print(json.dumps(["stubborn"]), flush=True)
+                time.sleep(60)
         time.sleep(settings.get("seconds", 0.0))
         if place in settings.get("failing", []):
             raise RunError(f"no result at place {place}")

@@ -78,7 +78,8 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
         while not over.wait(interval):
             with contextlib.suppress(SQLAlchemyError, StorageInternalError, UpdateFinishedTrialError, OSError):
                 _beat(study, trial_id)
-        at.storage_of(study).remove_session()  # a database connection belongs to the thread that opened it
+        with contextlib.suppress(SQLAlchemyError):
+            at.storage_of(study).remove_session()  # a database session belongs to the thread that opened it
 
     thread = threading.Thread(target=run, name=f"signs-of-life-{trial_id}", daemon=True)
     thread.start()

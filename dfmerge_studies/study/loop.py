@@ -153,6 +153,7 @@ class _Worker:
         self.owner = owner
         self.interrupts = interrupts
         self.storage = at.storage_of(study)
+        self.objectives = len(study.directions)
         self.completed = 0
         self.failed = 0
         self.exhausted = False
@@ -246,10 +247,12 @@ class _Worker:
         except InputError as error:  # other software queued the point
             self._failed(trial, coefficients, error)
             return None
+        earlier = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        constraints = len(earlier[0].constraints) if earlier else None
         try:
             with self.interrupts.allowed():
                 result = self.evaluate(dict(coefficients), place_of(trial))
-            self._check(result)
+            self._check(result, constraints)
         except (RunError, MemoryError) as error:
             self._failed(trial, coefficients, error)
             return None
@@ -292,21 +295,21 @@ class _Worker:
         at.mark(self.study, trial_id, {at.OWNER: self.owner, at.DRAWN: True})
         return coefficients
 
-    def _check(self, result: TrialResult) -> None:
-        """Refuse what Optuna would store and then trip over."""
-        directions = len(self.study.directions)
-        if len(result.values) != directions:
-            raise ValueError(f"the trial gave {len(result.values)} values for {directions} objectives")
-        bad = [value for value in (*result.values, *result.constraints) if not math.isfinite(value)]
-        if bad:
-            raise RunError(f"the trial's values {list(result.values)} or constraints are not finite")
+    def _check(self, result: TrialResult, constraints: int | None) -> None:
+        """Refuse what Optuna would store and then trip over.
+
+        The storage is not asked: should it have gone away, the result must still reach the outbox.
+        """
+        if len(result.values) != self.objectives:
+            raise ValueError(f"the trial gave {len(result.values)} values for {self.objectives} objectives")
+        if not all(math.isfinite(value) for value in (*result.values, *result.constraints)):
+            raise RunError(
+                f"the trial's values {list(result.values)} or constraints {list(result.constraints)} are not finite"
+            )
         refuse_reserved(result)
         json.dumps(dict(result.attributes))
-        earlier = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if earlier and len(earlier[0].constraints) != len(result.constraints):
-            raise RunError(
-                f"the trial has {len(result.constraints)} constraints, earlier ones {len(earlier[0].constraints)}"
-            )
+        if constraints is not None and len(result.constraints) != constraints:
+            raise RunError(f"the trial has {len(result.constraints)} constraints, earlier ones {constraints}")
 
     def _failed(self, trial: FrozenTrial, coefficients: Mapping[str, float], error: Exception) -> None:
         message = str(error) or type(error).__name__

@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.search import DROPPED, PLACE, RETRY_OF, place_of
+from dfmerge_studies.storage import is_damaged
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.owner import is_dead
 
@@ -179,8 +180,8 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
             if storage.get_trial(trial_id).state == TrialState.COMPLETE:
                 return
             raise Superseded from None
-        except STORAGE_FAILURES:
-            if delay is None:
+        except STORAGE_FAILURES as error:
+            if delay is None or is_damaged(error):
                 raise
             time.sleep(delay)
 
