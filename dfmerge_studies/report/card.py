@@ -84,6 +84,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
             task_type="text-classification",
             task_name=task,
             dataset_type=str(spec.tasks[task].dataset["path"]),
+            dataset_config=task,  # results of one type, config and split would be thrown together
             dataset_name=task,
             dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
             metric_type=spec.tasks[task].metric,
@@ -169,11 +170,18 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
 def _usage(problem: Problem) -> list[str]:
     if not problem.resident.heads:
         auto = problem.checkpoints.model_class.value
-        return [f"from transformers import AutoTokenizer, {auto}", "", f'model = {auto}.from_pretrained("DIR")']
+        return [
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained("DIR")',
+            'tokenizer = AutoTokenizer.from_pretrained("DIR")',
+        ]
     return [
         "from safetensors.torch import load_file",
-        "from transformers import AutoModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         "",
-        'encoder = AutoModel.from_pretrained("DIR")',
         'head = load_file("DIR/heads/TASK.safetensors")  # one classification head per task, never merged',
+        "classes = [tensor for name, tensor in head.items() if name.endswith('weight')][-1].shape[0]",
+        'model = AutoModelForSequenceClassification.from_pretrained("DIR", num_labels=classes)',
+        "model.load_state_dict(head, strict=False)",
     ]

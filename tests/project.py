@@ -1,0 +1,150 @@
+"""A whole small project on disk, as a user has it: a base, experts, data, a spec; and the command line on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModel
+
+from dfmerge_studies.tasks.encoding import Kind
+from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
+
+EXPERTS = ("red", "blue")
+
+
+@dataclass
+class Project:
+    """A folder with `base/`, `red/`, `blue/`, their data and `spec.yaml`."""
+
+    folder: Path
+    family: str
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "spec.yaml"
+
+    def write(self, **changes: Any) -> Path:
+        """Write the spec with some fields changed; `None` removes a field."""
+        content = {**self.spec, **changes}
+        self.file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+        return self.file
+
+    def cli(
+        self, *arguments: str | Path, check: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `python -m dfmerge_studies` in the folder; the exit code must be `check`, unless that is None."""
+        done = subprocess.run(
+            [sys.executable, "-m", "dfmerge_studies", *map(str, arguments)],
+            cwd=self.folder,
+            env=cli_environment(**environment),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check is not None and done.returncode != check:
+            raise AssertionError(f"exit {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def json(self, *arguments: str | Path) -> Any:
+        """What a command prints with `--json`."""
+        return json.loads(self.cli(*arguments, "--json").stdout)
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the folder, for comparing before and after."""
+        return {str(f.relative_to(self.folder)): f.read_bytes() for f in sorted(self.folder.rglob("*")) if f.is_file()}
+
+
+def cli_environment(**more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("DFMERGE_")}
+    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
+
+
+def make_project(folder: Path, family: str = "t5", *, rows: int = 24, samples: int = 6, trials: int = 4) -> Project:
+    """Write a project of one family.
+
+    The experts differ from the base by a small random change of all weights; of a classifier, the base has no head.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base = sharpened(make_model(family))
+    tokenizer = FAMILIES[family].tokenizer()
+    classification = FAMILIES[family].kind is Kind.CLASSIFICATION
+    (base.base_model if classification else base).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for number, name in enumerate(EXPERTS):
+        expert = perturbed(family, seed=number + 1, labels=LABELS - number if classification else LABELS)
+        expert.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        for split, shift in (("validation", 0), ("test", 5)):
+            lines = [_row(i + shift + 11 * number, classification, LABELS - number) for i in range(rows)]
+            (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    project = Project(folder, family, _spec(classification, samples, trials))
+    project.write()
+    return project
+
+
+def perturbed(family: str, *, seed: int, labels: int = LABELS, size: float = 0.1) -> Any:
+    """The base's weights with small random changes; a head keeps its own size."""
+    expert = sharpened(make_model(family, num_labels=labels))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in expert.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return expert
+
+
+def sharpened(model: Any) -> Any:
+    """The model with larger inner matrices, so that its answers depend on the text and not on the choice alone."""
+    outer = ("embed", "shared", "wte", "wpe", "bias", "lm_head", "classifier", "out_proj")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and not any(part in name for part in outer):
+                parameter.mul_(3)
+    return model
+
+
+def load_parameters(directory: Path, auto: Any = AutoModel) -> dict[str, torch.Tensor]:
+    """Parameters of a model directory, by name."""
+    return {name: p.detach() for name, p in auto.from_pretrained(directory).named_parameters()}
+
+
+def _row(number: int, classification: bool, labels: int) -> dict[str, Any]:
+    text = f"{TEXTS[number % len(TEXTS)]} {number}"
+    if classification:
+        return {"input": text, "label": number % labels}
+    choices = list(CHOICES[: 2 + number % 3])
+    return {"input": text, "choices": choices, "label": number % len(choices)}
+
+
+def _spec(classification: bool, samples: int, trials: int) -> dict[str, Any]:
+    def task(name: str) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "type": "classification" if classification else "choice",
+            "dataset": {
+                "path": "json",
+                "data_files": {"validation": f"{name}.validation.jsonl", "test": f"{name}.test.jsonl"},
+            },
+            "doc_to_text": "input",
+            "doc_to_target": "label",
+            "test_split": "test",
+            "max_length": 32,
+        }
+        return fields if classification else {**fields, "doc_to_choice": "choices"}
+
+    return {
+        "name": "colours",
+        "base": "base",
+        "experts": {"red": {"model": "red", "task": "red"}, "blue": "blue"},
+        "tasks": {name: task(name) for name in EXPERTS},
+        "importance": {"samples": samples},
+        "search": {"trials": trials, "startup_trials": 2},
+        "device": "cpu",
+    }
