@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import InputError
 
@@ -199,13 +199,15 @@ class _Grid(BaseSampler):
             if other.number != trial.number and DROPPED not in other.user_attrs
         ]
         given = {place_of(t): t.system_attrs[FIXED] for t in others if FIXED in t.system_attrs and not _is_retry(t)}
-        left = list(self._rows)
+        left, due = list(self._rows), dict[int, dict[str, float]]()
         for place in range(place_of(trial)):
             if place not in given:
-                del left[:1]
+                due.update({place: left.pop(0)} if left else {})
             elif given[place] in left:
                 left.remove(given[place])
         taken = [t.system_attrs.get(FIXED, t.params) for t in others if place_of(t) != place_of(trial)]
+        # A trial that runs may not have stored its row yet.
+        taken += [due[place_of(t)] for t in others if t.state == TrialState.RUNNING and place_of(t) in due]
         for row in itertools.chain(left, self._rows):
             if row not in taken:
                 return dict(row)

@@ -57,8 +57,8 @@ def main() -> None:
         if calls == settings.get("kill_at_call"):
             os.kill(os.getpid(), signal.SIGKILL)
         if calls == settings.get("hang_at_call"):
-            print(json.dumps(["hanging"]), flush=True)
             try:
+                print(json.dumps(["hanging"]), flush=True)
                 time.sleep(settings.get("hang_seconds", 60))
             except KeyboardInterrupt:
                 if not settings.get("stubborn"):

@@ -15,10 +15,10 @@ from typing import Any
 
 import optuna
 import pytest
-from loop_child import study_of
 from optuna.trial import TrialState
 
 from dfmerge_studies.study.loop import counts, recover, results
+from tests.loop_child import study_of
 
 CHILD = Path(__file__).with_name("loop_child.py")
 ROOT = CHILD.parents[1]

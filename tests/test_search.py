@@ -224,6 +224,15 @@ def test_trials_that_draw_from_a_grid_at_the_same_moment_get_different_rows() ->
     )
 
 
+def test_a_grid_whose_last_rows_are_still_being_drawn_is_exhausted_for_everyone_else() -> None:
+    study = _study("grid", grid=GRID)
+    _run(study, 4)
+    last, more = [study.ask(), study.ask()], study.ask()
+    with pytest.raises(GridExhausted):
+        more.suggest_float("a", 0, 1)
+    assert [{n: t.suggest_float(n, 0, 1) for n in "ab"} for t in last] == grid_rows(SPACE, GRID)[4:]
+
+
 @pytest.mark.parametrize("grid", [None, {}, {"a": [0.5]}, {"a": [], "b": [0.5]}, {"a": [0.5], "b": [1.5]}])
 def test_a_grid_that_does_not_fit_the_space_is_refused(grid: Any) -> None:
     with pytest.raises(InputError):
