@@ -125,6 +125,11 @@ class StudySpec(_Settings):
         """Folder that relative paths of what is written start from: storage, cache, outbox."""
         return self._workdir if self._workdir is not None else self.root
 
+    @property
+    def storage_url(self) -> str:
+        """The storage as the spec writes it, or the default."""
+        return self.storage or f"sqlite:///{self.name}.db"
+
     def where(self, field: str) -> str:
         """File and field, for messages."""
         return f"{self._file}: {field}"

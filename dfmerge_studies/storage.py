@@ -86,7 +86,33 @@ def open_storage(url: str, *, create: bool = True, heartbeat: int = 30, grace: i
         return _open_journal(parsed, create)
     if parsed.drivername == "grpc":
         return _open_grpc(parsed)
-    raise InputError(
+    raise _unsupported(parsed, url)
+
+
+def check_url(url: str, *, create: bool = True) -> None:
+    """Refuse, without opening it, a URL that is none or whose file cannot become or is not a storage.
+
+    Args:
+        url: as for `open_storage`.
+        create: whether the file may be missing.
+
+    Raises:
+        InputError: the URL or what it points to cannot be used.
+    """
+    parsed = _parse(url)
+    if parsed.drivername in ("sqlite", "sqlite+pysqlite"):
+        if parsed.database and parsed.database != ":memory:":
+            _check_file(Path(parsed.database), create)
+            _check_sqlite_file(Path(parsed.database))
+    elif parsed.drivername == "journal":
+        if parsed.database:
+            _check_file(Path(parsed.database).absolute(), create)
+    elif parsed.drivername not in ("postgres", "postgresql", "postgresql+psycopg", "grpc"):
+        raise _unsupported(parsed, url)
+
+
+def _unsupported(parsed: URL, url: str) -> InputError:
+    return InputError(
         f"storages of kind {parsed.drivername}:// are not supported", where=safe_url(url), mend=f"Use {_SCHEMES}"
     )
 

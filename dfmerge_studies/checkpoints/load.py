@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -176,43 +174,6 @@ def check_same_tokenizer(
         raise InputError(
             f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend
         )
-
-
-def check_files(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are truncated or no safetensors at all, before anything large is allocated.
-
-    Raises:
-        InputError: naming the file.
-    """
-    mend = "Copy the file again"
-    for index in checkpoint.path.glob("*.index.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise InputError("not a weights index", where=str(index), mend=mend) from error
-        for shard in sorted(shards):
-            if not (checkpoint.path / shard).is_file():
-                raise InputError(f"the shard {shard} that it lists is missing", where=str(index), mend=mend)
-    for file in sorted(checkpoint.path.glob("*.safetensors")):
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    mend = "Copy the file again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"not readable as safetensors: {_first_line(error)}", where=str(file), mend=mend) from error
-    if not isinstance(header, dict):
-        raise InputError(f"not a safetensors file, or cut short ({size} bytes)", where=str(file), mend=mend)
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise InputError(f"{size} bytes where its header promises {expected}", where=str(file), mend=mend)
 
 
 def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:

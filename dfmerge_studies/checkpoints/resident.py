@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dfmerge_studies.checkpoints.load import (
     ModelClass,
@@ -25,6 +25,9 @@ from dfmerge_studies.checkpoints.load import (
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.params import TaskVector, align, changed_names, check_finite, float_parameters, task_vector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = "heads"  # folder of the per-task classification heads
@@ -70,6 +68,8 @@ def write_model(
         InputError: the directory exists.
         RunError: it cannot be written; nothing is left behind.
     """
+    from safetensors.torch import save_file
+
     check_target(out, force=force)
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")

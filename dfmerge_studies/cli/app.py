@@ -33,12 +33,28 @@ app.command("validate")(inspect.validate)
 app.add_typer(cache.app, name="cache")
 
 
+# The root of what typer raises for a wrong command line; newer releases of typer bring a click of their own.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
         typer.echo(version("dfmerge-studies"))
         raise typer.Exit
+
+
+def _tell_usage(error: typer.BadParameter) -> int:
+    """A wrong command line in one message, as all other errors are; returns the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    message = " ".join(error.format_message().split())
+    path = error.ctx.command_path if error.ctx is not None else "dfmerge"
+    stop = "" if message.endswith((".", "?", "!")) else "."
+    print(f"error: {message[0].lower()}{message[1:]}{stop} '{path} -h' lists what there is.", file=sys.stderr)
+    return error.exit_code
 
 
 @app.callback()
@@ -60,7 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given or bool(os.environ.get("DFMERGE_DEBUG"))
     try:
-        app(args=[item for item in given if item != "--debug"], prog_name="dfmerge")
+        code = app(args=[item for item in given if item != "--debug"], prog_name="dfmerge", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except _UsageError as error:
+        sys.exit(_tell_usage(error))
     except DFMergeError as error:
         if debug:
             raise

@@ -56,6 +56,28 @@ def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: st
     return StudySpec.from_yaml(file, everything)
 
 
+def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, create: bool = True) -> None:
+    """Refuse what can be refused in a moment, before the heavy libraries are imported.
+
+    Args:
+        spec: the settings.
+        models: whether the command needs the models and the data.
+        storage: whether it needs the storage.
+        create: whether a storage that is not there will be made.
+
+    Raises:
+        InputError: the first problem.
+    """
+    if storage:
+        from dfmerge_studies.storage import check_url, resolve_url
+
+        check_url(resolve_url(spec.storage_url, spec.workdir), create=create)
+    if models:
+        from dfmerge_studies.objective.preflight import check_inputs
+
+        check_inputs(spec)
+
+
 def output() -> Console:
     """Standard output: results."""
     from rich.console import Console

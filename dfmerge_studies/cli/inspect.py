@@ -17,6 +17,7 @@ def status(
 ) -> None:
     """Trials by state, the best so far, per-task scores, speed."""
     settings = common.load_spec(spec, overrides, storage=storage)
+    common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import status_table
@@ -41,6 +42,7 @@ def list_studies(
 ) -> None:
     """All studies of a storage: the spec's, or the one that --storage names."""
     settings = common.load_spec(spec, storage=storage)
+    common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()
     from dfmerge_studies.report.summary import storage_summary
     from dfmerge_studies.report.tables import studies_table

@@ -38,6 +38,7 @@ def merge(
     from dfmerge_studies.checkpoints.write import check_target
 
     check_target(out, force=force)
+    common.check_early(settings)
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.methods import METHODS
@@ -84,6 +85,7 @@ def fisher(
     check_coefficients(settings, {**dict.fromkeys(settings.experts, coefficient), expert: coefficient}, "--expert")
     if out.exists() and not force:
         raise InputError(f"{out} exists already", where="--out", mend="Choose another file, or add --force")
+    common.check_early(settings)
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
@@ -127,6 +129,7 @@ def evaluate(
     if split not in ("validation", "test"):
         raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
     settings = common.load_spec(spec, overrides, device=device)
+    common.check_early(settings)
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.objective.evaluate import evaluate_model
@@ -156,11 +159,12 @@ def export(
 ) -> None:
     """Write the best trial, or a given one, as a model directory that from_pretrained loads."""
     if out is None:
-        raise typer.BadParameter("--out DIR is required")
+        raise InputError("nothing says where to write", where="--out", mend="Add --out DIR")
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
     from dfmerge_studies.checkpoints.write import check_target
 
     check_target(out, force=force)
+    common.check_early(settings, storage=True, create=False)
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.report.export import export_trial
@@ -182,11 +186,12 @@ def export(
 
 def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
     """`a=0.4,b=0.9`, or one number for all, as a checked coefficient per expert."""
-    from dfmerge_studies.methods import METHODS, Coefficients, fixed_coefficients
     from dfmerge_studies.spec import check_coefficients
 
     where = "--coefficients"
     if text is None:
+        from dfmerge_studies.methods import METHODS, Coefficients, fixed_coefficients
+
         if METHODS[spec.method].coefficients is not Coefficients.FIXED:
             raise InputError(f"the method {spec.method!r} needs coefficients", where=where, mend="Give one per expert")
         return fixed_coefficients(list(spec.experts))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dfmerge_studies.cli import common
+from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -38,7 +39,9 @@ def run(
 ) -> None:
     """Create the study or join it, and work until its total of trials is reached."""
     if trials is not None and add is not None:
-        raise typer.BadParameter("--trials and --add cannot be used together")
+        raise InputError(
+            "--trials and --add cannot be used together", where="--add", mend="Give the total, or what to add to it"
+        )
     settings = common.load_spec(
         spec,
         overrides,
@@ -49,6 +52,7 @@ def run(
         device=device,
         cache=cache,
     )
+    common.check_early(settings, storage=True)
     started = time.monotonic()
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()

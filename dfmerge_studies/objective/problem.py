@@ -16,7 +16,7 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, head_classes, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.data import load_rows
+from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
@@ -175,6 +175,8 @@ def load_problem(
     device, dtype = choose_device(spec), getattr(torch, spec.dtype)
     digests = {name: model_digest(checkpoint) for name, checkpoint in checkpoints.experts.items()}
     base_digest = model_digest(checkpoints.base)
+    wanted = indices or read_indices(spec)
+    rows = {name: read_split(spec, name, "validation") for name in spec.tasks}  # before the weights: it fails sooner
     progress("loading models", 1, steps)
     resident = load_resident(
         checkpoints.base,
@@ -184,7 +186,6 @@ def load_problem(
         dtype=dtype,
         device=device,
     )
-    wanted = indices or read_indices(spec)
     tasks = {}
     for done, name in enumerate(spec.tasks):
         progress(f"reading {name}", len(spec.experts) + 2 + done, steps)
@@ -194,11 +195,11 @@ def load_problem(
                 where=spec.where(f"tasks.{name}"),
                 mend="Add an expert with this task, or remove the task",
             )
-        everything = encode_split(spec, name, "validation", resident.model, resident.tokenizer, checkpoints.kind)
+        everything = _encode(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
-        rows = limited_rows(len(everything), spec.tasks[name].limit, seeded_generator(spec.search.seed, "limit", name))
+        kept = limited_rows(len(everything), spec.tasks[name].limit, seeded_generator(spec.search.seed, "limit", name))
         fisher = [everything[row] for row in _fisher_rows(spec, name, len(everything), wanted)]
-        tasks[name] = TaskInputs({"validation": [everything[row] for row in rows]}, fisher)
+        tasks[name] = TaskInputs({"validation": [everything[row] for row in kept]}, fisher)
     progress("ready", steps, steps)
     return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests)
 
@@ -296,13 +297,39 @@ def encode_split(
     Raises:
         InputError: the split is not named, cannot be read, or does not fit the model.
     """
+    return _encode(spec, task, read_split(spec, task, split), model, tokenizer, kind)
+
+
+def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
+    """Read one split of a task as text.
+
+    Args:
+        spec: where the task is described.
+        task: its name.
+        split: "validation" or "test".
+
+    Raises:
+        InputError: the split is not named, or cannot be read.
+    """
     settings = spec.tasks[task]
     name = settings.validation_split if split == "validation" else settings.test_split
     if name is None:
         raise InputError("no test_split", where=spec.where(f"tasks.{task}"), mend="Name one, or use --split validation")
-    rows = load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
+    return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
+
+
+def _encode(
+    spec: StudySpec,
+    task: str,
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+) -> list[Encoded]:
     longest = longest_input(model.config, tokenizer)
-    return encode_rows(rows, settings, kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length"))
+    return encode_rows(
+        rows, spec.tasks[task], kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length")
+    )
 
 
 def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:

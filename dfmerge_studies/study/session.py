@@ -41,7 +41,7 @@ _SCORES = "dfmerge:scores"  # study attribute: scores of base, experts and singl
 
 def storage_url(spec: StudySpec) -> str:
     """The spec's storage, its relative path made absolute."""
-    return resolve_url(spec.storage or f"sqlite:///{spec.name}.db", spec.workdir)
+    return resolve_url(spec.storage_url, spec.workdir)
 
 
 def spec_cache(spec: StudySpec) -> FisherCache | None:

@@ -7,10 +7,9 @@ from typing import Any
 import psutil
 import torch
 
-from dfmerge_studies.checkpoints.load import check_files
-from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, Importance
+from dfmerge_studies.objective.preflight import model_problems
 from dfmerge_studies.objective.problem import Problem, Progress, choose_device, load_problem, silent
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
@@ -86,13 +85,7 @@ def _available(problem: Problem) -> int:
 
 
 def _file_problems(spec: StudySpec) -> list[InputError]:
-    problems = []
-    named = {"base": spec.base, **{f"experts.{name}": expert.model for name, expert in spec.experts.items()}}
-    for field, reference in named.items():
-        try:
-            check_files(resolve(reference, root=spec.root, where=spec.where(field)))
-        except InputError as error:
-            problems.append(error)
+    problems = list(model_problems(spec))
     try:
         choose_device(spec)
     except InputError as error:

@@ -78,15 +78,38 @@ def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, r
     return rows
 
 
+def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: Path, spec_file: str) -> None:
+    """Check that local data files exist, without reading them.
+
+    Args:
+        name: the task's name, for messages.
+        task: its settings.
+        root: folder that local data files are relative to.
+        spec_file: the spec, for messages.
+
+    Raises:
+        InputError: a file is missing or has no bytes, or a split names none.
+    """
+    where = f"{spec_file}: tasks.{name}"
+    files = _resolve_files(task.dataset, root, where).get("data_files")
+    for split in (task.validation_split, task.test_split):
+        if split is not None:
+            _check_split(files, split, where)
+
+
+def _check_split(files: Any, split: str, where: str) -> None:
+    if isinstance(files, dict) and split not in files:
+        known = ", ".join(sorted(files))
+        raise InputError(f"no split {split!r} among data_files ({known})", where=where, mend="Name one of them")
+
+
 def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Dataset:
     import datasets
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     resolved = _resolve_files(arguments, root, where)
     files = resolved.get("data_files")
-    if isinstance(files, dict) and split not in files:
-        known = ", ".join(sorted(files))
-        raise InputError(f"no split {split!r} among data_files ({known})", where=where, mend="Name one of them")
+    _check_split(files, split, where)
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(**resolved, split=split)
