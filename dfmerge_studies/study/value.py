@@ -77,7 +77,7 @@ def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -
 
 def violation(trial: FrozenTrial) -> float:
     """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
-    return sum(max(0.0, value) for value in trial.constraints or ())
+    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> FrozenTrial | None:

@@ -1,0 +1,288 @@
+"""A study from spec to export through the real command line: cut anywhere, resumed, extended, joined."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from tests.project import Project, cli_environment, make_project
+
+EXPERTS = ("red", "blue")
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def completed(project: Project, name: str = "colours") -> list[tuple[dict[str, float], float, dict[str, float]]]:
+    """Coefficients, value and task scores of every completed trial, in order, exactly."""
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{project.folder / 'colours.db'}")
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    return [
+        (t.user_attrs["coefficients"], t.value, t.user_attrs["tasks"])
+        for t in sorted(trials, key=lambda t: t.user_attrs["place"])
+    ]
+
+
+def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dfmerge_studies", "run", "spec.yaml", *arguments],
+        cwd=project.folder,
+        env=cli_environment(PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_trials(project: Project, process: subprocess.Popen[str], count: int) -> None:
+    """Read progress lines until `count` trials are complete."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if f": {count}/" in line:
+            return
+    raise AssertionError(f"the run ended with {process.wait()} before {count} trials")
+
+
+def test_a_run_reaches_its_total_and_says_what_it_did(project):
+    printed = project.json("run", "spec.yaml")
+    assert printed["trials"] == {"target": 4, "complete": 4, "running": 0, "waiting": 0, "failed": 0, "pruned": 0}
+    assert printed["study"] == "colours"
+    assert printed["method"] == "df-merge"
+    best = printed["best"]
+    assert best["value"] == pytest.approx(sum(best["tasks"].values()) / 2)
+    assert best["value"] == max(value for _, value, _ in completed(project))
+    assert printed["storage"] == f"sqlite:///{project.folder / 'colours.db'}"
+    assert [row["name"] for row in printed["rows"]][:2] == ["base (no merge)", "experts, each its own task"]
+    assert set(printed["rows"][-1]) >= {"validation", "test", "coefficients"}
+    assert project.json("status", "spec.yaml")["best"] == best
+    listed = project.json("list", "spec.yaml")
+    assert listed == [
+        {"study": "colours", "method": "df-merge", "trials": printed["trials"], "best_value": best["value"]}
+    ]
+
+
+def test_the_first_trial_is_one_over_m_and_asked_for_points_follow(project):
+    project.write(search={"trials": 3, "startup_trials": 3, "enqueue": [0.25, {"red": 1.0, "blue": 0.0}]})
+    project.json("run", "spec.yaml")
+    points = [point for point, _, _ in completed(project)]
+    assert points == [{"red": 0.5, "blue": 0.5}, {"red": 0.25, "blue": 0.25}, {"red": 1.0, "blue": 0.0}]
+
+
+def test_every_trial_carries_scores_timings_and_cache_hits(project):
+    project.json("run", "spec.yaml")
+    study = optuna.load_study(study_name="colours", storage=f"sqlite:///{project.folder / 'colours.db'}")
+    for trial in study.get_trials():
+        attributes = trial.user_attrs
+        assert set(attributes["tasks"]) == set(attributes["drops"]) == set(EXPERTS)
+        assert set(attributes["seconds"]) == {"fisher", "merge", "evaluate"}
+        assert sum(attributes["fishers"].values()) == len(EXPERTS)
+    assert study.user_attrs["dfmerge:fisher_indices"].keys() == set(EXPERTS)
+    assert "torch" in study.user_attrs["dfmerge:versions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "terminate", "interrupt"])
+def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(project_of, tmp_path, how):
+    whole = project_of("t5")
+    shutil.copytree(whole.folder, tmp_path / "cut")
+    cut = Project(tmp_path / "cut", "t5", dict(whole.spec))
+    for project in (whole, cut):
+        project.write(search={"trials": 8, "startup_trials": 3})
+    whole.json("run", "spec.yaml")
+    chance = random.Random(how)
+    for stop in (2, 5):
+        process = start(cut)
+        wait_for_trials(cut, process, stop)
+        time.sleep(chance.uniform(0.0, 0.15))
+        process.send_signal({"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}[how])
+        process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if how == "kill" else 130)
+        before = completed(cut)
+        assert len(before) >= stop
+    resumed = cut.json("run", "spec.yaml")
+    assert resumed["trials"]["complete"] == 8
+    assert completed(cut)[: len(before)] == before
+    assert completed(cut) == completed(whole)
+
+
+def test_a_finished_study_runs_nothing_more_and_add_extends_it(project):
+    project.json("run", "spec.yaml", "--trials", "3")
+    first = completed(project)
+    assert project.json("run", "spec.yaml", "--trials", "3")["trials"]["complete"] == 3
+    extended = project.json("run", "spec.yaml", "--trials", "3", "--set", "search.trials=3")
+    assert extended["trials"]["target"] == 3
+    grown = project.json("run", "spec.yaml", "--add", "2")
+    assert grown["trials"] == {**grown["trials"], "target": 6, "complete": 6}
+    assert completed(project)[:3] == first
+    assert project.json("status", "spec.yaml")["trials"]["target"] == 6
+
+
+def test_the_same_files_under_another_path_are_the_same_study(project, tmp_path):
+    project.json("run", "spec.yaml", "--trials", "2")
+    moved = tmp_path / "moved"
+    project.folder.rename(moved)
+    again = Project(moved, project.family, project.spec)
+    again.write(base=str(moved / "base"))
+    assert again.json("run", "spec.yaml", "--trials", "3")["trials"]["complete"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"search": {"trials": 4, "startup_trials": 2, "seed": 7}}, "search.seed"),
+        ({"method": "gta"}, "method"),
+        ({"importance": {"samples": 5}}, "Fisher inputs of red"),
+        ({"importance": {"samples": 6, "estimator": "empirical"}}, "importance.estimator"),
+        ({"objective": "min"}, "objective"),
+        ({"experts": {"red": "blue", "blue": "red"}}, "expert"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_joining_with_other_science_is_refused_with_the_differences(studied, change, named):
+    before = studied.files()
+    studied.write(**change)
+    failed = studied.cli("run", "spec.yaml", check=2)
+    assert "is about something else" in failed.stderr
+    assert named in failed.stderr
+    studied.write()
+    assert studied.files() == before
+
+
+def test_changing_only_budget_and_batches_is_fine(studied):
+    studied.write(token_budget=64, importance={"samples": 6, "row_budget": 64}, cache=None)
+    studied.json("run", "spec.yaml", "--trials", "2")
+    studied.write()
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory, originals) -> Project:
+    """A project with a study of two trials, shared by tests that leave it as it is."""
+    if "t5" not in originals:
+        originals["t5"] = make_project(tmp_path_factory.mktemp("t5") / "project", "t5")
+    folder = tmp_path_factory.mktemp("studied") / "t5"
+    shutil.copytree(originals["t5"].folder, folder)
+    project = Project(folder, "t5", dict(originals["t5"].spec))
+    project.json("run", "spec.yaml", "--trials", "2")
+    return project
+
+
+def test_a_step_puts_every_coefficient_on_the_grid_and_fishers_recur(project):
+    project.write(search={"trials": 6, "startup_trials": 4, "step": 0.5})
+    printed = project.json("run", "spec.yaml")
+    for point, _, _ in completed(project):
+        assert all(value in (0.0, 0.5, 1.0) for value in point.values())
+    assert printed["fishers"]["computed"] <= 6  # two experts at three values
+    assert printed["fishers"]["computed"] + printed["fishers"]["cached"] == 12
+
+
+@pytest.mark.parametrize(("method", "trials"), [("averaging", 1), ("fisher", 1), ("task-arithmetic", 11), ("gta", 4)])
+def test_every_method_is_a_study(project, method, trials):
+    printed = project.json("run", "spec.yaml", "--method", method)
+    assert printed["method"] == method
+    assert printed["trials"]["complete"] == printed["trials"]["target"] == trials
+    points = [point for point, _, _ in completed(project)]
+    if trials == 1:
+        assert points == [{"red": 0.5, "blue": 0.5}]
+    if method == "task-arithmetic":
+        assert sorted(point["red"] for point in points) == [i / 10 for i in range(11)]
+        assert all(point["red"] == point["blue"] for point in points)
+    assert project.json("run", "spec.yaml", "--method", method)["trials"]["complete"] == trials
+    if method != "fisher":
+        assert printed["fishers"] == {"computed": 0, "cached": 0}
+
+
+def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):
+    project.write(search={"trials": 5, "startup_trials": 2, "max_drop": 10})
+    project.json("run", "spec.yaml")
+    status = project.json("status", "spec.yaml")
+    assert set(status["best"]["drops"]) == set(EXPERTS)
+    assert status["best"]["feasible"] == all(drop <= 10 for drop in status["best"]["drops"].values())
+    study = optuna.load_study(study_name="colours", storage=f"sqlite:///{project.folder / 'colours.db'}")
+    for trial in study.get_trials():
+        drops = trial.user_attrs["drops"]
+        assert sorted(trial.constraints.values()) == pytest.approx(sorted(drop - 10 for drop in drops.values()), abs=1e-3)
+    assert "max_drop" in project.cli("status", "spec.yaml").stdout
+
+
+@pytest.mark.parametrize("kind", ["min", "pareto", {"kind": "weighted", "weights": {"red": 3, "blue": 1}}])
+def test_every_objective_runs_past_its_startup_trials_and_ends_in_one_best(project, kind):
+    project.write(objective=kind, search={"trials": 5, "startup_trials": 2})
+    best = project.json("run", "spec.yaml")["best"]
+    scores = best["tasks"]
+    if kind == "min":
+        assert best["value"] == min(scores.values())
+    elif kind == "pareto":
+        assert best["values"] == list(scores.values())
+        assert best["value"] == pytest.approx(sum(scores.values()) / 2)
+        study = optuna.load_study(study_name="colours", storage=f"sqlite:///{project.folder / 'colours.db'}")
+        assert best["number"] in [trial.number for trial in study.best_trials]
+        assert study.metric_names == list(EXPERTS)
+    else:
+        assert best["value"] == pytest.approx((3 * scores["red"] + scores["blue"]) / 4)
+    project.json("export", "spec.yaml", "--out", "best")
+
+
+def test_baselines_are_studies_of_their_own_beside_the_method(project):
+    project.write(baselines=["averaging", "task-arithmetic"])
+    printed = project.json("run", "spec.yaml")
+    assert [row["name"].split()[0] for row in printed["rows"]] == [
+        "base",
+        "experts,",
+        "averaging",
+        "task-arithmetic",
+        "df-merge",
+    ]
+    names = [entry["study"] for entry in project.json("list", "spec.yaml")]
+    assert names == ["colours", "colours.averaging", "colours.task-arithmetic"]
+    assert project.json("run", "spec.yaml")["rows"] == printed["rows"]
+
+
+def test_an_expert_without_a_task_is_weighed_by_all_tasks(project):
+    project.write(experts={"red": "red", "blue": "blue", "third": {"model": "blue", "task": None}})
+    project.json("run", "spec.yaml", "--trials", "2")
+    printed = project.json("fisher", "spec.yaml", "--expert", "third", "--out", "third.safetensors")
+    assert printed["samples"] == 12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied", "bert", "distilbert", "roberta", "mt5"])
+def test_every_family_runs_exports_and_gives_the_trial_s_scores_again(project_of, family):
+    project = project_of(family)
+    best = project.json("run", "spec.yaml", "--trials", "2")["best"]
+    exported = project.json("export", "spec.yaml", "--out", "merged")
+    assert (exported["trial"], exported["value"]) == (best["number"], best["value"])
+    scores = project.json("evaluate", "spec.yaml", "--model", "merged")
+    assert {task: entry["score"] for task, entry in scores["tasks"].items()} == best["tasks"]
+
+
+def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):
+    project.write(search={"trials": 8, "startup_trials": 3})
+    both = [start(project), start(project)]
+    for process in both:
+        process.communicate(timeout=240)
+    assert [process.returncode for process in both] == [0, 0]
+    status = project.json("status", "spec.yaml")
+    assert status["trials"]["complete"] == 8
+    assert status["trials"]["running"] == status["trials"]["waiting"] == 0
+
+
+def test_a_deleted_row_of_data_makes_another_study(studied):
+    file = studied.folder / "red.validation.jsonl"
+    content = file.read_text()
+    file.write_text("".join(line + "\n" for line in content.splitlines()[:-1]))
+    try:
+        assert "data digest of red" in studied.cli("run", "spec.yaml", check=2).stderr
+    finally:
+        file.write_text(content)
+
+
+def test_the_storage_can_come_from_the_environment(project, tmp_path):
+    url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    project.cli("run", "spec.yaml", "--trials", "1", "--json", DFMERGE_STORAGE=url)
+    assert (tmp_path / "elsewhere.db").exists()
+    assert not (project.folder / "colours.db").exists()
