@@ -20,6 +20,8 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import can_fold, forward_losses
 
 TOKEN_BUDGET = 16384
+SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
+SHRINKAGE = 0.75  # and how short, against its dearest, an input must be for that
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; in 16 bits, rounding alone is of this size:
 FOLD_TOLERANCE_16_BIT = 5e-2
 
@@ -43,6 +45,8 @@ def length_batches(
 ) -> list[list[int]]:
     """Positions of the examples, longest first, cut where the dearest input times the count exceeds the budget.
 
+    A batch of some size is also cut where inputs get much shorter, since padding is computed like tokens.
+
     Args:
         examples: inputs in any order.
         kind: how the model answers.
@@ -55,7 +59,8 @@ def length_batches(
     for i in order:
         price = cost(examples[i], kind)
         dearest = max(dearest, price)
-        if not batches or dearest * (len(batches[-1]) + 1) > token_budget:
+        wasteful = bool(batches) and len(batches[-1]) >= SMALL_BATCH and price < SHRINKAGE * dearest
+        if not batches or wasteful or dearest * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
             dearest = price
         batches[-1].append(i)
