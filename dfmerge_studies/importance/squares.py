@@ -72,6 +72,11 @@ def add_squares_(total: Tensor, parts: Sequence[Part]) -> None:
         total: the accumulator, shape of the parameter.
         parts: all parts of these rows; a row may occur in several parts, but only once in each.
     """
+    with torch.autocast(total.device.type, enabled=False):  # the model may run in 16 bits, the squares may not
+        _add_squares_(total, parts)
+
+
+def _add_squares_(total: Tensor, parts: Sequence[Part]) -> None:
     outers = [part for part in parts if isinstance(part, Outer)]
     sparses = [part for part in parts if isinstance(part, Sparse)]
     wholes = [part for part in parts if isinstance(part, Whole)]
