@@ -6,6 +6,7 @@ Unknown keys are refused.  Relative paths are relative to the spec's own folder.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
 
 MethodName = Literal["df-merge", "df-merge-static", "gta", "averaging", "fisher", "task-arithmetic"]
-_NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+_ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
 
 
 class _Settings(BaseModel):
@@ -65,9 +67,22 @@ class SearchSettings(_Settings):
     @field_validator("bounds")
     @classmethod
     def _bounds_are_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(map(math.isfinite, value)):
+            raise ValueError("both bounds must be finite")
         if not value[0] < value[1]:
             raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
         return value
+
+    @model_validator(mode="after")
+    def _step_divides_the_range(self) -> SearchSettings:
+        low, high = self.bounds
+        if self.step is not None and not _is_multiple(high - low, self.step):
+            raise ValueError(f"step: {self.step:g} does not divide the range from {low:g} to {high:g}")
+        return self
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    return abs(value / step - round(value / step)) < _ON_STEP
 
 
 class ObjectiveSettings(_Settings):
@@ -171,7 +186,7 @@ class StudySpec(_Settings):
     @field_validator("name")
     @classmethod
     def _name_is_harmless(cls, value: str) -> str:
-        if not _NAME.match(value):
+        if not _NAME.fullmatch(value):
             raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', and does not start with '.'")
         return value
 
@@ -220,11 +235,11 @@ class StudySpec(_Settings):
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 500MB or 20GB (powers of 1000) or 2GiB (powers of 1024)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is no size; write 500MB, 20GB or 2GiB")
     number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))
 
 
 class _Loader(yaml.SafeLoader):
@@ -253,36 +268,48 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise InputError("no such spec", where=str(path), mend="Give the path of a YAML file") from error
+    except IsADirectoryError as error:
+        raise InputError("this is a folder, not a spec", where=str(path), mend="Name a YAML file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(path), mend="Give a YAML text file") from error
+        what = error.strerror if isinstance(error, OSError) else "this is not UTF-8 text"
+        raise InputError(f"cannot be read: {what}", where=str(path), mend="Give a YAML text file") from error
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except yaml.YAMLError as error:
         raise InputError(
-            f"not valid YAML: {' '.join(str(error).split())}", where=str(path), mend="Correct it"
+            f"not valid YAML: {_masked(' '.join(str(error).split()))}", where=str(path), mend="Correct it"
         ) from error
     if not isinstance(data, dict):
-        raise InputError("expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec")
+        found = "the file is empty" if data is None else f"found {type(data).__name__}"
+        raise InputError(
+            f"{found}; expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec"
+        )
     return data
+
+
+def _masked(found: Any) -> Any:
+    """A value for a message, without the password of any URL in it."""
+    return re.sub(r"//[^@/\s]*@", "//***@", found) if isinstance(found, str) else found
 
 
 def _override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key.strip():
-        raise InputError(f"{override!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20")
+        raise InputError(f"{_masked(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20")
     *parents, leaf = key.strip().split(".")
     target = data
     for parent in parents:
-        inner = target.setdefault(parent, {})
-        if isinstance(inner, str) and target is data.get("experts"):
-            inner = target[parent] = {"model": inner}
+        inner = target.get(parent, {})
+        if isinstance(inner, str) and parents == ["experts", parent]:
+            inner = {"model": inner}
         if not isinstance(inner, dict):
             raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", mend="Correct the key")
-        target = inner
+        target[parent] = dict(inner)  # a copy: a YAML alias may share it with other fields
+        target = target[parent]
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"the value of {override!r} is not valid YAML", where="--set", mend="Quote it") from error
+        raise InputError(f"the value of {_masked(override)!r} is not valid YAML", where="--set", mend="Quote it") from error
 
 
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
@@ -312,7 +339,7 @@ def _explain(error: ValidationError, path: Path) -> InputError:
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(found, (str, int, float, bool)) or found is None:
-        message = f"found {found!r}; {message}"
+        message = f"found {_masked(found)!r}; {message}"
     return InputError(message, where=f"{path}: {field}", mend="Correct the value; docs/specs.md describes every field")
 
 
@@ -324,7 +351,7 @@ def _check_references(spec: StudySpec) -> None:
         raise InputError("no tasks", where=spec.where("tasks"), mend="Name at least one task to score on")
     for kind, names in (("experts", spec.experts), ("tasks", spec.tasks)):
         for name in names:
-            if not _NAME.match(name):
+            if not _NAME.fullmatch(name):
                 raise InputError(
                     f"{name!r} is no usable name", where=spec.where(kind), mend="Use letters, digits, '.', '_' and '-'"
                 )
@@ -354,10 +381,16 @@ def _check_references(spec: StudySpec) -> None:
 
 
 def _check_points(spec: StudySpec) -> None:
+    step, low = spec.search.step, spec.search.bounds[0]
     for point in spec.search.enqueue:
-        check_coefficients(
-            spec, dict.fromkeys(spec.experts, point) if isinstance(point, float) else point, "search.enqueue"
-        )
+        given = dict.fromkeys(spec.experts, point) if isinstance(point, float) else point
+        for name, value in check_coefficients(spec, given, "search.enqueue").items():
+            if step is not None and not _is_multiple(value - low, step):
+                raise InputError(
+                    f"the coefficient of {name!r} is {value:g}, not {low:g} plus a multiple of the step {step:g}",
+                    where=spec.where("search.enqueue"),
+                    mend="Choose a value on the step, or leave search.step out",
+                )
 
 
 def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) -> dict[str, float]:
