@@ -27,7 +27,8 @@ def encode_rows(
 ) -> list[Encoded]:
     """Tokenise rows for a kind of model.
 
-    Text-to-text: the input and every choice end with the tokenizer's own special tokens (end of sequence).  Causal:
+    Text-to-text: the input and every choice end with the tokenizer's own special tokens (end of sequence); choices are
+    never cut, or two of them could become the same.  Causal:
     prompt + delimiter + choice is tokenised whole and split after the prompt; a prompt that is too long loses its
     beginning.  Classification: the text, or the pair.
 
@@ -47,7 +48,7 @@ def encode_rows(
         assert isinstance(task, ChoiceTask)
         encoded = [_encode_causal(row, task.target_delimiter, tokenizer, limit, where) for row in rows]
     elif kind is Kind.TEXT_TO_TEXT:
-        encoded = [_encode_pair_of_texts(row, tokenizer, limit) for row in rows]
+        encoded = [_encode_pair_of_texts(row, tokenizer, limit, longest, where) for row in rows]
     else:
         encoded = [_encode_classification(row, tokenizer, limit) for row in rows]
     if task.max_length is None:
@@ -95,15 +96,21 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True)
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _encode_pair_of_texts(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Encoded:
+def _encode_pair_of_texts(
+    row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None, longest: int | None, where: str
+) -> Encoded:
     whole = _ids(tokenizer, row.text)
     cut = limit is not None and len(whole) > limit
     if cut:
         whole = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
-    choices = tuple(
-        tuple(tokenizer(text_target=choice, truncation=limit is not None, max_length=limit)["input_ids"])
-        for choice in row.choices
-    )
+    choices = tuple(tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in row.choices)
+    for choice, ids in zip(row.choices, choices, strict=True):
+        if longest is not None and len(ids) > longest:
+            raise InputError(
+                f"row {row.index}: the choice {choice[:60]!r} has {len(ids)} tokens, the model takes {longest}",
+                where=where,
+                mend="Shorten the choice",
+            )
     return Encoded(row.index, tuple(whole), choices, row.label, None, cut)
 
 
