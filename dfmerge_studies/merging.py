@@ -61,10 +61,10 @@ class WeightedSum:
             delta = task_vector.deltas.get(name)
             if importance is None:
                 if delta is not None:
-                    self._accumulate(self._numerator, name, delta.float() * coefficient)
+                    self._accumulate(self._numerator, name, delta.to(_at_least_float32(delta)) * coefficient)
                 continue
             fisher = importance[name]
-            weight = fisher.float() + self._floor
+            weight = fisher.to(_at_least_float32(fisher)) + self._floor
             if not bool(torch.isfinite(weight.sum())):
                 raise RunError(
                     f"the importance of expert {task_vector.expert!r} is not finite at {name}",
@@ -105,3 +105,7 @@ class WeightedSum:
             sums[name].add_(value)
         else:
             sums[name] = value
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

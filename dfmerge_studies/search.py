@@ -269,13 +269,13 @@ def grid_rows(space: Space, grid: Mapping[str, Sequence[float]] | None) -> list[
     if not grid or set(grid) != set(space.names) or not all(grid.values()):
         raise InputError(
             "the grid sampler needs values for every coefficient",
-            where="search.grid",
+            where="grid",
             mend=f"Give a list of values for each of {', '.join(space.names)}",
         )
     columns = [list(dict.fromkeys(float(value) for value in grid[name])) for name in space.names]
     rows = [dict(zip(space.names, values, strict=True)) for values in itertools.product(*columns)]
     for row in rows:
-        space.check(row, where="search.grid")
+        space.check(row, where="grid")
     return rows
 
 

@@ -44,7 +44,9 @@ class ImportanceSettings(_Settings):
     )
     floor: float = Field(1e-12, gt=0, description="added to every entry, so that unseen parameters fall back to C = I")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="how Fishers are stored in the cache")
-    row_budget: int = Field(4096, gt=0, description="tokens in one chunk of rows: bounds memory, changes no result")
+    row_budget: int = Field(
+        8192, gt=0, description="tokens in one chunk of rows: bounds memory; changes results by rounding only"
+    )
 
 
 class SearchSettings(_Settings):
@@ -108,9 +110,9 @@ class StudySpec(_Settings):
     experts: dict[str, ExpertSettings] = Field(description="the fine-tuned models by name")
     tasks: dict[str, TaskSettings] = Field(description="what merged models are scored on, by name")
     method: MethodName = Field("df-merge", description="row of the method table")
-    importance: ImportanceSettings = Field(default_factory=ImportanceSettings)
-    search: SearchSettings = Field(default_factory=SearchSettings)
-    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    importance: ImportanceSettings = ImportanceSettings.model_validate({})
+    search: SearchSettings = SearchSettings.model_validate({})
+    objective: ObjectiveSettings = ObjectiveSettings.model_validate({})
     baselines: list[MethodName] = Field(
         default_factory=list, description="methods that `run` shows beside this one, each as a study NAME.METHOD"
     )
@@ -119,7 +121,9 @@ class StudySpec(_Settings):
     cache_limit: str | None = Field(None, description="size that the cache may reach, e.g. 20GB; oldest go first")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
-    token_budget: int = Field(16384, gt=0, description="tokens in one evaluation batch: bounds memory only")
+    token_budget: int = Field(
+        16384, gt=0, description="tokens in one evaluation batch: bounds memory; changes results by rounding only"
+    )
     trust_remote_code: bool = Field(False, description="let code that comes with a checkpoint run")
 
     _file: Path = PrivateAttr(Path("spec.yaml"))
@@ -295,7 +299,9 @@ def _masked(found: Any) -> Any:
 def _override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key.strip():
-        raise InputError(f"{_masked(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20")
+        raise InputError(
+            f"{_masked(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20"
+        )
     *parents, leaf = key.strip().split(".")
     target = data
     for parent in parents:
@@ -309,7 +315,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise InputError(f"the value of {_masked(override)!r} is not valid YAML", where="--set", mend="Quote it") from error
+        raise InputError(
+            f"the value of {_masked(override)!r} is not valid YAML", where="--set", mend="Quote it"
+        ) from error
 
 
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
@@ -370,6 +378,7 @@ def _check_references(spec: StudySpec) -> None:
             mend="Use one type",
         )
     _check_points(spec)
+    _check_baselines(spec)
     for field, named in (
         ("objective.weights", spec.objective.weights),
         ("importance.indices", spec.importance.indices),
@@ -377,6 +386,22 @@ def _check_references(spec: StudySpec) -> None:
         if isinstance(named, dict) and (odd := sorted(set(named) - set(spec.tasks))):
             raise InputError(
                 f"unknown task {odd[0]!r}", where=spec.where(field), mend=f"The tasks are {', '.join(spec.tasks)}"
+            )
+
+
+def _check_baselines(spec: StudySpec) -> None:
+    for baseline in spec.baselines:
+        if spec.baselines.count(baseline) > 1 or baseline == spec.method:
+            raise InputError(
+                f"{baseline!r} is {'the method itself' if baseline == spec.method else 'named twice'}",
+                where=spec.where("baselines"),
+                mend="Name every other method once",
+            )
+        if not _NAME.fullmatch(f"{spec.name}.{baseline}"):
+            raise InputError(
+                f"the name is too long for a baseline's study {spec.name}.{baseline}",
+                where=spec.where("name"),
+                mend="Choose a shorter one",
             )
 
 

@@ -13,7 +13,8 @@ from dfmerge_studies.errors import InputError
 
 _CONTENT = (
     "*.safetensors",
-    "*.bin",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
     "tokenizer.json",
     "*.model",
     "vocab.json",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from logging import ERROR
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.checkpoints.files import check_files
@@ -34,10 +35,12 @@ class Loaded:
     Attributes:
         model: the model, in evaluation mode.
         missing: parameters that the files did not hold and that transformers drew anew (a head on a plain encoder).
+        unexpected: tensors of the files that the model has no place for (what pretraining alone needed, say).
     """
 
     model: PreTrainedModel
     missing: frozenset[str]
+    unexpected: frozenset[str]
 
 
 def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype) -> Loaded:
@@ -78,7 +81,7 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
             where=where,
             mend="Copy the checkpoint again, or name the right one",
         )
-    return Loaded(model, missing)
+    return Loaded(model, missing, frozenset(info["unexpected_keys"]))
 
 
 def load_adapter(
@@ -95,7 +98,7 @@ def load_adapter(
         raise InputError(
             "this expert is a PEFT adapter and the package peft is not installed",
             where=str(checkpoint.path),
-            mend="Run: pip install 'dfmerge-studies[lora]'",
+            mend="Run: pip install peft",
         ) from error
     import transformers
 
@@ -134,7 +137,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             where=str(checkpoint.path),
             mend="Save the tokenizer into the model directory with tokenizer.save_pretrained",
         ) from error
-    return tokenizer  # type: ignore[no-any-return]  # AutoTokenizer is untyped
+    return tokenizer
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -211,11 +214,11 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity(ERROR)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

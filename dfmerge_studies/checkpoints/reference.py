@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from dfmerge_studies.errors import InputError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 _PACKAGE = "package:"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-_HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja", "*.py"]
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # only where there are no safetensors
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def _download(reference: str, path: Path, where: str) -> Path:
 
     repository, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+        fetch = partial(snapshot_download, repository, revision=revision or None, ignore_patterns=["*/*"])
+        folder = Path(fetch(allow_patterns=_HUB_FILES))
+        return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=_HUB_FILES + _HUB_PICKLES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -153,7 +153,7 @@ def load_resident(
     vectors: list[TaskVector] = []
     heads: dict[str, dict[str, Tensor]] = {}
     for expert, checkpoint in experts.items():
-        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer)
+        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected)
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         vectors.append(task_vector(expert, theta_pre, theta))
@@ -174,7 +174,9 @@ def _expert_parameters(
     model_class: ModelClass,
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
+    tolerated: frozenset[str],
 ) -> dict[str, Tensor]:
+    """Parameters of an expert; tensors without a place in the model are refused unless the base has them too."""
     if checkpoint.is_adapter:
         model = load_adapter(checkpoint, base, model_class, dtype=dtype)
     else:
@@ -185,6 +187,12 @@ def _expert_parameters(
                 f"{len(loaded.missing)} tensors are missing from the weights, {min(loaded.missing)} among them",
                 where=str(checkpoint.path),
                 mend="An expert must bring all of its weights and its classification head",
+            )
+        if odd := loaded.unexpected - tolerated:
+            raise InputError(
+                f"tensor {min(odd)} has no place in this architecture and does not exist in the base {base.path}",
+                where=str(checkpoint.path),
+                mend="It would be lost in a merge: fold it into the weights, or name another expert",
             )
         model = loaded.model
     if has_tokenizer(checkpoint):

@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError
@@ -75,7 +75,7 @@ def write_model(
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        whole = model.base_model if heads else model
+        whole = cast("PreTrainedModel", model.base_model) if heads else model
         with quiet_transformers():
             whole.save_pretrained(temporary, max_shard_size=shard_size)
         tokenizer.save_pretrained(temporary)

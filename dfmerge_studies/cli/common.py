@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +78,22 @@ def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, 
         from dfmerge_studies.objective.preflight import check_inputs
 
         check_inputs(spec)
+
+
+def again(file: Path | None, *, storage: str | None, overrides: list[str] | None) -> str:
+    """What must follow a command's name to mean the same study: the spec and the flags that change it.
+
+    Args:
+        file: the spec, None for the quickstart.
+        storage: value of `--storage`; shown only if it holds no password.
+        overrides: values of `--set`.
+    """
+    parts = [] if file is None else [str(file)]
+    if storage is not None and "@" not in storage and not os.environ.get("DFMERGE_STORAGE"):
+        parts += ["--storage", storage]
+    for override in overrides or ():
+        parts += ["--set", override]
+    return "".join(f" {shlex.quote(part)}" for part in parts)
 
 
 def output() -> Console:

@@ -1,4 +1,4 @@
-"""`status`, `list`, `validate`: look without working."""
+"""`status`, `list`, `validate`: look without working (`status` puts trials of dead workers back in the queue)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from dfmerge_studies.cli import common
+from dfmerge_studies.errors import InputError
 
 
 def status(
@@ -65,7 +66,13 @@ def validate(
     json: common.JsonOption = False,
 ) -> None:
     """Check everything that can be checked before spending: files, shapes, tokenizers, data, memory."""
-    settings = common.load_spec(spec, overrides, storage=storage)
+    try:
+        settings = common.load_spec(spec, overrides, storage=storage)
+    except InputError as error:
+        if json:
+            problem = {"where": error.where, "what": error.what, "mend": error.mend}
+            common.print_json({"ok": False, "problems": [problem], "estimate": {}})
+        raise
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.study.validate import validate as check

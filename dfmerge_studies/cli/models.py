@@ -21,9 +21,7 @@ def merge(
     out: OutOption,
     coefficients: Annotated[
         str | None,
-        typer.Option(
-            "--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all; 1/M by default."
-        ),
+        typer.Option("--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all."),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
     device: common.DeviceOption = None,
@@ -179,9 +177,8 @@ def export(
         return
     console = common.output()
     console.print(f"trial {found.number} ({100 * result['value']:.1f}) written to {out}", markup=False)
-    spec_text = f" {spec}" if spec is not None else ""
     if spec is not None:
-        console.print(f"next:\n  dfmerge evaluate{spec_text} --model {out} --split test", markup=False)
+        console.print(f"next:\n  dfmerge evaluate {spec} --model {out} --split test", markup=False)
 
 
 def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -69,7 +68,8 @@ def run(
         baselines, finished = _baselines(session, hidden=json)
         if finished:
             rows = _rows(session, baselines, _splits(settings, test), hidden=json)
-    _tell(session, rows, spec, finished=finished, as_json=json, seconds=time.monotonic() - started)
+    again = common.again(spec, storage=storage, overrides=overrides)
+    _tell(session, rows, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
     if not finished:
         raise typer.Exit(130)
 
@@ -80,10 +80,7 @@ def _work(session: Session, total: int | None, *, hidden: bool) -> bool:
     Returns:
         Whether the work was not interrupted.
     """
-    from dfmerge_studies.study.session import target_trials
-
-    target = total or target_trials(session.spec, session.stored_target())
-    with _trial_bar(session, target, hidden=hidden) as show:
+    with _trial_bar(session, session.total(total), hidden=hidden) as show:
         summary = session.run(target=total, on_event=show)
     return not summary.interrupted
 
@@ -92,7 +89,7 @@ def _baselines(session: Session, *, hidden: bool) -> tuple[list[Session], bool]:
     """Run the methods that the spec shows beside its own, each as a study of its own in the same storage."""
     from dfmerge_studies.study.session import open_study, storage_url
 
-    done = []
+    done: list[Session] = []
     for method in session.spec.baselines:
         spec = session.spec.derive(
             name=f"{session.spec.name}.{method}", method=method, storage=storage_url(session.spec), baselines=[]
@@ -131,9 +128,7 @@ def _rows(session: Session, baselines: list[Session], splits: list[str], *, hidd
     return rows
 
 
-def _tell(
-    session: Session, rows: list[Row], file: Path | None, *, finished: bool, as_json: bool, seconds: float
-) -> None:
+def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_json: bool, seconds: float) -> None:
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import coefficients_text, comparison_table, rows_as_json
 
@@ -153,8 +148,7 @@ def _tell(
         out.print(f"  coefficients: {coefficients_text(best['coefficients'])}", markup=False)
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
-    spec_text = f" {file}" if file is not None else ""
-    out.print(f"next:\n  dfmerge status{spec_text}\n  dfmerge export{spec_text} --out merged-model", markup=False)
+    out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)
 
 
 @contextmanager

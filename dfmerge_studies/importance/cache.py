@@ -6,6 +6,7 @@ not verify is set aside under another name, never used and never deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -157,9 +158,12 @@ class FisherCache:
             return None
         except (ValueError, OSError) as error:
             aside = self._set_aside(file)
+            if aside is None:  # another process was quicker
+                return None
             logger.warning("damaged Fisher file %s (%s): set aside as %s, computed again", file.name, error, aside.name)
             return None
-        os.utime(file)
+        with contextlib.suppress(OSError):  # pruned by another process, or a cache that we may only read
+            os.utime(file)
         return values
 
     def put(self, key: FisherKey, values: Mapping[str, Tensor]) -> None:
@@ -179,9 +183,7 @@ class FisherCache:
 
     def entries(self) -> Iterator[Entry]:
         """All entries, the least recently used first."""
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-        for file in files:
-            state = file.stat()
+        for file, state in self._files():
             try:
                 with safe_open(file, framework="pt") as stored:
                     metadata = dict(stored.metadata() or {})
@@ -200,7 +202,7 @@ class FisherCache:
             try:
                 load_fisher(entry.file)
             except (ValueError, OSError) as error:
-                damaged.append((self._set_aside(entry.file), str(error)))
+                damaged.append((self._set_aside(entry.file) or entry.file, str(error)))
         return damaged
 
     def prune(self, limit: int, *, keep: Path | None = None) -> list[Path]:
@@ -213,10 +215,10 @@ class FisherCache:
         Returns:
             What was deleted.
         """
-        files = [(file, file.stat()) for file in self.folder.glob("*.safetensors")]
+        files = self._files()
         total = sum(state.st_size for _, state in files)
         deleted = []
-        for file, state in sorted(files, key=lambda item: item[1].st_mtime):
+        for file, state in files:
             if total <= limit:
                 break
             if file == keep:
@@ -226,10 +228,21 @@ class FisherCache:
             total -= state.st_size
         return deleted
 
-    def _set_aside(self, file: Path) -> Path:
+    def _set_aside(self, file: Path) -> Path | None:
         aside = file.with_name(f"{file.name}.damaged-{uuid.uuid4().hex[:8]}")
-        file.rename(aside)
+        try:
+            file.rename(aside)
+        except OSError:
+            return None
         return aside
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        """The entries that are there, the least recently used first; others may be deleting at the same time."""
+        found = []
+        for file in self.folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((file, file.stat()))
+        return sorted(found, key=lambda item: item[1].st_mtime)
 
 
 def open_cache(location: str | None, folder: Path, limit: int | None) -> FisherCache | None:
@@ -262,5 +275,5 @@ def _checksum(values: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(values):
         total.update(name.encode())
-        total.update(memoryview(values[name].contiguous().view(-1).view(torch.uint8).numpy()))
+        total.update(values[name].contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -279,7 +279,7 @@ class Capture:
         missing = sorted(set(self.sums) - self.visited)
         if missing:
             raise InputError(
-                f"the model does not use {len(missing)} of the parameters that differ between base and experts, "
+                f"the model does not use {len(missing)} of the parameters whose importance is wanted, "
                 f"so they have no Fisher information: {', '.join(missing[:5])}",
                 mend="Leave them out of the merge, or use the class of model that uses them",
             )

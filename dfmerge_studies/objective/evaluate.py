@@ -21,6 +21,7 @@ from dfmerge_studies.objective.problem import (
     choose_device,
     encode_split,
     find_checkpoints,
+    limited_examples,
     padding_id,
     silent,
 )
@@ -71,6 +72,8 @@ def evaluate_model(
     results: dict[str, dict[str, float | int | str]] = {}
     for task, settings in spec.tasks.items():
         examples = encode_split(spec, task, split, model, tokenizer, found.kind)
+        if split == "validation":
+            examples = limited_examples(spec, task, examples)
         check_labels(spec, task, examples, heads)
         put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
         done = 0

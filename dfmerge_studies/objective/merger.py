@@ -22,6 +22,19 @@ from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
 from dfmerge_studies.tasks.sampling import seeded_generator
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory, on any device, into a `RunError` that fails the trial and not the study."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+            raise
+        raise RunError(
+            "out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one merge gave.
@@ -67,13 +80,13 @@ class Merger:
         Raises:
             RunError: something is not finite, or memory ran out.
         """
-        with memory_errors():
-            merged = self.merge_(coefficients)
-            start = time.perf_counter()
-            tasks = self.scores("validation")
+        merged = self.merge_(coefficients)
+        start = time.perf_counter()
+        tasks = self.scores("validation")
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
         return Outcome(tasks, seconds, merged.computed, merged.cached)
 
+    @memory_errors()
     def merge_(self, coefficients: Mapping[str, float]) -> Outcome:
         """Write the merged weights into the resident model, without scoring them.
 
@@ -104,6 +117,7 @@ class Merger:
         seconds["merge"] += time.perf_counter() - start
         return Outcome({}, seconds, computed, cached)
 
+    @memory_errors()
     def importance(
         self, index: int, coefficient: float, *, names: Sequence[str] | None = None
     ) -> tuple[dict[str, Tensor], bool]:
@@ -196,6 +210,7 @@ class Merger:
         """
         return {task: self.score(task, split) for task in self.problem.tasks}
 
+    @memory_errors()
     def score(self, task: str, split: str) -> float:
         """Score of the model as it stands on one task, 0..1.
 
@@ -264,16 +279,3 @@ class Merger:
         """Draws of the `sampled` estimator: the same at every lambda, so that Fishers differ by lambda alone."""
         seed = seeded_generator(self.problem.spec.search.seed, "sampled", task).integers(2**62)
         return torch.Generator().manual_seed(int(seed))
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn running out of memory, on any device, into a `RunError` that fails the trial and not the study."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
-            raise
-        raise RunError(
-            "out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16"
-        ) from error

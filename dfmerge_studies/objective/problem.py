@@ -89,7 +89,7 @@ class Problem:
     pad_id: int
     base_digest: str
     expert_digests: dict[str, str]
-    _data_digests: dict[str, str] = field(default_factory=dict)
+    _data_digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -105,14 +105,20 @@ class Problem:
         """Validation rows of the Fisher inputs, by task."""
         return {name: [example.index for example in task.fisher] for name, task in self.tasks.items()}
 
-    def data_digests(self) -> dict[str, str]:
-        """Identity of every task's validation inputs as the model sees them: prompts and tokenizer included."""
-        if not self._data_digests:
-            for name, task in self.tasks.items():
-                self._data_digests[name] = ids_digest(
-                    [e.index, e.input_ids, e.choices, e.label, e.token_type_ids] for e in task.splits["validation"]
+    def data_digests(self, split: str = "validation") -> dict[str, str]:
+        """Identity of every task's inputs as the model sees them: prompts and tokenizer included.
+
+        Args:
+            split: "validation" or "test".
+        """
+        if split not in self._data_digests:
+            self._data_digests[split] = {
+                name: ids_digest(
+                    [e.index, e.input_ids, e.choices, e.label, e.token_type_ids] for e in self.examples(name, split)
                 )
-        return self._data_digests
+                for name in self.tasks
+            }
+        return self._data_digests[split]
 
     def examples(self, task: str, split: str) -> list[Encoded]:
         """Tokenised rows of the validation or the test split, the latter loaded when first asked for.
@@ -197,9 +203,8 @@ def load_problem(
             )
         everything = _encode(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
-        kept = limited_rows(len(everything), spec.tasks[name].limit, seeded_generator(spec.search.seed, "limit", name))
         fisher = [everything[row] for row in _fisher_rows(spec, name, len(everything), wanted)]
-        tasks[name] = TaskInputs({"validation": [everything[row] for row in kept]}, fisher)
+        tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher)
     progress("ready", steps, steps)
     return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests)
 
@@ -248,6 +253,18 @@ def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     if not rows_by_task:
         raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")
     return content  # type: ignore[no-any-return]  # checked above
+
+
+def limited_examples(spec: StudySpec, task: str, examples: Sequence[Encoded]) -> list[Encoded]:
+    """The validation inputs that the task's `limit` leaves, drawn with the study's seed.
+
+    Args:
+        spec: where limit and seed stand.
+        task: name of the task.
+        examples: all validation inputs.
+    """
+    generator = seeded_generator(spec.search.seed, "limit", task)
+    return [examples[row] for row in limited_rows(len(examples), spec.tasks[task].limit, generator)]
 
 
 def check_labels(

@@ -6,13 +6,12 @@ from typing import Any
 
 import optuna
 
-from dfmerge_studies.methods import expand
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
-from dfmerge_studies.study.value import DROPS, FISHERS, SECONDS, TASKS, best_trial, mean_score, violation
+from dfmerge_studies.study.value import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS, best_trial, mean_score, violation
 
 
 def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
     """
     completed = results(study)
     best = best_trial(completed, spec.objective)
-    target = max(target_trials(spec), int(study.user_attrs.get(provenance.TARGET, 0)))
+    target = int(study.user_attrs.get(provenance.TARGET, 0)) or target_trials(spec)
     return {
         "study": study.study_name,
         "method": spec.method,
@@ -46,7 +45,7 @@ def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
     described: dict[str, Any] = {
         "number": best.number,
         "value": best.values[0] if len(best.values) == 1 else mean_score(scores),
-        "coefficients": expand(best.params, list(spec.experts)),
+        "coefficients": best.user_attrs[COEFFICIENTS],
         "tasks": scores,
     }
     if len(best.values) > 1:

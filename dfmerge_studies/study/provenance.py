@@ -20,6 +20,7 @@ SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
 TARGET = "dfmerge:target"
+ATTRIBUTES = frozenset({SCIENCE, SPEC, INDICES, VERSIONS, TARGET})
 
 _LIBRARIES = ("dfmerge-studies", "torch", "transformers", "optuna", "datasets", "peft", "numpy", "scipy")
 
@@ -36,6 +37,7 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
         "importance.estimator": importance.estimator,
+        "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
         "importance.dtype": importance.dtype,
         "search.sampler": search.sampler,

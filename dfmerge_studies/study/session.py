@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class Session:
         Raises:
             RunError: three trials in a row failed, or the database is gone for good.
         """
-        total = target if target is not None else target_trials(self.spec, self.stored_target())
+        total = self.total(target)
         with storage_errors(self.url):
             self._check_total(total)
             self.study.set_user_attr(provenance.TARGET, total)
@@ -121,6 +122,16 @@ class Session:
                 on_event=on_event,
             )
 
+    def total(self, wanted: int | None = None) -> int:
+        """Trials that a run works towards.
+
+        Args:
+            wanted: an explicit total; methods without a search have as many trials as points, whatever is wanted.
+        """
+        if wanted is not None and self.method.coefficients is Coefficients.PER_EXPERT:
+            return wanted
+        return target_trials(self.spec, self.stored_target())
+
     def stored_target(self) -> int:
         """Total that the study was last asked to reach, 0 for a new one."""
         return int(self.study.user_attrs.get(provenance.TARGET, 0))
@@ -130,8 +141,8 @@ class Session:
         return best_trial(results(self.study), self.spec.objective)
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
-        """Coefficient per expert of a trial."""
-        return expand(trial.params, self.problem.experts)
+        """Coefficient per expert of a completed trial."""
+        return dict(trial.user_attrs[COEFFICIENTS])
 
     def reference_scores(self, row: str, split: str) -> dict[str, float]:
         """Scores of the base or of the experts, computed once per study and then kept in it.
@@ -166,20 +177,30 @@ class Session:
             row: "base", "experts", or a trial.
             split: "validation" or "test".
         """
-        name = row if isinstance(row, str) else _trial_row(row)
-        stored = self.study.user_attrs.get(f"{_SCORES}:{name}:{split}")
-        return {split: dict(stored)} if stored is not None else {}
+        if any(task.test_split is None for task in self.spec.tasks.values()):
+            return {}
+        stored = self._stored(row if isinstance(row, str) else _trial_row(row), split)
+        return {split: stored} if stored is not None else {}
+
+    def _stored(self, row: str, split: str) -> dict[str, float] | None:
+        """Scores that were computed on the data as it is now."""
+        kept = self.study.user_attrs.get(f"{_SCORES}:{row}:{split}")
+        if kept is None or kept["data"] != self.problem.data_digests(split):
+            return None
+        return dict(kept["scores"])
 
     def _kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        name = f"{_SCORES}:{row}:{split}"
-        stored = self.study.user_attrs.get(name)
+        stored = self._stored(row, split)
         if stored is None:
             stored = dict(compute())
-            self.study.set_user_attr(name, stored)
-        return dict(stored)
+            kept = {"data": self.problem.data_digests(split), "scores": stored}
+            self.study.set_user_attr(f"{_SCORES}:{row}:{split}", kept)
+        return stored
 
     def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
         coefficients = expand(point, self.problem.experts)
+        if self.spec.search.step is not None:  # 3 * 0.1 and 0.3 must be one point, and one entry of the cache
+            coefficients = {name: round(value, 12) for name, value in coefficients.items()}
         outcome = self.merger.run(coefficients)
         task_drops = drops(outcome.tasks, expert_scores)
         return TrialResult(
@@ -244,6 +265,7 @@ def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Pro
         InputError: models or data do not fit, or the study in the storage is about something else.
     """
     url, method = storage_url(spec), METHODS[spec.method]
+    search_space(spec)
     cache = spec_cache(spec)
     stored = stored_study_or_none(spec, url)
     where = safe_url(url)
@@ -276,14 +298,17 @@ def stored_study(spec: StudySpec) -> optuna.Study:
 
 def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
     """The study if it is there; nothing is created."""
-    path = url.removeprefix("sqlite:///").partition("?")[0] if url.startswith("sqlite:///") else None
-    if path is not None and not Path(path).exists():
+    file = re.match(r"(?:sqlite(?:\+\w+)?|journal):///([^?]+)", url)
+    if file is not None and not Path(file[1]).exists():
         return None
     with storage_errors(url):
-        storage = open_storage(url, create=path is None)
+        storage = open_storage(url, create=False)
         if spec.name not in optuna.get_all_study_names(storage):
             return None
-        return load_study(storage, spec.name)
+        study = load_study(storage, spec.name)
+    # A first start that was killed between making the study and writing what it is about: as good as not there.
+    unfinished = provenance.stored_science(study) is None and not study.get_trials(deepcopy=False)
+    return None if unfinished and not study.user_attrs.keys() - provenance.ATTRIBUTES else study
 
 
 def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
