@@ -93,7 +93,7 @@ def load_adapter(
         InputError: peft is not installed, or the adapter does not fit the base.
     """
     try:
-        from peft import PeftModel
+        from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
     except ImportError as error:
         raise InputError(
             "this expert is a PEFT adapter and the package peft is not installed",
@@ -109,13 +109,25 @@ def load_adapter(
             model = getattr(transformers, model_class.value).from_pretrained(
                 base.path, dtype=dtype, trust_remote_code=base.trust_remote_code, weights_only=True, **labels
             )
-            folded = PeftModel.from_pretrained(model, str(checkpoint.path)).merge_and_unload()
+            config = PeftConfig.from_pretrained(str(checkpoint.path))
+            config.inference_mode = True
+            wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+            # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
+            result = wrapped.load_adapter(str(checkpoint.path), "default")
+            folded = wrapped.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(
             f"this adapter does not fit the base {base.path}: {_first_line(error)}",
             where=str(checkpoint.path),
             mend="Name the base that the adapter was trained on",
         ) from error
+    for what, names in (("is missing", result.missing_keys), ("has no place in the base", result.unexpected_keys)):
+        if names:
+            raise InputError(
+                f"tensor {min(names)} of the adapter {what}",
+                where=str(checkpoint.path),
+                mend="Copy the adapter again, or name the base that it was trained on",
+            )
     folded.eval()
     return folded  # type: ignore[no-any-return]  # peft types its return as Module
 
