@@ -28,7 +28,9 @@ class DFMergeError(Exception):
         text = f"{self.where}: {self.what}" if self.where else self.what
         if not self.mend:
             return text
-        return f"{text}. {self.mend}" if self.mend.endswith("?") else f"{text}. {self.mend}."
+        stop = "" if text.endswith(("\n", ".", "!", "?")) else "."  # a list ends with its line
+        mend = self.mend if self.mend.endswith("?") else f"{self.mend}."
+        return f"{text}{stop}{mend}" if text.endswith("\n") else f"{text}{stop} {mend}"
 
 
 class InputError(DFMergeError):

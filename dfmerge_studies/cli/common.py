@@ -132,7 +132,7 @@ def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
     """A bar on standard error for work in named phases; nothing remains of it afterwards.
 
     Args:
-        hidden: show nothing.
+        hidden: show nothing, as where nobody watches.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -142,7 +142,7 @@ def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=messages(), transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=messages(), transient=True, disable=hidden or not sys.stderr.isatty()) as bars:
         shown = bars.add_task("loading", total=None)
 
         def show(what: str, done: int, total: int) -> None:

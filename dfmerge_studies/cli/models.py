@@ -80,7 +80,8 @@ def fisher(
     settings = common.load_spec(spec, overrides, device=device, cache=cache)
     from dfmerge_studies.spec import check_coefficients
 
-    check_coefficients(settings, {**dict.fromkeys(settings.experts, coefficient), expert: coefficient}, "--expert")
+    where = "--coefficient" if expert in settings.experts else "--expert"
+    check_coefficients(settings, {**dict.fromkeys(settings.experts, coefficient), expert: coefficient}, where)
     if out.exists() and not force:
         raise InputError(f"{out} exists already", where="--out", mend="Choose another file, or add --force")
     common.check_early(settings)
@@ -126,8 +127,11 @@ def evaluate(
     """Score any model on the spec's tasks."""
     if split not in ("validation", "test"):
         raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
+    from dfmerge_studies.objective.preflight import check_model
+
     settings = common.load_spec(spec, overrides, device=device)
     common.check_early(settings)
+    check_model(model, root=Path.cwd(), where="--model")
     with common.progress_bar(hidden=json) as progress:
         common.quiet_libraries()
         from dfmerge_studies.objective.evaluate import evaluate_model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import resolve
@@ -20,9 +23,23 @@ def model_problems(spec: StudySpec) -> Iterator[InputError]:
     named = {"base": spec.base, **{f"experts.{name}": expert.model for name, expert in spec.experts.items()}}
     for field, reference in named.items():
         try:
-            check_files(resolve(reference, root=spec.root, where=spec.where(field)))
+            check_model(reference, root=spec.root, where=spec.where(field))
         except InputError as error:
             yield error
+
+
+def check_model(reference: str, *, root: Path, where: str) -> None:
+    """Refuse a model whose files are not there or not whole.
+
+    Args:
+        reference: as for `resolve`.
+        root: folder that relative paths start from.
+        where: what names it, for messages.
+
+    Raises:
+        InputError: what is wrong.
+    """
+    check_files(resolve(reference, root=root, where=where))
 
 
 def check_inputs(spec: StudySpec) -> None:
@@ -36,5 +53,37 @@ def check_inputs(spec: StudySpec) -> None:
     """
     for name, task in spec.tasks.items():
         check_data_files(name, task, root=spec.root, spec_file=str(spec.file))
+    read_indices(spec)
     for problem in model_problems(spec):
         raise problem
+
+
+def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
+    """Fisher inputs that the spec names, from itself or from its JSON file.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or holds no rows by task.
+    """
+    given = spec.importance.indices
+    if not isinstance(given, str):
+        return given
+    file = spec.root / given
+    where = spec.where("importance.indices")
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {file}", where=where, mend="Correct the path") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not readable as JSON: {error}", where=where, mend="Correct it") from error
+    if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
+        content = content["fisher_indices"]
+    rows_by_task = isinstance(content, dict) and all(
+        isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in content.values()
+    )
+    if not rows_by_task:
+        raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")
+    if odd := sorted(content.keys() - spec.tasks.keys()):
+        raise InputError(
+            f"unknown task {odd[0]!r} in {file}", where=where, mend=f"The tasks are {', '.join(spec.tasks)}"
+        )
+    return content  # type: ignore[no-any-return]  # checked above

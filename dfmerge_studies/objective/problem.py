@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, head_classes, load_resident
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
@@ -226,33 +226,6 @@ def choose_device(spec: StudySpec) -> torch.device:
             mend="Use device: auto",
         )
     return device
-
-
-def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
-    """Fisher inputs that the spec names, from itself or from its JSON file.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or holds no rows by task.
-    """
-    given = spec.importance.indices
-    if not isinstance(given, str):
-        return given
-    file = spec.root / given
-    where = spec.where("importance.indices")
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {file}", where=where, mend="Correct the path") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not readable as JSON: {error}", where=where, mend="Correct it") from error
-    if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
-        content = content["fisher_indices"]
-    rows_by_task = isinstance(content, dict) and all(
-        isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in content.values()
-    )
-    if not rows_by_task:
-        raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")
-    return content  # type: ignore[no-any-return]  # checked above
 
 
 def limited_examples(spec: StudySpec, task: str, examples: Sequence[Encoded]) -> list[Encoded]:

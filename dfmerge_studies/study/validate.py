@@ -94,7 +94,7 @@ def _file_problems(spec: StudySpec) -> list[InputError]:
 
 
 def _data_problems(spec: StudySpec) -> list[InputError]:
-    problems = []
+    problems: list[InputError] = []
     for name, task in spec.tasks.items():
         for split in (task.validation_split, task.test_split):
             if split is None:
@@ -102,7 +102,8 @@ def _data_problems(spec: StudySpec) -> list[InputError]:
             try:
                 load_rows(name, task, split, root=spec.root, spec_file=str(spec.file))
             except InputError as error:
-                problems.append(error)
+                if error.args not in [known.args for known in problems]:  # a missing file fails every split
+                    problems.append(error)
     return problems
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +59,7 @@ def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, r
     where = f"{spec_file}: tasks.{name}"
     dataset = _load_split(task.dataset, split, root, where)
     if len(dataset) == 0:
-        raise InputError(f"the split {split!r} is empty", where=f"{where}.dataset", mend="Give it at least one row")
+        raise _empty(split, where)
     columns = list(dataset.column_names)
     to_text = _renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
     to_target = _renderer(task.doc_to_target, columns, f"{where}.doc_to_target")
@@ -112,7 +114,8 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
     _check_split(files, split, where)
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(**resolved, split=split)
+        with _silent_datasets():
+            loaded = datasets.load_dataset(**resolved, split=split)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(
             f"the data set {arguments['path']!r} cannot be found: {_first_line(error)}",
@@ -121,12 +124,30 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
         ) from error
     except (DatasetGenerationError, ValueError, TypeError, OSError, RuntimeError) as error:
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
+            raise _empty(split, where) from error
         raise InputError(
             f"the data set cannot be read: {_first_line(cause)}",
             where=f"{where}.dataset ({_describe_files(files, split)})",
             mend="Check the files, the format named in 'path', and the split",
         ) from error
     return loaded
+
+
+def _empty(split: str, where: str) -> InputError:
+    return InputError(f"the split {split!r} is empty", where=f"{where}.dataset", mend="Give it at least one row")
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    """Keep the library from logging, besides, what it raises."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict[str, Any]:
