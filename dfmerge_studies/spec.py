@@ -6,7 +6,6 @@ Unknown keys are refused.  Relative paths are relative to the spec's own folder.
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ _ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ExpertSettings(_Settings):
@@ -69,8 +68,6 @@ class SearchSettings(_Settings):
     @field_validator("bounds")
     @classmethod
     def _bounds_are_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(map(math.isfinite, value)):
-            raise ValueError("both bounds must be finite")
         if not value[0] < value[1]:
             raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
         return value
@@ -279,7 +276,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot be read: {what}", where=str(path), mend="Give a YAML text file") from error
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise InputError(
             f"not valid YAML: {_masked(' '.join(str(error).split()))}", where=str(path), mend="Correct it"
         ) from error
@@ -314,7 +311,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         target = target[parent]
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(
             f"the value of {_masked(override)!r} is not valid YAML", where="--set", mend="Quote it"
         ) from error
@@ -330,10 +327,14 @@ _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
 }
 
 
+_UNION_MEMBERS = ("choice", "classification", "float", "int", "str", "list[str]", "dict[str,float]")
+
+
 def _explain(error: ValidationError, path: Path) -> InputError:
     """The first problem of a validation as one sentence."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"] if part not in ("choice", "classification")]
+    # Pydantic names the member of a union, too, which is no field.
+    location = [str(part) for index, part in enumerate(first["loc"]) if index < 2 or part not in _UNION_MEMBERS]
     field = ".".join(location) or "spec"
     found = first.get("input")
     if first["type"] == "extra_forbidden":

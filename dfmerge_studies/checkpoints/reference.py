@@ -77,6 +77,8 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
     Raises:
         InputError: nothing is there, or the Hub cannot be reached.
     """
+    if "\0" in reference:
+        raise InputError(f"{reference!r} is no path", where=where, mend="Correct the path")
     if reference.startswith(_PACKAGE):
         path = _package_folder(reference, where)
     else:

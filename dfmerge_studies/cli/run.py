@@ -58,7 +58,7 @@ def run(
         progress("starting", 0, 1)
         from dfmerge_studies.study.session import open_study, target_trials
 
-        session = open_study(settings, progress=progress)
+        session = open_study(settings, splits=_splits(settings, test), progress=progress)
     total = trials
     if add is not None:
         total = max(target_trials(settings), session.stored_target()) + add

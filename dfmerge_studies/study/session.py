@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,13 @@ def _trial_row(trial: FrozenTrial) -> str:
     return f"trial {trial.number}"
 
 
-def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Progress = silent) -> Session:
+def open_study(
+    spec: StudySpec,
+    *,
+    problem: Problem | None = None,
+    splits: Sequence[str] = ("validation",),
+    progress: Progress = silent,
+) -> Session:
     """Create the study that a spec names, or join it.
 
     Nothing is written before everything that can be checked has been checked.
@@ -259,6 +265,7 @@ def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Pro
     Args:
         spec: what to study.
         problem: models and data that are loaded already, of a spec that differs in name and method only.
+        splits: what will be scored; each is read now, since a bad test split should not wait for the last trial.
         progress: told how far loading is.
 
     Raises:
@@ -278,6 +285,9 @@ def open_study(spec: StudySpec, *, problem: Problem | None = None, progress: Pro
         if stored is not None and spec.importance.indices is None:
             indices = stored.user_attrs.get(provenance.INDICES)
         problem = load_problem(spec, indices=indices, progress=progress)
+    for split in splits:
+        for task in spec.tasks:
+            problem.examples(task, split)
     science = {**provenance.stated_science(spec), **provenance.measured_science(problem)}
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)

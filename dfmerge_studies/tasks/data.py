@@ -168,8 +168,10 @@ def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict
 
 
 def _absolute(files: Any, root: Path, where: str) -> Any:
-    if isinstance(files, dict):
+    if isinstance(files, dict) and files:
         return {split: _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
+    if files in ([], {}, "", None):
+        raise InputError("it names no file", where=where, mend="Name at least one")
     if isinstance(files, list):
         return [_absolute(value, root, where) for value in files]
     if "://" in str(files):
@@ -212,7 +214,7 @@ def _renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer
     def render(document: Mapping[str, Any], index: int) -> str:
         try:
             return template.render(**document)
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"the template fails on row {index}: {error} (columns: {', '.join(columns)})",
                 where=where,
@@ -253,7 +255,11 @@ def _checked_choices(value: Any, where: str, index: int) -> tuple[str, ...]:
         raise InputError(f"row {index}: {value!r} is no list of choices", where=where, mend="Give a list of texts")
     choices = tuple(str(choice) for choice in value)
     if len(choices) < 2:
-        raise InputError(f"row {index} has only {len(choices)} choice", where=where, mend="Give at least two choices")
+        raise InputError(
+            f"row {index} has only {len(choices)} choice{'s' * (not choices)}",
+            where=where,
+            mend="Give at least two choices",
+        )
     if len(set(choices)) < len(choices):
         raise InputError(
             f"row {index} has the same choice twice: {list(choices)}", where=where, mend="Make them differ"
