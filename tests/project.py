@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from transformers import AutoModel
 
+from dfmerge_studies.cli.app import main
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
 
 EXPERTS = ("red", "blue")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def _checked(done: Done, expected: int | None) -> Done:
+    if expected is not None and done.returncode != expected:
+        raise AssertionError(f"exit {done.returncode}, expected {expected}\n{done.stdout}\n{done.stderr}")
+    return done
 
 
 @dataclass
@@ -38,10 +58,28 @@ class Project:
         self.file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
         return self.file
 
-    def cli(
-        self, *arguments: str | Path, check: int | None = 0, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m dfmerge_studies` in the folder; the exit code must be `check`, unless that is None."""
+    def cli(self, *arguments: str | Path, check: int | None = 0, **environment: str) -> Done:
+        """Run the command line in the folder; the exit code must be `check`, unless that is None.
+
+        In this process, since importing torch anew for every call would take most of the suite's time; `process` does
+        the same in a process of its own.
+        """
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            patch.setenv("COLUMNS", "200")
+            patch.delenv("DFMERGE_STORAGE", raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    main(list(map(str, arguments)))
+                except SystemExit as stop:
+                    code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return _checked(Done(code, out.getvalue(), err.getvalue()), check)
+
+    def process(self, *arguments: str | Path, check: int | None = 0, **environment: str) -> Done:
+        """Run `python -m dfmerge_studies` in the folder."""
         done = subprocess.run(
             [sys.executable, "-m", "dfmerge_studies", *map(str, arguments)],
             cwd=self.folder,
@@ -50,17 +88,24 @@ class Project:
             text=True,
             timeout=300,
         )
-        if check is not None and done.returncode != check:
-            raise AssertionError(f"exit {done.returncode}, expected {check}\n{done.stdout}\n{done.stderr}")
-        return done
+        return _checked(Done(done.returncode, done.stdout, done.stderr), check)
 
     def json(self, *arguments: str | Path) -> Any:
         """What a command prints with `--json`."""
         return json.loads(self.cli(*arguments, "--json").stdout)
 
-    def files(self) -> dict[str, bytes]:
-        """Every file of the folder, for comparing before and after."""
-        return {str(f.relative_to(self.folder)): f.read_bytes() for f in sorted(self.folder.rglob("*")) if f.is_file()}
+    def files(self) -> dict[str, Any]:
+        """The content of every file of the folder, for comparing before and after; of a database, its rows."""
+        found = [f for f in sorted(self.folder.rglob("*")) if f.is_file() and not f.name.endswith(("-wal", "-shm"))]
+        return {str(f.relative_to(self.folder)): _content(f) for f in found}
+
+
+def _content(file: Path) -> Any:
+    if file.suffix != ".db":
+        return file.read_bytes()
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(file)) as database:
+        return list(database.iterdump())
+    return file.read_bytes()
 
 
 def cli_environment(**more: str) -> dict[str, str]:

@@ -137,7 +137,7 @@ def test_the_same_files_under_another_path_are_the_same_study(project, tmp_path)
     [
         ({"search": {"trials": 4, "startup_trials": 2, "seed": 7}}, "search.seed"),
         ({"method": "gta"}, "method"),
-        ({"importance": {"samples": 5}}, "Fisher inputs of red"),
+        ({"importance": {"samples": 5}}, "importance.samples"),
         ({"importance": {"samples": 6, "estimator": "empirical"}}, "importance.estimator"),
         ({"objective": "min"}, "objective"),
         ({"experts": {"red": "blue", "blue": "red"}}, "expert"),
@@ -206,7 +206,8 @@ def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):
     study = optuna.load_study(study_name="colours", storage=f"sqlite:///{project.folder / 'colours.db'}")
     for trial in study.get_trials():
         drops = trial.user_attrs["drops"]
-        assert sorted(trial.constraints.values()) == pytest.approx(sorted(drop - 10 for drop in drops.values()), abs=1e-3)
+        expected = sorted(drop - 10 for drop in drops.values())
+        assert sorted(trial.constraints.values()) == pytest.approx(expected, abs=1e-3)
     assert "max_drop" in project.cli("status", "spec.yaml").stdout
 
 
