@@ -216,8 +216,9 @@ def _open_sqlite(url: URL, create: bool, heartbeat: int, grace: int) -> BaseStor
             heartbeat_interval=heartbeat,
             grace_period=grace,
         )
-        with storage.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        if create:  # only looking must not change a file of another program
+            with storage.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         storage.engine.dispose()  # connections made so far have not the settings below
         event.listen(storage.engine, "connect", _configure_sqlite)
         event.listen(storage.engine, "begin", _begin_immediate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +68,12 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
                 weights_only=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError) as error:
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            raise InputError(
+                "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
+                where=where,
+                mend="Save the model again with save_pretrained, as safetensors",
+            ) from error
         raise InputError(
             f"cannot be loaded as {model_class.value}: {_first_line(error)}",
             where=where,
@@ -229,7 +236,9 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity(ERROR)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
