@@ -1,1 +1,64 @@
-"""Dynamic Fisher-weighted Merging of language models, as Optuna studies."""
+"""Dynamic Fisher-weighted Merging of fine-tuned language models, as Optuna studies.
+
+The commands are thin skins over what is here:
+
+    StudySpec.from_yaml(file)            read and validate a spec
+    open_study(spec).run()               create the study or join it, and work until its total is reached
+    load_problem(spec)                   models and data of a spec, in memory
+    merge(problem, coefficients)         one merge, scored; the model stays in `problem.resident.model`
+    diagonal_fisher(model, kind, ...)    importance of a model's parameters on given inputs
+    evaluate_model(spec, model, split)   scores of any model directory
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfmerge_studies.errors import DFMergeError, InputError, RunError
+    from dfmerge_studies.importance.fisher import diagonal_fisher
+    from dfmerge_studies.objective.evaluate import evaluate_model
+    from dfmerge_studies.objective.merger import Merger, Outcome, merge
+    from dfmerge_studies.objective.problem import Problem, load_problem
+    from dfmerge_studies.report.export import export_merge, export_trial
+    from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.session import Session, open_study
+
+__all__ = [
+    "DFMergeError",
+    "InputError",
+    "Merger",
+    "Outcome",
+    "Problem",
+    "RunError",
+    "Session",
+    "StudySpec",
+    "diagonal_fisher",
+    "evaluate_model",
+    "export_merge",
+    "export_trial",
+    "load_problem",
+    "merge",
+    "open_study",
+]
+
+_HOMES = {
+    "errors": ("DFMergeError", "InputError", "RunError"),
+    "importance.fisher": ("diagonal_fisher",),
+    "objective.evaluate": ("evaluate_model",),
+    "objective.merger": ("Merger", "Outcome", "merge"),
+    "objective.problem": ("Problem", "load_problem"),
+    "report.export": ("export_merge", "export_trial"),
+    "spec": ("StudySpec",),
+    "study.session": ("Session", "open_study"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,9 +15,10 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
 from dfmerge_studies.importance.fisher import diagonal_fisher
 from dfmerge_studies.merging import WeightedSum
-from dfmerge_studies.methods import Importance, Method, importance_coefficient
+from dfmerge_studies.methods import METHODS, Importance, Method, importance_coefficient
 from dfmerge_studies.objective.problem import Problem, Progress, silent
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.spec import check_coefficients
 from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
 from dfmerge_studies.tasks.sampling import seeded_generator
 
@@ -279,3 +280,32 @@ class Merger:
         """Draws of the `sampled` estimator: the same at every lambda, so that Fishers differ by lambda alone."""
         seed = seeded_generator(self.problem.spec.search.seed, "sampled", task).integers(2**62)
         return torch.Generator().manual_seed(int(seed))
+
+
+def merge(
+    problem: Problem, coefficients: Mapping[str, float], *, method: str | None = None, cache: FisherCache | None = None
+) -> Outcome:
+    """Merge at given coefficients and score every task's validation inputs; the model is `problem.resident.model`.
+
+    >>> from dfmerge_studies import StudySpec, load_problem, merge
+    >>> spec = StudySpec.from_yaml(quickstart)          # the shipped example: three LoRA experts on one encoder
+    >>> problem = load_problem(spec)
+    >>> mean = merge(problem, {"sentiment": 1 / 3, "continent": 1 / 3, "syllables": 1 / 3}, method="averaging")
+    >>> sorted(mean.tasks)
+    ['continent', 'sentiment', 'syllables']
+    >>> expert = merge(problem, {"sentiment": 1.0, "continent": 0.0, "syllables": 0.0}, method="gta")
+    >>> expert.tasks["sentiment"] > mean.tasks["sentiment"]
+    True
+
+    Args:
+        problem: the loaded spec.
+        coefficients: lambda per expert.
+        method: row of the method table; the spec's by default.
+        cache: where Fishers are looked up and kept, if anywhere.
+
+    Raises:
+        InputError: a coefficient is missing, unknown or outside the bounds.
+        RunError: something is not finite, or memory ran out.
+    """
+    point = check_coefficients(problem.spec, coefficients, "coefficients")
+    return Merger(problem, METHODS[method or problem.spec.method], cache).run(point)
