@@ -334,7 +334,7 @@ LIGHT_CASES = [
     ),
 ]
 
-# What needs torch runs in this process, to save time; some of it in a new one, whose standard error is what a user sees.
+# What needs torch runs in this process, to save time; some of it in a new one, whose standard error is a user's.
 HEAVY_CASES = [
     # Data as read.
     case(
