@@ -39,7 +39,7 @@ Tasks = dict[str, dict[str, list[Row]]]
 VADER = "vaderSentiment==3.3.2"
 OUT = Path(__file__).resolve().parents[1] / "dfmerge_studies" / "quickstart" / "data"
 SPLITS = ("train", "validation", "test")
-ROWS = {"validation": 90, "test": 300}  # per task, shared out equally over its classes
+ROWS = {"validation": 120, "test": 300}  # per task, shared out equally over its classes
 POOLS = {"validation": 0.12, "test": 0.40}  # shares of all texts that are held out; the rest is for training
 
 SENTIMENTS = ("negative", "positive")

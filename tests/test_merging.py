@@ -26,9 +26,7 @@ def experts():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     base = {name: draw(shape) for name, shape in SHAPES.items()}
-    deltas = [
-        {name: draw(shape) for name, shape in SHAPES.items() if name != "only_first" or i == 0} for i in range(M)
-    ]
+    deltas = [{name: draw(shape) for name, shape in SHAPES.items() if name != "only_first" or i == 0} for i in range(M)]
     fishers = [{name: draw(shape) ** 2 for name, shape in SHAPES.items()} for _ in range(M)]
     coefficients = [0.2, 0.9, 0.5]
     return base, [TaskVector(f"expert{i}", d) for i, d in enumerate(deltas)], fishers, coefficients

@@ -58,7 +58,7 @@ def test_a_run_reaches_its_total_and_says_what_it_did(project):
     assert best["value"] == pytest.approx(sum(best["tasks"].values()) / 2)
     assert best["value"] == max(value for _, value, _ in completed(project))
     assert printed["storage"] == f"sqlite:///{project.folder / 'colours.db'}"
-    assert [row["name"] for row in printed["rows"]][:2] == ["base (no merge)", "experts, each its own task"]
+    assert [row["name"] for row in printed["rows"]][:2] == ["base, unmerged", "each task's own expert"]
     assert set(printed["rows"][-1]) >= {"validation", "test", "coefficients"}
     assert project.json("status", "spec.yaml")["best"] == best
     listed = project.json("list", "spec.yaml")
@@ -233,8 +233,8 @@ def test_baselines_are_studies_of_their_own_beside_the_method(project):
     project.write(baselines=["averaging", "task-arithmetic"])
     printed = project.json("run", "spec.yaml")
     assert [row["name"].split()[0] for row in printed["rows"]] == [
-        "base",
-        "experts,",
+        "base,",
+        "each",
         "averaging",
         "task-arithmetic",
         "df-merge",

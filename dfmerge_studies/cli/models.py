@@ -144,7 +144,9 @@ def evaluate(
     from dfmerge_studies.report.tables import Row, comparison_table
 
     scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
-    common.output().print(comparison_table([Row(model, scores)], list(tasks), [split], title="accuracy in percent"))
+    common.output().print(
+        comparison_table([Row(model, scores)], list(tasks), split, title=f"{split} accuracy in percent")
+    )
 
 
 def export(

@@ -113,10 +113,8 @@ def _rows(session: Session, baselines: list[Session], splits: list[str], *, hidd
     with common.progress_bar(hidden=hidden) as progress:
         session.merger.progress = progress
         rows = [
-            Row("base (no merge)", {s: session.reference_scores("base", s) for s in splits}, compete=False),
-            Row(
-                "experts, each its own task", {s: session.reference_scores("experts", s) for s in splits}, compete=False
-            ),
+            Row("base, unmerged", {s: session.reference_scores("base", s) for s in splits}, compete=False),
+            Row("each task's own expert", {s: session.reference_scores("experts", s) for s in splits}, compete=False),
         ]
         for each in [*baselines, session]:
             best = each.best()
@@ -138,9 +136,9 @@ def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_j
         return
     out, best = common.output(), summary["best"]
     trials = summary["trials"]
-    if rows:
-        title = f"{summary['study']}: accuracy in percent, best of each column bold"
-        out.print(comparison_table(rows, list(session.spec.tasks), list(rows[0].scores), title=title))
+    for split in rows[0].scores if rows else ():
+        title = f"{summary['study']}: {split} accuracy in percent"
+        out.print(comparison_table(rows, list(session.spec.tasks), split, title=title))
     state = f"{trials['complete']} of {trials['target']} trials complete"
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:

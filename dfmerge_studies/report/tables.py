@@ -28,34 +28,32 @@ class Row:
     detail: Mapping[str, float] = field(default_factory=dict)
 
 
-def comparison_table(rows: Sequence[Row], tasks: Sequence[str], splits: Sequence[str], *, title: str) -> Table:
-    """Scores in points (of 100), one row each, the best of every column bold.
+def comparison_table(rows: Sequence[Row], tasks: Sequence[str], split: str, *, title: str) -> Table:
+    """Scores of one split in points (of 100), one row each, the best of every column bold.
 
     Args:
         rows: what to show.
-        tasks: columns of every split, before its mean.
-        splits: groups of columns.
+        tasks: the columns before the mean.
+        split: whose scores.
         title: of the table.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("")
-    for split in splits:
-        for task in [*tasks, "mean"]:
-            table.add_column(f"{split}\n{task}" if task == tasks[0] else f"\n{task}", justify="right")
-    best = {
-        (split, task): max(
-            (v for row in rows if row.compete if (v := _value(row, split, task)) is not None), default=None
-        )
-        for split in splits
-        for task in [*tasks, "mean"]
-    }
+    table.add_column("", no_wrap=True)
+    columns = [*tasks, "mean"]
+    for column in columns:
+        table.add_column(column, justify="right", min_width=5)
+    best: dict[str, float] = {}
+    for row in rows:
+        for column in columns:
+            value = _value(row, split, column)
+            if row.compete and value is not None:
+                best[column] = max(value, best.get(column, value))
     for row in rows:
         cells = []
-        for split in splits:
-            for task in [*tasks, "mean"]:
-                value = _value(row, split, task)
-                wins = row.compete and value is not None and value == best[split, task]
-                cells.append(Text("-" if value is None else f"{100 * value:.1f}", style="bold" if wins else ""))
+        for column in columns:
+            value = _value(row, split, column)
+            wins = row.compete and value is not None and value == best[column]
+            cells.append(Text("-" if value is None else f"{100 * value:.1f}", style="bold" if wins else ""))
         table.add_row(Text(row.name, style="" if row.compete else "dim"), *cells)
     return table
 
