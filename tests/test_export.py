@@ -51,8 +51,7 @@ def test_merging_again_at_known_coefficients_computes_no_fisher_and_gives_the_sa
     assert first["fishers"] == {"computed": 2, "cached": 0}
     assert again["fishers"] == {"computed": 0, "cached": 2}
     assert first["digest"] == again["digest"]
-    project.write(cache=None)
-    without = project.json("merge", "spec.yaml", "--coefficients", AT, "--out", "three")
+    without = project.json("merge", "spec.yaml", "--coefficients", AT, "--out", "three", "--set", "cache=null")
     assert without["fishers"]["computed"] == 2
     assert without["digest"] == first["digest"]
 
@@ -211,7 +210,8 @@ def test_a_fisher_file_has_one_tensor_per_base_parameter_and_says_what_it_is(pro
     assert all((value >= 0).all() and value.sum() > 0 for value in values.values())
     again = project.json("fisher", "spec.yaml", "--expert", "red", "--coefficient", "0.3", "--out", "2.safetensors")
     assert again["cached"]
-    assert (project.folder / "2.safetensors").read_bytes() == (project.folder / "red.safetensors").read_bytes()
+    stored = load_file(project.folder / "2.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in values.items())
 
 
 def test_writing_over_a_directory_by_accident_is_refused_by_the_function_itself(project, tmp_path):

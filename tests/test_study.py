@@ -155,8 +155,8 @@ def test_joining_with_other_science_is_refused_with_the_differences(studied, cha
 
 
 def test_changing_only_budget_and_batches_is_fine(studied):
-    studied.write(token_budget=64, importance={"samples": 6, "row_budget": 64}, cache=None)
-    studied.json("run", "spec.yaml", "--trials", "2")
+    studied.write(token_budget=64, importance={"samples": 6, "row_budget": 64})
+    studied.json("run", "spec.yaml", "--trials", "2", "--set", "cache=null")
     studied.write()
 
 
