@@ -251,7 +251,7 @@ def test_an_expert_without_a_task_is_weighed_by_all_tasks(project):
     assert printed["samples"] == 12
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama-tied", "bert", "distilbert", "roberta", "mt5"])
+@pytest.mark.parametrize("family", ["t5-v1.1", "mt5", "gpt2", "llama-tied", "llama", "bert", "distilbert", "roberta"])
 def test_every_family_runs_exports_and_gives_the_trial_s_scores_again(project_of, family):
     project = project_of(family)
     best = project.json("run", "spec.yaml", "--trials", "2")["best"]
@@ -259,6 +259,24 @@ def test_every_family_runs_exports_and_gives_the_trial_s_scores_again(project_of
     assert (exported["trial"], exported["value"]) == (best["number"], best["value"])
     scores = project.json("evaluate", "spec.yaml", "--model", "merged")
     assert {task: entry["score"] for task, entry in scores["tasks"].items()} == best["tasks"]
+
+
+def test_with_fewer_inputs_than_samples_all_are_used_and_the_count_is_what_was_used(project):
+    project.write(importance={"samples": 1000})
+    printed = project.json("fisher", "spec.yaml", "--expert", "red", "--out", "red.safetensors")
+    assert printed["samples"] == 24
+    assert project.json("validate", "spec.yaml")["estimate"]["fisher_inputs"] == {"red": 24, "blue": 24}
+
+
+def test_status_counts_the_workers_that_are_at_work(project):
+    project.write(search={"trials": 30, "startup_trials": 30})
+    process = start(project)
+    wait_for_trials(project, process, 1)
+    assert project.json("status", "spec.yaml")["workers"] <= 1
+    assert project.json("status", "spec.yaml")["trials"]["failed"] == 0  # looking takes no trial from a live worker
+    process.kill()
+    process.communicate()
+    assert project.json("status", "spec.yaml")["workers"] == 0
 
 
 def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):

@@ -7,7 +7,7 @@ heads[t]    parameters of task t's own head, never merged                       
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -130,6 +130,7 @@ def load_resident(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    loading: Callable[[str], None] = lambda name: None,
 ) -> Resident:
     """Load a base and its experts, refuse what does not fit, and keep one model and the task vectors.
 
@@ -140,6 +141,7 @@ def load_resident(
         model_class: how to read them.
         dtype: of parameters and task vectors.
         device: where they go.
+        loading: told the name of each model before it is read.
 
     Raises:
         InputError: naming the tensor, both shapes and both files, or the token, that does not fit.
@@ -153,6 +155,7 @@ def load_resident(
     vectors: list[TaskVector] = []
     heads: dict[str, dict[str, Tensor]] = {}
     for expert, checkpoint in experts.items():
+        loading(expert)
         theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected)
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))

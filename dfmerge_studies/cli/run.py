@@ -14,8 +14,6 @@ from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from dfmerge_studies.report.tables import Row
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.loop import Event
@@ -187,22 +185,14 @@ def _trial_bar(session: Session, target: int, *, hidden: bool) -> Iterator[Any]:
                     markup=False,
                 )
 
-        session.merger.progress = _phases(bars, hidden or not watched)
+        phase = bars.add_task("", total=None, best="", visible=False)
+
+        def show_phase(what: str, done: int, total: int) -> None:
+            bars.update(phase, description=f"  {what}", completed=done, total=total, visible=True)
+
+        session.merger.progress = show_phase
         yield show
-
-
-def _phases(bars: Progress, hidden: bool) -> Any:
-    """A second line that says what the trial at hand is doing, for trials that take long."""
-    task: list[Any] = []
-
-    def show(what: str, done: int, total: int) -> None:
-        if hidden:
-            return
-        if not task:
-            task.append(bars.add_task(what, total=total, best=""))
-        bars.update(task[0], description=f"  {what}", completed=done, total=total)
-
-    return show
+        bars.update(phase, visible=False)
 
 
 def _completed(session: Session) -> int:

@@ -19,6 +19,7 @@ from dfmerge_studies.objective.problem import (
     Progress,
     check_labels,
     choose_device,
+    counted,
     encode_split,
     find_checkpoints,
     limited_examples,
@@ -76,20 +77,13 @@ def evaluate_model(
             examples = limited_examples(spec, task, examples)
         check_labels(spec, task, examples, heads)
         put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
-        done = 0
-
-        def advance(count: int, task: str = task, total: int = len(examples)) -> None:
-            nonlocal done
-            done += count
-            progress(f"{task} {split}", done, total)
-
         losses = choice_losses(
             model,
             found.kind,
             examples,
             pad_id=padding_id(tokenizer),
             token_budget=spec.token_budget,
-            progress=advance,
+            progress=counted(progress, f"{task}: {split}", len(examples)),
         )
         score = accuracy(predict(losses), examples)
         results[task] = {"score": score, "metric": settings.metric, "n": len(examples)}

@@ -16,7 +16,7 @@ from dfmerge_studies.importance.cache import FisherCache, FisherKey
 from dfmerge_studies.importance.fisher import diagonal_fisher
 from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import METHODS, Importance, Method, importance_coefficient
-from dfmerge_studies.objective.problem import Problem, Progress, silent
+from dfmerge_studies.objective.problem import Problem, Progress, counted, silent
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.spec import check_coefficients
 from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
@@ -102,7 +102,6 @@ class Merger:
         seconds = {"fisher": 0.0, "merge": 0.0}
         computed = cached = 0
         for index, expert in enumerate(self.problem.experts):
-            self.progress("fisher", index, len(self.problem.experts))
             start = time.perf_counter()
             values: Mapping[str, Tensor] | None = None
             if self.method.importance is not Importance.UNIFORM:
@@ -143,6 +142,7 @@ class Merger:
         resident.load_scaled_(index, coefficient)
         tasks = self._fisher_tasks(index)
         values: dict[str, Tensor] = {}
+        expert = self.problem.experts[index]
         for task in tasks:
             resident.use_head_(task)
             result = diagonal_fisher(
@@ -154,6 +154,7 @@ class Merger:
                 estimator=self.problem.spec.importance.estimator,
                 generator=self._generator(task),
                 row_budget=self.problem.spec.importance.row_budget,
+                progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
             )
             for name, value in result.values.items():
                 values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
@@ -221,20 +222,13 @@ class Merger:
         """
         examples = self.problem.examples(task, split)
         self.problem.resident.use_head_(task)
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.progress(f"{task} {split}", done, len(examples))
-
         losses = choice_losses(
             self.problem.resident.model,
             self.problem.kind,
             examples,
             pad_id=self.problem.pad_id,
             token_budget=self.problem.spec.token_budget,
-            progress=advance,
+            progress=counted(self.progress, f"{task}: {split}", len(examples)),
         )
         return accuracy(predict(losses), examples)
 

@@ -31,6 +31,25 @@ def silent(what: str, done: int, total: int) -> None:
     """A progress callback that shows nothing."""
 
 
+def counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """A callback for "so many more are done" that tells how many are done of how many.
+
+    Args:
+        progress: who is told.
+        what: what is being done.
+        total: how many there are.
+    """
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, done, total)
+
+    progress(what, 0, total)
+    return advance
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The spec's models on disk.
@@ -191,6 +210,7 @@ def load_problem(
         checkpoints.model_class,
         dtype=dtype,
         device=device,
+        loading=lambda name: progress(f"loading {name}", 1 + list(spec.experts).index(name), steps),
     )
     tasks = {}
     for done, name in enumerate(spec.tasks):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.attributes import OWNER
 from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
 from dfmerge_studies.study.value import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS, best_trial, mean_score, violation
@@ -30,6 +32,7 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
         "trials": {"target": target, **counts(study)},
         "best": _best(best, spec) if best is not None else None,
         "storage": safe_url(storage_url(spec)),
+        "workers": len(_running_owners(study)),
         "fishers": {
             kind: sum(trial.user_attrs[FISHERS][kind] for trial in completed) for kind in ("computed", "cached")
         },
@@ -38,6 +41,13 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
             for phase in (completed[0].user_attrs[SECONDS] if completed else ())
         },
     }
+
+
+def _running_owners(study: optuna.Study) -> set[tuple[str, int]]:
+    """Processes that run a trial now; those that died are gone once `recover` has been called."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    owners = [trial.user_attrs[OWNER] for trial in running if OWNER in trial.user_attrs]
+    return {(str(owner["host"]), int(owner["pid"])) for owner in owners}
 
 
 def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
+    if trials["running"]:
+        table.add_row("workers", f"{summary['workers']} at work")
     if best is not None:
         table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f}")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))

@@ -1,0 +1,26 @@
+"""The spec: one YAML file that says what to merge, how to score it and how to search.
+
+Unknown keys are refused.  Relative paths are relative to the spec's own folder.  docs/specs.md documents every field.
+"""
+
+from dfmerge_studies.spec.checks import check_coefficients
+from dfmerge_studies.spec.fields import (
+    ExpertSettings,
+    ImportanceSettings,
+    MethodName,
+    ObjectiveSettings,
+    SearchSettings,
+    parse_size,
+)
+from dfmerge_studies.spec.study import StudySpec
+
+__all__ = [
+    "ExpertSettings",
+    "ImportanceSettings",
+    "MethodName",
+    "ObjectiveSettings",
+    "SearchSettings",
+    "StudySpec",
+    "check_coefficients",
+    "parse_size",
+]

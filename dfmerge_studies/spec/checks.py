@@ -1,0 +1,111 @@
+"""Names inside a spec that must match each other, and coefficients that must fit it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.spec.fields import NAME, is_multiple
+
+if TYPE_CHECKING:
+    from dfmerge_studies.spec.study import StudySpec
+
+
+def check_references(spec: StudySpec) -> None:
+    """Names inside the spec that must match each other."""
+    if not spec.experts:
+        raise InputError("no experts", where=spec.where("experts"), mend="Name at least one fine-tuned model")
+    if not spec.tasks:
+        raise InputError("no tasks", where=spec.where("tasks"), mend="Name at least one task to score on")
+    for kind, names in (("experts", spec.experts), ("tasks", spec.tasks)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise InputError(
+                    f"{name!r} is no usable name", where=spec.where(kind), mend="Use letters, digits, '.', '_' and '-'"
+                )
+    for name, expert in spec.experts.items():
+        if expert.task is not None and expert.task not in spec.tasks:
+            raise InputError(
+                f"the expert has no task: {expert.task!r} is not among the tasks ({', '.join(spec.tasks)})",
+                where=spec.where(f"experts.{name}"),
+                mend="Name its task, or write 'task: null' to weigh it by all tasks",
+            )
+    types = {task.type for task in spec.tasks.values()}
+    if len(types) > 1:
+        raise InputError(
+            "tasks of type choice and classification cannot be mixed: one model answers them all",
+            where=spec.where("tasks"),
+            mend="Use one type",
+        )
+    _check_points(spec)
+    _check_baselines(spec)
+    for field, named in (
+        ("objective.weights", spec.objective.weights),
+        ("importance.indices", spec.importance.indices),
+    ):
+        if isinstance(named, dict) and (odd := sorted(set(named) - set(spec.tasks))):
+            raise InputError(
+                f"unknown task {odd[0]!r}", where=spec.where(field), mend=f"The tasks are {', '.join(spec.tasks)}"
+            )
+
+
+def _check_baselines(spec: StudySpec) -> None:
+    for baseline in spec.baselines:
+        if spec.baselines.count(baseline) > 1 or baseline == spec.method:
+            raise InputError(
+                f"{baseline!r} is {'the method itself' if baseline == spec.method else 'named twice'}",
+                where=spec.where("baselines"),
+                mend="Name every other method once",
+            )
+        if not NAME.fullmatch(f"{spec.name}.{baseline}"):
+            raise InputError(
+                f"the name is too long for a baseline's study {spec.name}.{baseline}",
+                where=spec.where("name"),
+                mend="Choose a shorter one",
+            )
+
+
+def _check_points(spec: StudySpec) -> None:
+    step, low = spec.search.step, spec.search.bounds[0]
+    for point in spec.search.enqueue:
+        given = dict.fromkeys(spec.experts, point) if isinstance(point, float) else point
+        for name, value in check_coefficients(spec, given, "search.enqueue").items():
+            if step is not None and not is_multiple(value - low, step):
+                raise InputError(
+                    f"the coefficient of {name!r} is {value:g}, not {low:g} plus a multiple of the step {step:g}",
+                    where=spec.where("search.enqueue"),
+                    mend="Choose a value on the step, or leave search.step out",
+                )
+
+
+def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) -> dict[str, float]:
+    """A coefficient for every expert, each inside the bounds, in the order of the experts.
+
+    Raises:
+        InputError: an unknown or missing expert, or a value outside the bounds.
+    """
+    low, high = spec.search.bounds
+    for name, value in point.items():
+        if name not in spec.experts:
+            near = difflib.get_close_matches(name, spec.experts, n=1)
+            raise InputError(
+                f"unknown expert {name!r}",
+                where=spec.where(field) if field[0] != "-" else field,
+                mend=f"Did you mean {near[0]!r}?" if near else f"The experts are {', '.join(spec.experts)}",
+            )
+        if not low <= value <= high:
+            raise InputError(
+                f"the coefficient of {name!r} is {value}, outside the bounds [{low:g}, {high:g}]",
+                where=spec.where(field) if field[0] != "-" else field,
+                mend="Choose a value inside, or widen search.bounds",
+            )
+    missing = [name for name in spec.experts if name not in point]
+    if missing:
+        raise InputError(
+            f"no coefficient for the expert {missing[0]!r}",
+            where=spec.where(field) if field[0] != "-" else field,
+            mend="Give one for every expert",
+        )
+    return {name: float(point[name]) for name in spec.experts}

@@ -1,0 +1,101 @@
+"""The parts of a spec: experts, importance, search, objective; names and sizes."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MethodName = Literal["df-merge", "df-merge-static", "gta", "averaging", "fisher", "task-arithmetic"]
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
+
+
+class Settings(BaseModel):
+    """Settings do not change, and keys that are not known are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ExpertSettings(Settings):
+    """One fine-tuned model."""
+
+    model: str = Field(description="directory, Hub id, Hub id@revision, or package:MODULE/FOLDER")
+    task: str | None = Field(None, description="task that its importance is estimated on; null: on all of them")
+
+
+class ImportanceSettings(Settings):
+    """How the importance C_i of an expert's parameters is estimated."""
+
+    estimator: Literal["exact", "sampled", "empirical"] = Field("exact", description="which expectation over choices")
+    samples: int = Field(30, gt=0, description="validation inputs per task, drawn with the seed")
+    indices: dict[str, list[int]] | str | None = Field(
+        None, description="the validation rows themselves, by task, or a JSON file with that, instead of a draw"
+    )
+    floor: float = Field(1e-12, gt=0, description="added to every entry, so that unseen parameters fall back to C = I")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="how Fishers are stored in the cache")
+    row_budget: int = Field(
+        8192, gt=0, description="tokens in one chunk of rows: bounds memory; changes results by rounding only"
+    )
+
+
+class SearchSettings(Settings):
+    """How coefficients are proposed."""
+
+    sampler: Literal["gp", "random"] = Field("gp", description="Gaussian process, or uniform draws")
+    acquisition: Literal["ei"] = Field("ei", description="expected improvement (Optuna's logEI)")
+    trials: int = Field(60, gt=0, description="total that the study should reach, over all runs")
+    startup_trials: int = Field(10, ge=0, description="random trials before the Gaussian process")
+    bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
+    step: float | None = Field(None, gt=0, description="propose only multiples, so that Fishers recur in the cache")
+    seed: int = Field(0, ge=0, description="of everything random")
+    enqueue: list[float | dict[str, float]] = Field(
+        default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
+    )
+    max_drop: float | None = Field(
+        None, ge=0, description="no task may lose more than so many points (of 100) against its own expert"
+    )
+
+    @field_validator("bounds")
+    @classmethod
+    def _bounds_are_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
+        return value
+
+    @model_validator(mode="after")
+    def _step_divides_the_range(self) -> SearchSettings:
+        low, high = self.bounds
+        if self.step is not None and not is_multiple(high - low, self.step):
+            raise ValueError(f"step: {self.step:g} does not divide the range from {low:g} to {high:g}")
+        return self
+
+
+def is_multiple(value: float, step: float) -> bool:
+    """Whether a value is a whole number of steps, but for rounding."""
+    return abs(value / step - round(value / step)) < ON_STEP
+
+
+class ObjectiveSettings(Settings):
+    """What makes one trial better than another."""
+
+    kind: Literal["mean", "weighted", "min", "pareto"] = Field("mean", description="how task scores become one value")
+    weights: dict[str, float] | None = Field(None, description="per task, for `weighted`")
+
+    @model_validator(mode="after")
+    def _weights_go_with_weighted(self) -> ObjectiveSettings:
+        if (self.kind == "weighted") != (self.weights is not None):
+            raise ValueError("'weights' and 'kind: weighted' go together")
+        if self.weights is not None and (min(self.weights.values(), default=0) < 0 or not sum(self.weights.values())):
+            raise ValueError("weights must not be negative, and not all zero")
+        return self
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500MB or 20GB (powers of 1000) or 2GiB (powers of 1024)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write 500MB, 20GB or 2GiB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index((prefix or " ").upper()))

@@ -1,0 +1,42 @@
+"""What pydantic finds wrong, as one sentence that names the field and what it should hold."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.spec.reading import masked
+
+_UNION_MEMBERS = ("choice", "classification", "float", "int", "str", "list[str]", "dict[str,float]")
+
+
+def explain(error: ValidationError, path: Path, fields_at: Mapping[str, Sequence[type[BaseModel]]]) -> InputError:
+    """The first problem of a validation as one sentence.
+
+    Args:
+        error: what pydantic found.
+        path: the spec's file.
+        fields_at: which fields are known, by the top-level field that they stand below ("" for the top).
+    """
+    first = error.errors()[0]
+    # Pydantic names the member of a union, too, which is no field.
+    location = [str(part) for index, part in enumerate(first["loc"]) if index < 2 or part not in _UNION_MEMBERS]
+    field = ".".join(location) or "spec"
+    found = first.get("input")
+    if first["type"] == "extra_forbidden":
+        classes = fields_at.get(location[0] if len(location) > 1 else "", [])
+        known = sorted({name for model in classes for name in model.model_fields})
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        mend = f"Did you mean {near[0]!r}?" if near else f"Known fields: {', '.join(known)}"
+        return InputError("unknown key", where=f"{path}: {field}", mend=mend)
+    if first["type"] == "missing":
+        return InputError("this field is required", where=f"{path}: {field}", mend="Add it")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if isinstance(found, (str, int, float, bool)) or found is None:
+        message = f"found {masked(found)!r}; {message}"
+    return InputError(message, where=f"{path}: {field}", mend="Correct the value; docs/specs.md describes every field")

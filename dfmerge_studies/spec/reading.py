@@ -1,0 +1,102 @@
+"""A YAML file and `--set` overrides as one mapping."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dfmerge_studies.errors import InputError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, (str, int, float, bool)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping, read by a safe loader that refuses a key given twice.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: the file is missing, unreadable, no YAML, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError("no such spec", where=str(path), mend="Give the path of a YAML file") from error
+    except IsADirectoryError as error:
+        raise InputError("this is a folder, not a spec", where=str(path), mend="Name a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "this is not UTF-8 text"
+        raise InputError(f"cannot be read: {what}", where=str(path), mend="Give a YAML text file") from error
+    try:
+        data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
+        raise InputError(
+            f"not valid YAML: {masked(' '.join(str(error).split()))}", where=str(path), mend="Correct it"
+        ) from error
+    if not isinstance(data, dict):
+        found = "the file is empty" if data is None else f"found {type(data).__name__}"
+        raise InputError(
+            f"{found}; expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec"
+        )
+    return data
+
+
+def masked(found: Any) -> Any:
+    """A value for a message, without the password of any URL in it."""
+    return re.sub(r"//[^@/\s]*@", "//***@", found) if isinstance(found, str) else found
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Put the value of a `dotted.key=value` text into a mapping.
+
+    Args:
+        data: what the YAML file holds; changed in place.
+        override: the text; its value is YAML.
+
+    Raises:
+        InputError: the text has another form, or the key leads through something that holds no fields.
+    """
+    key, sign, value = override.partition("=")
+    if not sign or not key.strip():
+        raise InputError(
+            f"{masked(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20"
+        )
+    *parents, leaf = key.strip().split(".")
+    target = data
+    for parent in parents:
+        inner = target.get(parent, {})
+        if isinstance(inner, str) and parents == ["experts", parent]:
+            inner = {"model": inner}
+        if not isinstance(inner, dict):
+            raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", mend="Correct the key")
+        target[parent] = dict(inner)  # a copy: a YAML alias may share it with other fields
+        target = target[parent]
+    try:
+        target[leaf] = yaml.load(value, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"the value of {masked(override)!r} is not valid YAML", where="--set", mend="Quote it"
+        ) from error

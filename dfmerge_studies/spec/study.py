@@ -1,0 +1,170 @@
+"""The whole spec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
+
+from dfmerge_studies.spec.checks import check_references
+from dfmerge_studies.spec.fields import (
+    NAME,
+    ExpertSettings,
+    ImportanceSettings,
+    MethodName,
+    ObjectiveSettings,
+    SearchSettings,
+    Settings,
+    parse_size,
+)
+from dfmerge_studies.spec.messages import explain
+from dfmerge_studies.spec.reading import apply_override, read_yaml
+from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
+
+
+class StudySpec(Settings):
+    """A whole spec."""
+
+    name: str = Field(description="name of the study")
+    base: str = Field(description="model that every expert was fine-tuned from")
+    experts: dict[str, ExpertSettings] = Field(description="the fine-tuned models by name")
+    tasks: dict[str, TaskSettings] = Field(description="what merged models are scored on, by name")
+    method: MethodName = Field("df-merge", description="row of the method table")
+    importance: ImportanceSettings = ImportanceSettings.model_validate({})
+    search: SearchSettings = SearchSettings.model_validate({})
+    objective: ObjectiveSettings = ObjectiveSettings.model_validate({})
+    baselines: list[MethodName] = Field(
+        default_factory=list, description="methods that `run` shows beside this one, each as a study NAME.METHOD"
+    )
+    storage: str = Field("", description="Optuna storage URL; default sqlite:///NAME.db beside the spec")
+    cache: str | None = Field(".dfmerge/fishers", description="folder of the Fisher cache; null: none")
+    cache_limit: str | None = Field(None, description="size that the cache may reach, e.g. 20GB; oldest go first")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
+    token_budget: int = Field(
+        16384, gt=0, description="tokens in one evaluation batch: bounds memory; changes results by rounding only"
+    )
+    trust_remote_code: bool = Field(False, description="let code that comes with a checkpoint run")
+
+    _file: Path = PrivateAttr(Path("spec.yaml"))
+    _workdir: Path | None = PrivateAttr(None)
+
+    @property
+    def file(self) -> Path:
+        """The YAML file that this was read from."""
+        return self._file
+
+    @property
+    def root(self) -> Path:
+        """Folder that relative paths of models and data start from."""
+        return self._file.parent
+
+    @property
+    def workdir(self) -> Path:
+        """Folder that relative paths of what is written start from: storage, cache, outbox."""
+        return self._workdir if self._workdir is not None else self.root
+
+    @property
+    def storage_url(self) -> str:
+        """The storage as the spec writes it, or the default."""
+        return self.storage or f"sqlite:///{self.name}.db"
+
+    def where(self, field: str) -> str:
+        """File and field, for messages."""
+        return f"{self._file}: {field}"
+
+    def derive(self, **changes: Any) -> StudySpec:
+        """A validated copy with other values, same file and folders.
+
+        Args:
+            **changes: fields to replace.
+        """
+        copy = StudySpec.model_validate({**self.model_dump(), **changes})
+        copy._file, copy._workdir = self._file, self._workdir
+        return copy
+
+    @classmethod
+    def from_yaml(cls, file: Path | str, overrides: Sequence[str] = (), *, workdir: Path | None = None) -> StudySpec:
+        """Read and validate a spec.
+
+        Args:
+            file: the YAML file.
+            overrides: `dotted.key=value` texts, applied before validation; values are YAML.
+            workdir: where relative outputs go, if not beside the spec.
+
+        Raises:
+            InputError: naming file, field, what was found, what was expected.
+        """
+        path = Path(file)
+        data = read_yaml(path)
+        for override in overrides:
+            apply_override(data, override)
+        try:
+            spec = cls.model_validate(data)
+        except ValidationError as error:
+            raise explain(error, path, _FIELDS_AT) from error
+        spec._file, spec._workdir = path.resolve(), workdir
+        check_references(spec)
+        return spec
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_harmless(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', and does not start with '.'")
+        return value
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _short_experts(cls, value: Any) -> Any:
+        """`name: path` means `name: {model: path, task: name}`; a long form without `task` too."""
+        if not isinstance(value, Mapping):
+            return value
+        full = {}
+        for name, entry in value.items():
+            if isinstance(entry, str):
+                full[name] = {"model": entry, "task": name}
+            elif isinstance(entry, Mapping):
+                full[name] = {"task": name, **entry}
+            else:
+                full[name] = entry
+        return full
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _default_type(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {n: {"type": "choice", **t} if isinstance(t, Mapping) else t for n, t in value.items()}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _short_objective(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("device")
+    @classmethod
+    def _device_has_a_known_form(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+        return value
+
+    @field_validator("cache_limit")
+    @classmethod
+    def _limit_is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_size(value)
+        return value
+
+
+_FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
+    "": [StudySpec],
+    "experts": [ExpertSettings],
+    "tasks": [ChoiceTask, ClassificationTask],
+    "importance": [ImportanceSettings],
+    "search": [SearchSettings],
+    "objective": [ObjectiveSettings],
+}

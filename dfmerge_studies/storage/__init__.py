@@ -1,0 +1,30 @@
+"""From a URL to an Optuna storage that several processes can share.
+
+    sqlite:///study.db                          one machine; the default
+    postgresql+psycopg://user:pw@host/name      several machines (postgresql:// and postgres:// mean the same)
+    journal:///study.log                        a file on a network file system
+    grpc://host:port                            Optuna's storage proxy, in a private network
+
+SQLite is used with a write-ahead log, a long wait for locks and BEGIN IMMEDIATE: its row locks do nothing, so with
+plain transactions two workers can take the same waiting trial.  No password ever appears in a message.
+"""
+
+from dfmerge_studies.storage.engines import check_url, open_storage
+from dfmerge_studies.storage.failures import is_damaged, root_text, storage_errors
+from dfmerge_studies.storage.files import network_file_system
+from dfmerge_studies.storage.studies import check_name, join_study, load_study
+from dfmerge_studies.storage.urls import resolve_url, safe_url
+
+__all__ = [
+    "check_name",
+    "check_url",
+    "is_damaged",
+    "join_study",
+    "load_study",
+    "network_file_system",
+    "open_storage",
+    "resolve_url",
+    "root_text",
+    "safe_url",
+    "storage_errors",
+]

@@ -1,0 +1,59 @@
+"""What a database says when it fails, in our words and without its URL."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy import exc
+from sqlalchemy.engine import make_url
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.storage.urls import safe_url
+
+_STORAGE_ERRORS = (exc.SQLAlchemyError, StorageInternalError)
+
+
+@contextlib.contextmanager
+def storage_errors(url: str | None = None) -> Iterator[None]:
+    """Turn errors of the database into `RunError`, or `InputError` where the file is at fault.
+
+    Args:
+        url: named in the message, with its password masked.
+    """
+    try:
+        yield
+    except _STORAGE_ERRORS as error:
+        raise _translated(error, url) from None  # the chain would print the database's own text, URL included
+
+
+def _translated(error: Exception, url: str | None) -> InputError | RunError:
+    text = root_text(error)
+    where = None
+    if url is not None:
+        where = safe_url(url)
+        with contextlib.suppress(exc.ArgumentError, ValueError):
+            password = make_url(url).password
+            text = text.replace(str(password), "***") if password else text
+    if is_damaged(error):
+        return InputError(f"the database is damaged ({text})", where=where, mend="Restore a copy, or name another file")
+    return RunError(f"the study's storage failed: {text}", where=where, mend="Run the same command again to go on")
+
+
+def is_damaged(error: BaseException) -> bool:
+    """Tell whether an error means that the database's file is no longer a database: trying again cannot help."""
+    root, text = _root(error), root_text(error)
+    return isinstance(root, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text)
+
+
+def _root(error: BaseException) -> BaseException:
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    return getattr(cause, "orig", None) or cause
+
+
+def root_text(error: BaseException) -> str:
+    """Return what the database driver said, in one line, without SQLAlchemy's statement and parameters."""
+    root = _root(error)
+    return " ".join(str(root).split()) or type(root).__name__

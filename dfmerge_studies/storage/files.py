@@ -1,0 +1,91 @@
+"""Files that are to be storages: refused before anything opens them for writing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+
+from dfmerge_studies.errors import InputError, RunError
+
+_SQLITE_MAGIC = b"SQLite format 3\x00"
+_NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs", "fuse.sshfs"}
+)
+
+
+def check_file(path: Path, create: bool) -> None:
+    """Refuse a path that could not become, or is not, a writable file; create nothing."""
+    where = str(path)
+    if path.is_dir():
+        raise InputError("this is a folder, not a file", where=where, mend="Name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"the folder {path.parent} does not exist", where=where, mend="Create it, or name another file"
+        )
+    if not path.exists() and not create:
+        raise InputError("there is no such storage", where=where, mend="Check the path, or start the study with `run`")
+    # SQLite also writes its log beside the file, so the folder matters even when the file exists.
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+        raise InputError("the file or its folder cannot be written to", where=where, mend="Change its permissions")
+
+
+def check_sqlite_file(path: Path) -> None:
+    """Refuse a file that is no SQLite database, a database of other software, and a network file system."""
+    where = str(path)
+    kind = network_file_system(path)
+    if kind is not None:
+        raise InputError(
+            f"SQLite cannot share a file safely on a network file system ({kind})",
+            where=where,
+            mend="Use a local folder, a journal:///FILE storage, or Postgres",
+        )
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    damaged = InputError("this file is not an SQLite database", where=where, mend="Name another file")
+    with path.open("rb") as file:
+        if file.read(len(_SQLITE_MAGIC)) != _SQLITE_MAGIC:
+            raise damaged
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        raise RunError(f"the database cannot be read: {error}", where=where) from error
+    except sqlite3.DatabaseError as error:
+        raise damaged from error
+    if health != "ok":
+        text = " ".join(str(health).replace("*", "").split())
+        raise InputError(f"the database is damaged: {text}", where=where, mend="Restore a copy, or name another file")
+    # Another process may be creating the tables one by one: any of Optuna's will do.
+    if tables and not tables & {"studies", "version_info", "alembic_version", "trials"}:
+        raise InputError(
+            f"this database belongs to other software (it has a table named {min(tables)})",
+            where=where,
+            mend="Name another file",
+        )
+
+
+def network_file_system(path: Path, mounts: str | None = None) -> str | None:
+    """Return the kind of network file system that a path lies on, or None if it is local or cannot be told.
+
+    Args:
+        path: a file that need not exist.
+        mounts: the text of the system's mount table; read from /proc/mounts when None.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/mounts").read_text(errors="replace")
+        except OSError:
+            return None
+    absolute = path.parent.resolve()
+    best: tuple[int, str] = (-1, "")
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        point = Path(fields[1].replace("\\040", " "))
+        if absolute.is_relative_to(point) and len(point.parts) >= best[0]:  # a later mount hides an earlier one
+            best = (len(point.parts), fields[2])
+    return best[1] if best[1] in _NETWORK_FILE_SYSTEMS else None

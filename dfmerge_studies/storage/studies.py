@@ -1,0 +1,73 @@
+"""Studies of a storage: made by several processes at once, loaded by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.storage.failures import storage_errors
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+def check_name(name: str) -> None:
+    """Refuse a study name that could not safely appear in paths and pages.
+
+    Raises:
+        InputError: it is empty, longer than 100 characters, starts with a dot, or has other than `A-Za-z0-9._-`.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name[:120]!r} cannot be a study's name",
+            mend="Use up to 100 of the characters A-Z a-z 0-9 . _ - and no dot in front",
+        )
+
+
+def join_study(
+    storage: BaseStorage, name: str, *, directions: Sequence[str], sampler: BaseSampler | None = None
+) -> optuna.Study:
+    """Create a study, or load it if it exists; several processes may do so at once.
+
+    Args:
+        storage: from `open_storage`.
+        name: the study's name.
+        directions: "maximize" or "minimize", one for each objective.
+        sampler: what proposes points.
+
+    Raises:
+        InputError: the name is not allowed, or the stored study has other directions.
+    """
+    check_name(name)
+    wanted = [StudyDirection[direction.upper()] for direction in directions]
+    with storage_errors():
+        study = optuna.create_study(
+            storage=storage, study_name=name, directions=wanted, sampler=sampler, load_if_exists=True
+        )
+        stored = study.directions
+    if stored != wanted:
+        raise InputError(
+            f"the stored study has the directions {[d.name.lower() for d in stored]}, this one {list(directions)}",
+            where=name,
+            mend="Give the new study another name",
+        )
+    return study
+
+
+def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None = None) -> optuna.Study:
+    """Load a study that exists.
+
+    Raises:
+        InputError: there is no study of that name; the message lists those that there are.
+    """
+    with storage_errors():
+        names = [study.study_name for study in storage.get_all_studies()]
+        if name not in names:
+            known = ", ".join(sorted(names)[:20]) or "none"
+            raise InputError(f"there is no study named {name!r}", mend=f"Studies of this storage: {known}")
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)

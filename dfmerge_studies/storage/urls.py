@@ -1,0 +1,65 @@
+"""Storage URLs: parsed, made absolute, shown without passwords."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sqlalchemy import exc
+from sqlalchemy.engine import URL, make_url
+
+from dfmerge_studies.errors import InputError
+
+_SCHEMES = "sqlite:///FILE, postgresql+psycopg://USER@HOST/NAME, journal:///FILE or grpc://HOST:PORT"
+
+
+def safe_url(url: str) -> str:
+    """Return a URL with its password masked: the only form to print or to store."""
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        return re.sub(r"//[^@/]*@", "//***@", url)
+    secret = [key for key in parsed.query if "password" in key.lower()]
+    return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+
+
+def resolve_url(url: str, folder: Path) -> str:
+    """Make the path of a sqlite or journal URL absolute, below `folder`; other URLs stay as they are."""
+    scheme, separator, path = url.partition(":///")
+    if separator and scheme in ("sqlite", "sqlite+pysqlite", "journal") and path and path != ":memory:":
+        return f"{scheme}:///{(folder / path).absolute()}"
+    return url
+
+
+def unsupported(parsed: URL, url: str) -> InputError:
+    """The error for a URL of a kind that no engine here opens."""
+    return InputError(
+        f"storages of kind {parsed.drivername}:// are not supported", where=safe_url(url), mend=f"Use {_SCHEMES}"
+    )
+
+
+def parse_url(url: str) -> URL:
+    """The parts of a storage URL.
+
+    Args:
+        url: as the user gave it.
+
+    Raises:
+        InputError: it is none, or it holds a password among its parameters.
+    """
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        raise InputError("this is not a storage URL", where=safe_url(url), mend=f"Use {_SCHEMES}") from None
+    if any("password" in key.lower() for key in parsed.query):
+        raise InputError(
+            "a password among the URL's parameters would show in logs",
+            where=safe_url(url),
+            mend="Write it as //user:password@host, or leave it to a password file",
+        )
+    return parsed
+
+
+def optuna_url(url: URL) -> str:
+    """Render a URL for Optuna, which passes it through `str.format`."""
+    return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
