@@ -128,12 +128,8 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
-    """A bar on standard error for work in named phases; nothing remains of it afterwards.
-
-    Args:
-        hidden: show nothing, as where nobody watches.
-    """
+def progress_bar() -> Iterator[Progress]:
+    """A bar on standard error for work in named phases; nothing remains of it, and nothing is shown to a file."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -142,7 +138,7 @@ def progress_bar(*, hidden: bool = False) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=messages(), transient=True, disable=hidden or not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=messages(), transient=True, disable=not sys.stderr.isatty()) as bars:
         shown = bars.add_task("loading", total=None)
 
         def show(what: str, done: int, total: int) -> None:

@@ -73,7 +73,7 @@ def validate(
             problem = {"where": error.where, "what": error.what, "mend": error.mend}
             common.print_json({"ok": False, "problems": [problem], "estimate": {}})
         raise
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.study.validate import validate as check
 

@@ -37,7 +37,7 @@ def merge(
 
     check_target(out, force=force)
     common.check_early(settings)
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.methods import METHODS
         from dfmerge_studies.objective.merger import Merger
@@ -85,7 +85,7 @@ def fisher(
     if out.exists() and not force:
         raise InputError(f"{out} exists already", where="--out", mend="Choose another file, or add --force")
     common.check_early(settings)
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
         from dfmerge_studies.methods import METHODS
@@ -132,7 +132,7 @@ def evaluate(
     settings = common.load_spec(spec, overrides, device=device)
     common.check_early(settings)
     check_model(model, root=Path.cwd(), where="--model")
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.objective.evaluate import evaluate_model
 
@@ -169,7 +169,7 @@ def export(
 
     check_target(out, force=force)
     common.check_early(settings, storage=True, create=False)
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.study.session import find_trial, open_study, stored_study

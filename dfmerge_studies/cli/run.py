@@ -51,7 +51,7 @@ def run(
     )
     common.check_early(settings, storage=True)
     started = time.monotonic()
-    with common.progress_bar(hidden=json) as progress:
+    with common.progress_bar() as progress:
         common.quiet_libraries()
         progress("starting", 0, 1)
         from dfmerge_studies.study.session import open_study, target_trials
@@ -60,30 +60,30 @@ def run(
     total = trials
     if add is not None:
         total = max(target_trials(settings), session.stored_target()) + add
-    finished = _work(session, total, hidden=json)
+    finished = _work(session, total)
     rows: list[Row] = []
     if finished and session.best() is not None:
-        baselines, finished = _baselines(session, hidden=json)
+        baselines, finished = _baselines(session)
         if finished:
-            rows = _rows(session, baselines, _splits(settings, test), hidden=json)
+            rows = _rows(session, baselines, _splits(settings, test))
     again = common.again(spec, storage=storage, overrides=overrides)
     _tell(session, rows, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
     if not finished:
         raise typer.Exit(130)
 
 
-def _work(session: Session, total: int | None, *, hidden: bool) -> bool:
+def _work(session: Session, total: int | None) -> bool:
     """Run trials under a bar.
 
     Returns:
         Whether the work was not interrupted.
     """
-    with _trial_bar(session, session.total(total), hidden=hidden) as show:
+    with _trial_bar(session, session.total(total)) as show:
         summary = session.run(target=total, on_event=show)
     return not summary.interrupted
 
 
-def _baselines(session: Session, *, hidden: bool) -> tuple[list[Session], bool]:
+def _baselines(session: Session) -> tuple[list[Session], bool]:
     """Run the methods that the spec shows beside its own, each as a study of its own in the same storage."""
     from dfmerge_studies.study.session import open_study, storage_url
 
@@ -93,7 +93,7 @@ def _baselines(session: Session, *, hidden: bool) -> tuple[list[Session], bool]:
             name=f"{session.spec.name}.{method}", method=method, storage=storage_url(session.spec), baselines=[]
         )
         baseline = open_study(spec, problem=session.problem)
-        if not _work(baseline, None, hidden=hidden):
+        if not _work(baseline, None):
             return done, False
         done.append(baseline)
     return done, True
@@ -104,11 +104,11 @@ def _splits(spec: StudySpec, test: bool) -> list[str]:
     return ["validation", "test"] if with_test else ["validation"]
 
 
-def _rows(session: Session, baselines: list[Session], splits: list[str], *, hidden: bool) -> list[Row]:
+def _rows(session: Session, baselines: list[Session], splits: list[str]) -> list[Row]:
     """Base, experts, baselines and the winner; what is not in the study yet is scored now."""
     from dfmerge_studies.report.tables import Row
 
-    with common.progress_bar(hidden=hidden) as progress:
+    with common.progress_bar() as progress:
         session.merger.progress = progress
         rows = [
             Row("base, unmerged", {s: session.reference_scores("base", s) for s in splits}, compete=False),
@@ -148,7 +148,7 @@ def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_j
 
 
 @contextmanager
-def _trial_bar(session: Session, target: int, *, hidden: bool) -> Iterator[Any]:
+def _trial_bar(session: Session, target: int) -> Iterator[Any]:
     """A bar over trials with the best value so far and the time left; lines instead where nobody watches."""
     from rich.progress import (
         BarColumn,
@@ -169,7 +169,7 @@ def _trial_bar(session: Session, target: int, *, hidden: bool) -> Iterator[Any]:
         TextColumn("{task.fields[best]}"),
     )
     watched = sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=hidden or not watched) as bars:
+    with Progress(*columns, console=console, disable=not watched) as bars:
         task = bars.add_task(session.spec.name, total=target, completed=_completed(session), best="")
 
         def show(event: Event) -> None:
@@ -179,7 +179,7 @@ def _trial_bar(session: Session, target: int, *, hidden: bool) -> Iterator[Any]:
             bars.update(task, completed=done, best=text)
             if event.kind in ("failed", "recovered", "applied", "interrupted", "superseded"):
                 console.print(f"trial {event.number} {event.kind}: {event.message}", markup=False)
-            elif event.kind == "completed" and not hidden and not watched:
+            elif event.kind == "completed" and not watched:
                 console.print(
                     f"{session.spec.name}: {done}/{target}  trial {event.number} {_shown(event.values)}  {text}",
                     markup=False,
