@@ -51,6 +51,7 @@ class WeightedSum:
 
         Raises:
             RunError: the importance holds a value that is not finite.
+            ValueError: some experts have an importance and others none.
         """
         if self._uniform is None:
             self._uniform = importance is None

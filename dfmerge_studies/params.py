@@ -39,12 +39,21 @@ class TaskVector:
 
 
 def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating-point parameters of a model by name, tied ones once, in the model's own order."""
+    """The floating-point parameters of a model by name, tied ones once, in the model's own order.
+
+    Args:
+        model: any model.
+    """
     return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
 
 def changed_names(task_vectors: Iterable[TaskVector], order: Iterable[str]) -> list[str]:
-    """Names on which at least one expert differs from the base, in the given order."""
+    """Names on which at least one expert differs from the base, in the given order.
+
+    Args:
+        task_vectors: one per expert.
+        order: parameter names, in the order wanted; others are left out.
+    """
     changed = {name for vector in task_vectors for name in vector.deltas}
     return [name for name in order if name in changed]
 
@@ -116,7 +125,16 @@ def task_vector(expert_name: str, base: Weights, expert: Weights) -> TaskVector:
 
 
 def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
-    """Raise `InputError` if a weight is NaN or infinite."""
+    """Raise `InputError` if a weight is NaN or infinite.
+
+    Args:
+        tensor: the weight.
+        name: its name, for the message.
+        where: whose weight it is, for the message.
+
+    Raises:
+        InputError: with the number of such values.
+    """
     if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(

@@ -110,13 +110,24 @@ def _is_multiple(value: float, step: float) -> bool:
 
 
 def trial_seed(seed: int, study_name: str, place: int, *words: str) -> int:
-    """Derive the seed of one trial's random numbers, 32 bits, from a hash of what identifies it."""
+    """Derive the seed of one trial's random numbers, 32 bits, from a hash of what identifies it.
+
+    Args:
+        seed: the study's seed.
+        study_name: the study's name.
+        place: the trial's place.
+        *words: what else tells apart several draws of one trial.
+    """
     text = json.dumps([seed, study_name, place, *words])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def place_of(trial: FrozenTrial) -> int:
-    """Return the place of a trial; a trial that other software added stands at its number."""
+    """Return the place of a trial; a trial that other software added stands at its number.
+
+    Args:
+        trial: a trial in any state.
+    """
     return int(trial.user_attrs.get(PLACE, trial.number))
 
 
@@ -158,20 +169,41 @@ class StatelessSampler(BaseSampler):
         self._study_name = study_name
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the whole space, or nothing for a trial whose coefficients are given."""
+        """Return the whole space, or nothing for a trial whose coefficients are given.
+
+        Args:
+            study: not looked at.
+            trial: the trial to be drawn.
+        """
         return {} if FIXED in trial.system_attrs else self._space.distributions()
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Propose all coefficients together; empty where the sampler leaves them to `sample_independent`."""
+        """Propose all coefficients together; empty where the sampler leaves them to `sample_independent`.
+
+        Args:
+            study: whose trials the fresh sampler learns from.
+            trial: the trial to be drawn; its place decides the seed.
+            search_space: from `infer_relative_search_space`; nothing is proposed where it is empty.
+
+        Raises:
+            GridExhausted: the grid has no row left.
+        """
         sampler = self._fresh(trial_seed(self._seed, self._study_name, place_of(trial)))
         return sampler.sample_relative(study, trial, search_space) if search_space else {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Propose one coefficient uniformly: the startup trials, and all trials of the random sampler."""
+        """Propose one coefficient uniformly: the startup trials, and all trials of the random sampler.
+
+        Args:
+            study: the study of the trial.
+            trial: the trial to be drawn; its place decides the seed.
+            param_name: whose coefficient; part of the seed.
+            param_distribution: the range to draw from.
+        """
         seed = trial_seed(self._seed, self._study_name, place_of(trial), param_name)
         return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
@@ -302,6 +334,7 @@ def make_sampler(
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
+        RuntimeError: this version of Optuna lacks a name that `_OrderedGP` relies on.
     """
     if name not in SAMPLERS:
         raise InputError(

@@ -29,6 +29,9 @@ _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "base_model_name_or
 def model_digest(checkpoint: Checkpoint) -> str:
     """sha256 of everything that makes a checkpoint what it is: weights, configuration, vocabulary.
 
+    Args:
+        checkpoint: a model or an adapter on disk.
+
     Returns:
         64 hexadecimal digits.
 
@@ -50,6 +53,9 @@ def model_digest(checkpoint: Checkpoint) -> str:
 def file_digest(file: Path) -> str:
     """sha256 of a file's bytes.
 
+    Args:
+        file: the file to read.
+
     Raises:
         InputError: the file cannot be read.
     """
@@ -61,12 +67,20 @@ def file_digest(file: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys."""
+    """sha256 of a JSON value, independent of the order of keys.
+
+    Args:
+        value: what `json.dumps` takes.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def ids_digest(rows: Iterable[Any]) -> str:
-    """sha256 of a sequence of JSON values, without holding their text at once."""
+    """sha256 of a sequence of JSON values, without holding their text at once.
+
+    Args:
+        rows: JSON values; each is dropped once it has been hashed.
+    """
     total = hashlib.sha256()
     for row in rows:
         total.update(json.dumps(row, separators=(",", ":")).encode())

@@ -50,6 +50,11 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
     A plain encoder read as a classifier has no head: those names are in `missing`.  Anything else that is missing is
     refused.
 
+    Args:
+        checkpoint: the directory of a whole model.
+        model_class: the auto class that reads it.
+        dtype: of the weights in memory.
+
     Raises:
         InputError: files that are truncated, not weights, of another architecture, or lack tensors.
     """
@@ -95,6 +100,12 @@ def load_adapter(
     checkpoint: Checkpoint, base: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Load a PEFT adapter on a fresh copy of the base and fold it into dense weights.
+
+    Args:
+        checkpoint: the directory of the adapter.
+        base: the whole model that it sits on.
+        model_class: the auto class that reads the base.
+        dtype: of the base's weights in memory.
 
     Raises:
         InputError: peft is not installed, or the adapter does not fit the base.
@@ -142,6 +153,9 @@ def load_adapter(
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint.
 
+    Args:
+        checkpoint: the directory that holds it.
+
     Raises:
         InputError: there is none, or its files are damaged.
     """
@@ -160,7 +174,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint brings a tokenizer of its own (adapters often do not)."""
+    """Whether a checkpoint brings a tokenizer of its own (adapters often do not).
+
+    Args:
+        checkpoint: a model or an adapter.
+    """
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
     return any((checkpoint.path / name).is_file() for name in names)
 
@@ -169,6 +187,12 @@ def check_same_tokenizer(
     base: PreTrainedTokenizerBase, expert: PreTrainedTokenizerBase, *, base_file: str, expert_file: str
 ) -> None:
     """Refuse an expert that reads text otherwise than the base does.
+
+    Args:
+        base: the base's tokenizer.
+        expert: the expert's tokenizer.
+        base_file: where the base was read from, for the message.
+        expert_file: where the expert was read from, for the message.
 
     Raises:
         InputError: naming what differs: a special token, the vocabulary, or the splitting of a probe text.

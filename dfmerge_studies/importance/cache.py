@@ -111,6 +111,9 @@ def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str,
 def load_fisher(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read importance values and verify them.
 
+    Args:
+        file: a file of the cache, or one that `save_fisher` wrote elsewhere.
+
     Raises:
         ValueError: the file is damaged; says how.
         FileNotFoundError: there is none.
@@ -142,7 +145,11 @@ class FisherCache:
         self.limit = limit
 
     def file_of(self, key: FisherKey) -> Path:
-        """Path of a key's file, whether it exists or not."""
+        """Path of a key's file, whether it exists or not.
+
+        Args:
+            key: what is asked for.
+        """
         return self.folder / f"{key.digest}.safetensors"
 
     def get(self, key: FisherKey) -> dict[str, Tensor] | None:
@@ -267,7 +274,11 @@ def open_cache(location: str | None, folder: Path, limit: int | None) -> FisherC
 
 
 def key_metadata(key: FisherKey) -> dict[str, str]:
-    """A key as texts, for the metadata of a file."""
+    """A key as texts, for the metadata of a file.
+
+    Args:
+        key: the key; whatever of it is not text becomes JSON.
+    """
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in asdict(key).items()}
 
 

@@ -121,7 +121,11 @@ class Capture:
 
     @contextmanager
     def stage(self, batch: int) -> Iterator[Stage]:
-        """Forward passes of `batch` rows made inside are recorded; those made outside are not."""
+        """Forward passes of `batch` rows made inside are recorded; those made outside are not.
+
+        Args:
+            batch: rows of the forward passes; an input or an (input, choice) pair is a row.
+        """
         stage = self._stage = Stage(batch)
         try:
             with torch.enable_grad():

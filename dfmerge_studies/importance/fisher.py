@@ -134,6 +134,10 @@ def diagonal_fisher(
 def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
     """(inputs,) uniform numbers, one per input in order, so that batching and sharing out do not change the choices.
 
+    Args:
+        inputs: how many inputs there are.
+        generator: on the CPU; advanced by `inputs` draws.
+
     Raises:
         InputError: there is no generator.
     """
@@ -158,7 +162,23 @@ def fisher_sum(
 ) -> FisherResult:
     """Sums instead of means, for inputs that are shared out: add `values` and `samples` of the shares, then divide.
 
-    Args and errors are those of `diagonal_fisher`, but for `draws`: (len(examples),) of `sampling_draws`.
+    Args:
+        model: the model; left as it is found.
+        kind: how the model answers.
+        examples: the N inputs of this share; with none, the sums are zero.
+        pad_id: token id to pad inputs with.
+        names: parameters wanted; all of floating point for `None`.
+        estimator: `exact`, `sampled` or `empirical`.
+        draws: (N,) of `sampling_draws`, the numbers of these inputs; needed by `sampled`, used by nothing else.
+        row_budget: rows times tokens whose activations are alive at once.
+        accumulate_dtype: precision of products and sums.
+        autocast: run the model in mixed precision of this dtype.
+        progress: called with the number of inputs done since the last call.
+
+    Raises:
+        InputError: a missing label, an unknown estimator or name, draws that do not match the inputs, or a module that
+            cannot be handled.
+        RunError: a loss is not finite.
     """
     if estimator not in set(Estimator):
         raise InputError(f"unknown estimator {estimator!r}", mend=f"Use one of {', '.join(Estimator)}")

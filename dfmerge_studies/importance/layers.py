@@ -52,7 +52,11 @@ class Call:
     arrived: dict[int, Tensor] = field(default_factory=dict)
 
     def refuse(self, why: str) -> InputError:
-        """The error that names this module."""
+        """The error that names this module.
+
+        Args:
+            why: what cannot be done, as a clause without a full stop.
+        """
         return InputError(
             f"the Fisher information of {type(self.module).__name__} cannot be computed exactly: {why}",
             where=f"module {self.path}",
@@ -71,12 +75,21 @@ def tensors_of(*trees: Any) -> list[Tensor]:
 
 
 def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Version counters of the tensors among a module's inputs."""
+    """Version counters of the tensors among a module's inputs.
+
+    Args:
+        args: positional inputs, possibly nested.
+        kwargs: keyword inputs, possibly nested.
+    """
     return [tensor._version for tensor in tensors_of(args, kwargs)]
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether the module's gradients have a formula; the others are run again."""
+    """Whether the module's gradients have a formula; the others are run again.
+
+    Args:
+        module: any module.
+    """
     return _formula(module) is not None
 
 

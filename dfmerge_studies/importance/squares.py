@@ -32,7 +32,12 @@ class Outer:
     right: Tensor
 
     def row(self, k: int, like: Tensor) -> Tensor:
-        """G of the k-th row, in the shape and precision of `like`."""
+        """G of the k-th row, in the shape and precision of `like`.
+
+        Args:
+            k: position in `rows`.
+            like: a tensor of the parameter's shape, in the precision to compute in.
+        """
         return self.left[k].to(like.dtype).T @ self.right[k].to(like.dtype)
 
 
@@ -45,7 +50,12 @@ class Sparse:
     values: Tensor
 
     def row(self, k: int, like: Tensor) -> Tensor:
-        """G of the k-th row, in the shape and precision of `like`."""
+        """G of the k-th row, in the shape and precision of `like`.
+
+        Args:
+            k: position in `rows`.
+            like: a tensor of the parameter's shape, in the precision to compute in.
+        """
         dense = torch.zeros_like(like)
         return _add_rows_(dense, self.ids[k], self.values[k].to(like.dtype))
 
@@ -58,7 +68,12 @@ class Whole:
     gradients: Tensor
 
     def row(self, k: int, like: Tensor) -> Tensor:
-        """G of the k-th row, in the shape and precision of `like`."""
+        """G of the k-th row, in the shape and precision of `like`.
+
+        Args:
+            k: position in `rows`.
+            like: a tensor in the precision to compute in.
+        """
         return self.gradients[k].to(like.dtype)
 
 

@@ -61,6 +61,9 @@ def check_inputs(spec: StudySpec) -> None:
 def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     """Fisher inputs that the spec names, from itself or from its JSON file.
 
+    Args:
+        spec: where `importance.indices` stands.
+
     Raises:
         InputError: the file is missing, is not JSON, or holds no rows by task.
     """

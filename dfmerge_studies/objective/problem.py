@@ -28,7 +28,13 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing."""
+    """A progress callback that shows nothing.
+
+    Args:
+        what: what is being done.
+        done: how much of it is done.
+        total: of how much.
+    """
 
 
 def counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
@@ -161,6 +167,9 @@ class Problem:
 def find_checkpoints(spec: StudySpec) -> Checkpoints:
     """Resolve the spec's models to directories and decide how they answer.
 
+    Args:
+        spec: names the base and the experts.
+
     Raises:
         InputError: one of them is not there.
     """
@@ -231,6 +240,9 @@ def load_problem(
 
 def choose_device(spec: StudySpec) -> torch.device:
     """The device that a spec means.
+
+    Args:
+        spec: names a device, or "auto" (CUDA where there is one, else the CPU).
 
     Raises:
         InputError: it is not there.
@@ -356,7 +368,11 @@ def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, li
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that pads batches; it is masked, so any will do where a tokenizer has none."""
+    """The token that pads batches; it is masked, so any will do where a tokenizer has none.
+
+    Args:
+        tokenizer: its padding token comes first, then its end of sequence, then id 0.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token

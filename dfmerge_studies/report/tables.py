@@ -59,7 +59,11 @@ def comparison_table(rows: Sequence[Row], tasks: Sequence[str], split: str, *, t
 
 
 def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The same rows for `--json`."""
+    """The same rows for `--json`.
+
+    Args:
+        rows: what to show; scores stay 0..1, a row without coefficients has null for them.
+    """
     return [
         {
             "name": row.name,
@@ -71,7 +75,11 @@ def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def coefficients_text(coefficients: Mapping[str, float]) -> str:
-    """`a=0.41 b=0.90`."""
+    """Coefficients on one line, such as `a=0.41 b=0.9`.
+
+    Args:
+        coefficients: by name; shown with three significant digits.
+    """
     return " ".join(f"{name}={value:.3g}" for name, value in coefficients.items())
 
 

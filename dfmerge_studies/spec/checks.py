@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
 
 def check_references(spec: StudySpec) -> None:
-    """Names inside the spec that must match each other."""
+    """Names inside the spec that must match each other.
+
+    Args:
+        spec: the spec, each field valid by itself.
+
+    Raises:
+        InputError: no expert or task, a name that is unusable or unknown, mixed task types, or a point or baseline that
+            does not fit.
+    """
     if not spec.experts:
         raise InputError("no experts", where=spec.where("experts"), mend="Name at least one fine-tuned model")
     if not spec.tasks:
@@ -82,6 +90,11 @@ def _check_points(spec: StudySpec) -> None:
 
 def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) -> dict[str, float]:
     """A coefficient for every expert, each inside the bounds, in the order of the experts.
+
+    Args:
+        spec: names the experts and the bounds.
+        point: coefficient per expert.
+        field: where the point stands, for messages: a field of the spec, or a flag with its dashes.
 
     Raises:
         InputError: an unknown or missing expert, or a value outside the bounds.

@@ -73,7 +73,12 @@ class SearchSettings(Settings):
 
 
 def is_multiple(value: float, step: float) -> bool:
-    """Whether a value is a whole number of steps, but for rounding."""
+    """Whether a value is a whole number of steps, but for rounding.
+
+    Args:
+        value: the value.
+        step: the size of a step, not 0.
+    """
     return abs(value / step - round(value / step)) < ON_STEP
 
 
@@ -93,7 +98,14 @@ class ObjectiveSettings(Settings):
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 500MB or 20GB (powers of 1000) or 2GiB (powers of 1024)."""
+    """Bytes of a size such as 500MB or 20GB (powers of 1000) or 2GiB (powers of 1024).
+
+    Args:
+        text: a number, decimals allowed, and a unit; without a unit, bytes.
+
+    Raises:
+        ValueError: the text has another form.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is no size; write 500MB, 20GB or 2GiB")

@@ -65,7 +65,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def masked(found: Any) -> Any:
-    """A value for a message, without the password of any URL in it."""
+    """A value for a message, without the password of any URL in it.
+
+    Args:
+        found: what to show; anything but text comes back as it is.
+    """
     return re.sub(r"//[^@/\s]*@", "//***@", found) if isinstance(found, str) else found
 
 

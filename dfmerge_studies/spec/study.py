@@ -73,7 +73,11 @@ class StudySpec(Settings):
         return self.storage or f"sqlite:///{self.name}.db"
 
     def where(self, field: str) -> str:
-        """File and field, for messages."""
+        """File and field, for messages.
+
+        Args:
+            field: dotted name of the field.
+        """
         return f"{self._file}: {field}"
 
     def derive(self, **changes: Any) -> StudySpec:

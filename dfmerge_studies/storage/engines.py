@@ -74,7 +74,17 @@ def check_url(url: str, *, create: bool = True) -> None:
 
 
 def first_start(build: Callable[[], _T], where: str) -> _T:
-    """Build a storage; several processes may be creating its tables at this moment, so try again with jitter."""
+    """Build a storage; several processes may be creating its tables at this moment, so try again with jitter.
+
+    Args:
+        build: makes the storage; called up to 10 times.
+        where: file or URL without password, for the message.
+
+    Raises:
+        InputError: Optuna says that the database is of another version.
+        SQLAlchemyError, StorageInternalError: the last try failed, or the server cannot be reached, or the file is
+            damaged.
+    """
     for attempt in range(1, _FIRST_START_TRIES + 1):
         try:
             with warnings.catch_warnings():

@@ -43,7 +43,11 @@ def _translated(error: Exception, url: str | None) -> InputError | RunError:
 
 
 def is_damaged(error: BaseException) -> bool:
-    """Tell whether an error means that the database's file is no longer a database: trying again cannot help."""
+    """Tell whether an error means that the database's file is no longer a database: trying again cannot help.
+
+    Args:
+        error: of Optuna, SQLAlchemy or the driver.
+    """
     root, text = _root(error), root_text(error)
     return isinstance(root, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text)
 
@@ -54,6 +58,10 @@ def _root(error: BaseException) -> BaseException:
 
 
 def root_text(error: BaseException) -> str:
-    """Return what the database driver said, in one line, without SQLAlchemy's statement and parameters."""
+    """Return what the database driver said, in one line, without SQLAlchemy's statement and parameters.
+
+    Args:
+        error: of Optuna, SQLAlchemy or the driver.
+    """
     root = _root(error)
     return " ".join(str(root).split()) or type(root).__name__

@@ -16,7 +16,15 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 
 
 def check_file(path: Path, create: bool) -> None:
-    """Refuse a path that could not become, or is not, a writable file; create nothing."""
+    """Refuse a path that could not become, or is not, a writable file; create nothing.
+
+    Args:
+        path: the file.
+        create: whether it may be missing.
+
+    Raises:
+        InputError: it is a folder, its folder is missing, it is missing and may not be, or it cannot be written to.
+    """
     where = str(path)
     if path.is_dir():
         raise InputError("this is a folder, not a file", where=where, mend="Name a file in it")
@@ -32,7 +40,15 @@ def check_file(path: Path, create: bool) -> None:
 
 
 def check_sqlite_file(path: Path) -> None:
-    """Refuse a file that is no SQLite database, a database of other software, and a network file system."""
+    """Refuse a file that is no SQLite database, a database of other software, and a network file system.
+
+    Args:
+        path: the file; it may be missing or empty.
+
+    Raises:
+        InputError: it is one of these, or it is damaged.
+        RunError: it cannot be read.
+    """
     where = str(path)
     kind = network_file_system(path)
     if kind is not None:

@@ -19,6 +19,9 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 def check_name(name: str) -> None:
     """Refuse a study name that could not safely appear in paths and pages.
 
+    Args:
+        name: the study's name.
+
     Raises:
         InputError: it is empty, longer than 100 characters, starts with a dot, or has other than `A-Za-z0-9._-`.
     """
@@ -62,8 +65,14 @@ def join_study(
 def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None = None) -> optuna.Study:
     """Load a study that exists.
 
+    Args:
+        storage: from `open_storage`.
+        name: the study's name.
+        sampler: what proposes points; Optuna's default for None.
+
     Raises:
         InputError: there is no study of that name; the message lists those that there are.
+        RunError: the storage failed.
     """
     with storage_errors():
         names = [study.study_name for study in storage.get_all_studies()]

@@ -14,7 +14,11 @@ _SCHEMES = "sqlite:///FILE, postgresql+psycopg://USER@HOST/NAME, journal:///FILE
 
 
 def safe_url(url: str) -> str:
-    """Return a URL with its password masked: the only form to print or to store."""
+    """Return a URL with its password masked: the only form to print or to store.
+
+    Args:
+        url: any text; also one that is no URL.
+    """
     try:
         parsed = make_url(url)
     except (exc.ArgumentError, ValueError):
@@ -24,7 +28,12 @@ def safe_url(url: str) -> str:
 
 
 def resolve_url(url: str, folder: Path) -> str:
-    """Make the path of a sqlite or journal URL absolute, below `folder`; other URLs stay as they are."""
+    """Make the path of a sqlite or journal URL absolute, below `folder`; other URLs stay as they are.
+
+    Args:
+        url: a storage URL.
+        folder: where a relative path starts.
+    """
     scheme, separator, path = url.partition(":///")
     if separator and scheme in ("sqlite", "sqlite+pysqlite", "journal") and path and path != ":memory:":
         return f"{scheme}:///{(folder / path).absolute()}"
@@ -32,7 +41,12 @@ def resolve_url(url: str, folder: Path) -> str:
 
 
 def unsupported(parsed: URL, url: str) -> InputError:
-    """The error for a URL of a kind that no engine here opens."""
+    """The error for a URL of a kind that no engine here opens.
+
+    Args:
+        parsed: the URL's parts.
+        url: the URL as it was given; its password is masked in the message.
+    """
     return InputError(
         f"storages of kind {parsed.drivername}:// are not supported", where=safe_url(url), mend=f"Use {_SCHEMES}"
     )
@@ -61,5 +75,9 @@ def parse_url(url: str) -> URL:
 
 
 def optuna_url(url: URL) -> str:
-    """Render a URL for Optuna, which passes it through `str.format`."""
+    """Render a URL for Optuna, which passes it through `str.format`.
+
+    Args:
+        url: the parts of a URL.
+    """
     return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")

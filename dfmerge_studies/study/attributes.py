@@ -38,22 +38,38 @@ _STARTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:
-    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id."""
+    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id.
+
+    Args:
+        study: a study.
+    """
     return study._storage
 
 
 def study_id_of(study: optuna.Study) -> int:
-    """Return the storage's id of a study."""
+    """Return the storage's id of a study.
+
+    Args:
+        study: a study.
+    """
     return study._study_id
 
 
 def id_of(trial: FrozenTrial) -> int:
-    """Return the storage's id of a trial."""
+    """Return the storage's id of a trial.
+
+    Args:
+        trial: a trial in any state.
+    """
     return trial._trial_id
 
 
 def point_of(trial: FrozenTrial) -> dict[str, float] | None:
-    """Return the coefficients of a trial, or None while not all of them are stored."""
+    """Return the coefficients of a trial, or None while not all of them are stored.
+
+    Args:
+        trial: a trial in any state.
+    """
     if FIXED in trial.system_attrs:
         return dict(trial.system_attrs[FIXED])
     if trial.user_attrs.get(DRAWN) or trial.state == TrialState.COMPLETE:
@@ -62,19 +78,31 @@ def point_of(trial: FrozenTrial) -> dict[str, float] | None:
 
 
 def crashes_of(trial: FrozenTrial) -> int:
-    """Count the processes that have died on a vacated trial's coefficients, the trial's own included."""
+    """Count the processes that have died on a vacated trial's coefficients, the trial's own included.
+
+    Args:
+        trial: a trial that is vacated, or about to be.
+    """
     return int(trial.user_attrs.get(CRASHES, 0)) + (0 if INTERRUPTED in trial.user_attrs else 1)
 
 
 def is_failure(trial: FrozenTrial) -> bool:
-    """Tell whether a trial failed for good: it keeps its place and is not repeated."""
+    """Tell whether a trial failed for good: it keeps its place and is not repeated.
+
+    Args:
+        trial: a trial in any state.
+    """
     if trial.state != TrialState.FAIL or DROPPED in trial.user_attrs:
         return False
     return ERROR in trial.user_attrs or (PLACE in trial.user_attrs and crashes_of(trial) > MAX_RETRIES)
 
 
 def is_vacated(trial: FrozenTrial) -> bool:
-    """Tell whether a trial ended without a result and without a failure."""
+    """Tell whether a trial ended without a result and without a failure.
+
+    Args:
+        trial: a trial in any state.
+    """
     return trial.state == TrialState.FAIL and not is_failure(trial)
 
 
@@ -82,6 +110,9 @@ def duplicates(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """List the waiting trials whose given coefficients an earlier trial already holds.
 
     Several processes that start at once each enqueue the same points, and may each put the same dead trial back.
+
+    Args:
+        trials: trials of one study, in the order of their numbers.
     """
     seen: set[tuple[tuple[str, float], ...]] = set()
     found = []
@@ -97,20 +128,32 @@ def duplicates(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def holders(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the trials that hold a place: those with a result, a failure, or the prospect of either."""
+    """List the trials that hold a place: those with a result, a failure, or the prospect of either.
+
+    Args:
+        trials: all trials of a study, in the order of their numbers.
+    """
     kept = [trial for trial in trials if not is_vacated(trial)]
     extra = {trial.number for trial in duplicates(kept)}
     return [trial for trial in kept if trial.number not in extra]
 
 
 def free_place(trials: Iterable[FrozenTrial]) -> int:
-    """Return the smallest place that no trial holds."""
+    """Return the smallest place that no trial holds.
+
+    Args:
+        trials: all trials of a study, in the order of their numbers.
+    """
     taken = {place_of(trial) for trial in holders(trials)}
     return next(place for place in range(len(taken) + 1) if place not in taken)
 
 
 def owed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the vacated trials whose coefficients must still be put back in the queue."""
+    """List the vacated trials whose coefficients must still be put back in the queue.
+
+    Args:
+        trials: all trials of a study.
+    """
     trials = list(trials)
     repeated = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
     return [
@@ -125,12 +168,20 @@ def owed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def started(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the trials that count towards a study's total: those with a result, and those running."""
+    """List the trials that count towards a study's total: those with a result, and those running.
+
+    Args:
+        trials: trials, of `holders` usually.
+    """
     return [trial for trial in trials if trial.state in _STARTED]
 
 
 def counts(study: optuna.Study) -> dict[str, int]:
-    """Count a study's trials; those merely put back in the queue, or given back, are not failures."""
+    """Count a study's trials; those merely put back in the queue, or given back, are not failures.
+
+    Args:
+        study: the study to look at.
+    """
     trials = study.get_trials(deepcopy=False)
     kept = holders(trials)
 
@@ -147,12 +198,21 @@ def counts(study: optuna.Study) -> dict[str, int]:
 
 
 def results(study: optuna.Study) -> list[FrozenTrial]:
-    """List the completed trials in the order of their places, which is that of an uninterrupted run."""
+    """List the completed trials in the order of their places, which is that of an uninterrupted run.
+
+    Args:
+        study: the study to look at.
+    """
     return sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=place_of)
 
 
 def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:
     """Write attributes on a trial that has not finished.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of the trial (see `id_of`).
+        marks: attributes by name; JSON values.
 
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: it has.

@@ -54,7 +54,11 @@ class Interrupts:
 
     @contextlib.contextmanager
     def allowed(self) -> Iterator[None]:
-        """Let a signal interrupt what runs in the context."""
+        """Let a signal interrupt what runs in the context.
+
+        Raises:
+            KeyboardInterrupt: a signal arrives in the context, or has arrived before it.
+        """
         self._raising = True
         try:
             if self.requested:
@@ -70,6 +74,10 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
 
     Storages without a heartbeat of their own get the time of day as an attribute.  A storage that fails is tried again
     at the next beat: what counts is whether it takes the result.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of a running trial.
     """
     interval = _beat(study, trial_id)
     over = threading.Event()

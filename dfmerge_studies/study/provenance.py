@@ -29,6 +29,9 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
     """What decides a study's results, as far as the spec alone says it.
 
     Budget, device, batch sizes, paths and storage are left out: they may change between runs.
+
+    Args:
+        spec: the settings.
     """
     search, importance = spec.search, spec.importance
     return {
@@ -53,7 +56,11 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
 
 
 def measured_science(problem: Problem) -> dict[str, Any]:
-    """What decides a study's results, as far as the files say it: digests of weights, data and Fisher inputs."""
+    """What decides a study's results, as far as the files say it: digests of weights, data and Fisher inputs.
+
+    Args:
+        problem: the loaded spec.
+    """
     return {
         "base digest": problem.base_digest,
         **{f"expert digest of {name}": digest for name, digest in problem.expert_digests.items()},
@@ -63,7 +70,12 @@ def measured_science(problem: Problem) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Fields on which two sciences disagree, one readable line each; fields that only one states are ignored."""
+    """Fields on which two sciences disagree, one readable line each; fields that only one states are ignored.
+
+    Args:
+        stored: the science of the stored study.
+        ours: that of this run.
+    """
     return [
         f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
         for field in ours
@@ -101,7 +113,11 @@ def refuse_other_science(
 
 
 def describe_spec(spec: StudySpec) -> dict[str, Any]:
-    """The spec as JSON, without any password."""
+    """The spec as JSON, without any password.
+
+    Args:
+        spec: the settings.
+    """
     return {**spec.model_dump(mode="json"), "storage": safe_url(spec.storage) if spec.storage else ""}
 
 
@@ -117,7 +133,11 @@ def library_versions() -> dict[str, str]:
 
 
 def stored_science(study: optuna.Study) -> dict[str, Any] | None:
-    """A study's science attribute."""
+    """A study's science attribute.
+
+    Args:
+        study: a study that this program made, or another.
+    """
     return study.user_attrs.get(SCIENCE)
 
 

@@ -64,7 +64,11 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Do nothing with an event."""
+    """Do nothing with an event.
+
+    Args:
+        event: what happened.
+    """
 
 
 class Superseded(Exception):
@@ -72,7 +76,13 @@ class Superseded(Exception):
 
 
 def fail(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> bool:
-    """End a trial as FAIL, its marks written first; False if it had ended already."""
+    """End a trial as FAIL, its marks written first; False if it had ended already.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of the trial.
+        marks: attributes that say why.
+    """
     try:
         at.mark(study, trial_id, marks)
         return at.storage_of(study).set_trial_state_values(trial_id, TrialState.FAIL)
@@ -85,6 +95,10 @@ def requeue(study: optuna.Study, on_event: OnEvent | None = None) -> int:
 
     Ending a trial and queueing its successor are two steps; because this looks at the study and not at who died, a
     process killed between them leaves nothing behind that the next call would miss.
+
+    Args:
+        study: the study to look after.
+        on_event: told "recovered" of every trial put back; None tells nobody.
 
     Returns:
         The number of trials put back.
@@ -159,6 +173,11 @@ class TrialResult:
 def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
     """Store a result on a running trial and complete it; try again for some seconds if the storage fails.
 
+    Args:
+        study: the trial's study, on a storage that takes results.
+        trial_id: the storage's id of the trial.
+        result: what to store; constraints that are stored already are left alone.
+
     Raises:
         Superseded: the trial has ended meanwhile.
         SQLAlchemyError, StorageInternalError, OSError: the storage failed at every try.
@@ -202,6 +221,11 @@ class Outbox:
     def write(self, number: int, owner: Mapping[str, Any], result: TrialResult) -> Path | None:
         """Keep a result.
 
+        Args:
+            number: Optuna's number of the trial.
+            owner: the process that ran it, as stored on the trial; its "worker" is part of the file's name.
+            result: what evaluating gave.
+
         Returns:
             Its file; None without a folder, or if it cannot be written (the storage may still take the result).
         """
@@ -232,8 +256,14 @@ class Outbox:
     def apply(self, on_event: OnEvent = ignore) -> int:
         """Tell the study the results that earlier workers could not.
 
+        Args:
+            on_event: told "applied" of every result that the study took.
+
         Returns:
             The number of results that it took.
+
+        Raises:
+            SQLAlchemyError, StorageInternalError, OSError: the storage failed.
         """
         if self._folder is None or not self._folder.is_dir():
             return 0
@@ -300,6 +330,9 @@ def _latest(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> FrozenTrial:
 
 def refuse_reserved(result: TrialResult) -> None:
     """Check that a result's attributes can be stored.
+
+    Args:
+        result: what evaluating gave.
 
     Raises:
         RunError: one has a reserved name.

@@ -307,7 +307,12 @@ def stored_study(spec: StudySpec) -> optuna.Study:
 
 
 def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
-    """The study if it is there; nothing is created."""
+    """The study if it is there; nothing is created.
+
+    Args:
+        spec: names the study.
+        url: of its storage, from `storage_url`.
+    """
     file = re.match(r"(?:sqlite(?:\+\w+)?|journal):///([^?]+)", url)
     if file is not None and not Path(file[1]).exists():
         return None
@@ -362,6 +367,11 @@ def _metric_names(spec: StudySpec) -> list[str]:
 
 def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:
     """The best completed trial, or the one of a given number.
+
+    Args:
+        study: an open study.
+        spec: its name and objective.
+        number: Optuna's number of the trial; None for the best.
 
     Raises:
         InputError: the number is not that of a completed trial.

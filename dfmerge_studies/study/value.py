@@ -48,7 +48,11 @@ def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float]) 
 
 
 def mean_score(scores: Mapping[str, float]) -> float:
-    """Mean over tasks."""
+    """Mean over tasks.
+
+    Args:
+        scores: per task, 0..1; at least one.
+    """
     return sum(scores.values()) / len(scores)
 
 
@@ -76,7 +80,11 @@ def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -
 
 
 def violation(trial: FrozenTrial) -> float:
-    """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
+    """Points by which a trial misses its constraints, summed; 0 where it keeps them all.
+
+    Args:
+        trial: a completed trial.
+    """
     return sum(max(0.0, value) for value in trial.constraints.values())
 
 

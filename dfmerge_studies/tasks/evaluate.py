@@ -27,13 +27,23 @@ FOLD_TOLERANCE_16_BIT = 5e-2
 
 
 def row_length(example: Encoded, kind: Kind) -> int:
-    """Tokens of an input's longest row."""
+    """Tokens of an input's longest row.
+
+    Args:
+        example: one input.
+        kind: how the model answers; only a causal model's row holds the choice too.
+    """
     longest = max(map(len, example.choices), default=0)
     return len(example.input_ids) + (longest if kind is Kind.CAUSAL else 0)
 
 
 def token_cost(example: Encoded, kind: Kind) -> int:
-    """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts."""
+    """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts.
+
+    Args:
+        example: one input.
+        kind: how the model answers.
+    """
     choices = sum(map(len, example.choices))
     if kind is Kind.CAUSAL:
         return len(example.input_ids) * len(example.choices) + choices
@@ -147,15 +157,24 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def predict(losses: Iterable[Sequence[float]]) -> list[int]:
-    """Index of the lowest loss of every input, the first of equal ones."""
+    """Index of the lowest loss of every input, the first of equal ones.
+
+    Args:
+        losses: per input, a loss per choice or class.
+    """
     return [min(range(len(row)), key=row.__getitem__) for row in losses]
 
 
 def accuracy(predictions: Sequence[int], examples: Sequence[Encoded]) -> float:
     """Share of the predictions that are the label, between 0 and 1.
 
+    Args:
+        predictions: index of a choice or class per input.
+        examples: the inputs, in the same order.
+
     Raises:
         InputError: there is nothing to score, or an input has no label.
+        ValueError: there are not as many predictions as examples.
     """
     if not examples:
         raise InputError("there are no examples to score", mend="Check the split and its limit")

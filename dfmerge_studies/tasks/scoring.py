@@ -48,41 +48,74 @@ class Rows:
     targets: Tensor
 
     def grid(self, losses: Tensor, inputs: int) -> Tensor:
-        """Row losses (R,) laid out as (inputs, C), infinite where an input has no such choice."""
+        """Row losses (R,) laid out as (inputs, C), infinite where an input has no such choice.
+
+        Args:
+            losses: (R,) one loss per row.
+            inputs: inputs in the batch.
+        """
         width = int(self.choice.max()) + 1
         table = losses.new_full((inputs, width), torch.inf)
         return table.index_put((self.owner, self.choice), losses)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, where batches must be put."""
+    """The device of the model's first parameter, where batches must be put.
+
+    Args:
+        model: a model with at least one parameter.
+    """
     return next(model.parameters()).device
 
 
 def autocasting(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Mixed precision in `dtype` on the model's device, or nothing for `None`."""
+    """Mixed precision in `dtype` on the model's device, or nothing for `None`.
+
+    Args:
+        model: whose device counts.
+        dtype: of the mixed precision, or `None`.
+    """
     return nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype=dtype)
 
 
 def probabilities(losses: Tensor) -> Tensor:
-    """p(c|x), the softmax over the last dimension of minus the losses; infinite losses (absent choices) get 0."""
+    """p(c|x), the softmax over the last dimension of minus the losses; infinite losses (absent choices) get 0.
+
+    Args:
+        losses: (..., C) losses, C choices or classes.
+    """
     return torch.softmax(-losses, dim=-1)
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """Token sequences as one (n, longest) tensor of int64, padded on the right with `value`."""
+    """Token sequences as one (n, longest) tensor of int64, padded on the right with `value`.
+
+    Args:
+        sequences: n sequences of token ids.
+        value: id to pad with.
+        device: where the tensor is put.
+    """
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
 
 def pad_mask(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(n, longest) int64 mask of `pad`: 1 for tokens, 0 for padding."""
+    """(n, longest) int64 mask of `pad`: 1 for tokens, 0 for padding.
+
+    Args:
+        sequences: n sequences of token ids.
+        device: where the mask is put.
+    """
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
 
 
 def make_rows(batch: Sequence[Encoded], device: torch.device) -> Rows:
     """Every (input, choice) pair of a batch.
+
+    Args:
+        batch: B inputs.
+        device: where the tensors are put.
 
     Raises:
         InputError: an input without choices, or a choice without tokens.
@@ -121,7 +154,13 @@ def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S)."""
+    """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S).
+
+    Args:
+        model: text-to-text model.
+        batch: B inputs.
+        pad_id: token id to pad inputs with.
+    """
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     mask = pad_mask(texts, device)
@@ -202,7 +241,17 @@ def _additive(seen: Tensor, model: nn.Module) -> Tensor:
 
 
 def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
-    """Losses (R,) of continuations: one sequence per row, prompt and then choice, scored on the choice's tokens."""
+    """Losses (R,) of continuations: one sequence per row, prompt and then choice, scored on the choice's tokens.
+
+    Args:
+        model: causal model.
+        batch: B inputs.
+        rows: of `make_rows`, for this batch.
+        pad_id: token id to pad sequences with.
+
+    Raises:
+        InputError: a prompt has no tokens.
+    """
     sequences = [(*example.input_ids, *tokens[:-1]) for example in batch for tokens in example.choices]
     starts = _prompt_lengths(batch, rows.owner.device)[rows.owner] - 1
     steps = torch.arange(rows.targets.shape[1], device=rows.owner.device)
@@ -277,7 +326,13 @@ def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
 
 
 def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Tensor:
-    """Logits (B, classes) of a classification head, in float32 at least."""
+    """Logits (B, classes) of a classification head, in float32 at least.
+
+    Args:
+        model: classification model.
+        batch: B inputs.
+        pad_id: token id to pad inputs with.
+    """
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
@@ -292,7 +347,12 @@ def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Ten
 
 
 def can_fold(model: nn.Module, kind: Kind) -> bool:
-    """Whether folded batches may be tried; whether they are right is for a comparison to say (see `evaluate`)."""
+    """Whether folded batches may be tried; whether they are right is for a comparison to say (see `evaluate`).
+
+    Args:
+        model: the model.
+        kind: how it answers.
+    """
     if kind is Kind.CAUSAL:
         return "position_ids" in inspect.signature(model.forward).parameters
     return kind is Kind.TEXT_TO_TEXT
