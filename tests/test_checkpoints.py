@@ -381,6 +381,26 @@ def test_an_adapter_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
         resident_of("gpt2", base, red=tmp_path / "red")
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "\udcff"], ids=["cut short", "a list", "no UTF-8"])
+def test_an_adapter_whose_config_is_damaged_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    base = save_model_directory(tmp_path / "base", "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora(model, tmp_path / "red", target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    (tmp_path / "red" / "adapter_config.json").write_bytes(damage.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"adapter_config\.json.*JSON"):
+        checkpoint(tmp_path / "red")
+
+
+def test_an_adapter_pickled_with_more_than_weights_is_not_unpickled(tmp_path: Path) -> None:
+    base = save_model_directory(tmp_path / "base", "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora(model, tmp_path / "red", target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    (tmp_path / "red" / "adapter_model.safetensors").unlink()
+    torch.save({"weights": Path("/")}, tmp_path / "red" / "adapter_model.bin")
+    with pytest.raises(InputError, match="not unpickled"):
+        resident_of("gpt2", base, red=tmp_path / "red")
+
+
 def test_an_adapters_digest_follows_its_weights(tmp_path: Path) -> None:
     base = save_model_directory(tmp_path / "base", "gpt2")
     digests = []

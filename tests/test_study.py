@@ -141,6 +141,7 @@ def test_the_same_files_under_another_path_are_the_same_study(project, tmp_path)
         ({"importance": {"samples": 6, "estimator": "empirical"}}, "importance.estimator"),
         ({"objective": "min"}, "objective"),
         ({"experts": {"red": "blue", "blue": "red"}}, "expert"),
+        ({"experts": {"blue": "blue", "red": "red"}}, "experts"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
 from dfmerge_studies.errors import InputError
 
 _CONTENT = (
     "*.safetensors",
     "pytorch_model*.bin",
     "adapter_model.bin",
+    "*.py",
     "tokenizer.json",
     "*.model",
     "vocab.json",
@@ -44,7 +45,7 @@ def model_digest(checkpoint: Checkpoint) -> str:
     for name in ("config.json", "adapter_config.json"):
         file = checkpoint.path / name
         if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json_object(file)
             meaning = {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}
             total.update(f"{name}:{json_digest(meaning)}\n".encode())
     return total.hexdigest()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError)
+
+
 class ModelClass(StrEnum):
     """Which of transformers' auto classes reads a checkpoint."""
 
@@ -72,18 +75,10 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
                 output_loading_info=True,
                 weights_only=True,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError) as error:
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            raise InputError(
-                "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
-                where=where,
-                mend="Save the model again with save_pretrained, as safetensors",
-            ) from error
-        raise InputError(
-            f"cannot be loaded as {model_class.value}: {_first_line(error)}",
-            where=where,
-            mend="Check that the checkpoint is complete and of the kind that the tasks need",
-        ) from error
+    except _LOADING_ERRORS as error:
+        what = f"cannot be loaded as {model_class.value}"
+        mend = "Check that the checkpoint is complete and of the kind that the tasks need"
+        raise _refused(error, where, what, mend) from error
     model.eval()
     missing = frozenset(info["missing_keys"])
     if missing and model_class is not ModelClass.CLASSIFICATION:
@@ -133,12 +128,9 @@ def load_adapter(
             # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
             result = wrapped.load_adapter(str(checkpoint.path), "default")
             folded = wrapped.merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"this adapter does not fit the base {base.path}: {_first_line(error)}",
-            where=str(checkpoint.path),
-            mend="Name the base that the adapter was trained on",
-        ) from error
+    except _LOADING_ERRORS as error:
+        what = f"this adapter does not fit the base {base.path}"
+        raise _refused(error, str(checkpoint.path), what, "Name the base that the adapter was trained on") from error
     for what, names in (("is missing", result.missing_keys), ("has no place in the base", result.unexpected_keys)):
         if names:
             raise InputError(
@@ -220,6 +212,17 @@ def check_same_tokenizer(
         raise InputError(
             f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend
         )
+
+
+def _refused(error: Exception, where: str, what: str, mend: str) -> InputError:
+    """What a failed load means."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return InputError(
+            "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
+            where=where,
+            mend="Save the model again with save_pretrained, as safetensors",
+        )
+    return InputError(f"{what}: {_first_line(error)}", where=where, mend=mend)
 
 
 def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -53,15 +53,25 @@ class Checkpoint:
                 where=str(self.path),
                 mend="Name a directory that save_pretrained wrote, with config.json and weights",
             )
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(
-                f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again"
-            ) from error
-        if not isinstance(config, dict):
-            raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
-        return config
+        return read_json_object(file)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        file: which exists.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
+    return content
 
 
 def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool = False) -> Checkpoint:
@@ -88,8 +98,9 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
                 raise InputError(f"{path} is a file, expected a model directory", where=where, mend="Name its folder")
             path = _download(reference, path, where)
     checkpoint = Checkpoint(reference, path, trust_remote_code)
-    if not checkpoint.is_adapter:
-        checkpoint.read_config()
+    checkpoint.read_config()
+    if checkpoint.is_adapter:
+        read_json_object(path / "adapter_config.json")
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         raise InputError(
             f"no weights in {path}: neither safetensors nor .bin files",

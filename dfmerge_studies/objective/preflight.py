@@ -81,7 +81,7 @@ def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
         content = content["fisher_indices"]
     rows_by_task = isinstance(content, dict) and all(
-        isinstance(rows, list) and all(isinstance(row, int) for row in rows) for rows in content.values()
+        isinstance(rows, list) and all(type(row) is int for row in rows) for rows in content.values()
     )
     if not rows_by_task:
         raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")

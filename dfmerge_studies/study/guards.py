@@ -79,13 +79,18 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
         study: the trial's study.
         trial_id: the storage's id of a running trial.
     """
-    interval = _beat(study, trial_id)
     over = threading.Event()
+
+    def beat() -> float:
+        with contextlib.suppress(SQLAlchemyError, StorageInternalError, UpdateFinishedTrialError, OSError):
+            return _beat(study, trial_id)
+        return _BEAT_SECONDS
+
+    interval = beat()
 
     def run() -> None:
         while not over.wait(interval):
-            with contextlib.suppress(SQLAlchemyError, StorageInternalError, UpdateFinishedTrialError, OSError):
-                _beat(study, trial_id)
+            beat()
         with contextlib.suppress(SQLAlchemyError):
             at.storage_of(study).remove_session()  # a database session belongs to the thread that opened it
 

@@ -36,7 +36,7 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
     search, importance = spec.search, spec.importance
     return {
         "method": spec.method,
-        "experts": {name: expert.task for name, expert in spec.experts.items()},
+        "experts": [[name, expert.task] for name, expert in spec.experts.items()],  # in their order
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
         "importance.estimator": importance.estimator,

@@ -177,7 +177,7 @@ class Session:
             row: "base", "experts", or a trial.
             split: "validation" or "test".
         """
-        if any(task.test_split is None for task in self.spec.tasks.values()):
+        if split == "test" and any(task.test_split is None for task in self.spec.tasks.values()):
             return {}
         stored = self._stored(row if isinstance(row, str) else _trial_row(row), split)
         return {split: stored} if stored is not None else {}

@@ -105,7 +105,7 @@ def choice_losses(
         RunError: a loss is not finite; the message names the row.
     """
     results: list[list[float]] = [[] for _ in examples]
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
@@ -118,7 +118,8 @@ def choice_losses(
                 if progress is not None:
                     progress(len(batch))
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return results
 
 
