@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
 
 SpecArgument = Annotated[
-    Path | None, typer.Argument(metavar="[SPEC]", help="A YAML spec; without one, the shipped quickstart.")
+    Path | None, typer.Argument(metavar="SPEC", help="A YAML spec; without one, the shipped quickstart.")
 ]
 RequiredSpec = Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML spec.")]
 StorageOption = Annotated[
