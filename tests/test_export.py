@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,25 @@ def test_heads_are_kept_per_task_beside_the_shared_encoder(project_of):
         expert = load_file(project.folder / task / "model.safetensors")
         assert torch.equal(head["classifier.weight"], expert["classifier.weight"])
     assert "classifier.weight" not in load_file(out / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_the_code_on_the_card_runs_and_loads_the_model(project_of, family):
+    project = project_of(family)
+    project.json("merge", "spec.yaml", "--coefficients", AT, "--out", "merged")
+    card = (project.folder / "merged/README.md").read_text()
+    code = card.split("```python")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("DIR", str(project.folder / "merged")).replace("TASK", "blue"), names)
+    output = names["model"](**names["tokenizer"]("the river was quiet", return_tensors="pt"), **_decoder(family))
+    assert output.logits.isfinite().all()
+    if family == "bert":
+        head = load_file(project.folder / "merged/heads/blue.safetensors")
+        assert torch.equal(names["model"].classifier.weight, head["classifier.weight"])
+
+
+def _decoder(family: str) -> dict[str, torch.Tensor]:
+    return {"decoder_input_ids": torch.tensor([[0]])} if family == "t5" else {}
 
 
 def test_large_weights_are_sharded(project):

@@ -182,6 +182,7 @@ def _usage(problem: Problem) -> list[str]:
         "",
         'head = load_file("DIR/heads/TASK.safetensors")  # one classification head per task, never merged',
         "classes = [tensor for name, tensor in head.items() if name.endswith('weight')][-1].shape[0]",
+        'tokenizer = AutoTokenizer.from_pretrained("DIR")',
         'model = AutoModelForSequenceClassification.from_pretrained("DIR", num_labels=classes)',
         "model.load_state_dict(head, strict=False)",
     ]
