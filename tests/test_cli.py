@@ -68,6 +68,31 @@ def test_progress_is_said_line_by_line_where_nobody_watches(project):
     assert "dfmerge export spec.yaml" in done.stdout
 
 
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_local_work_asks_nothing_of_the_network(project_of, family):
+    """Without HF_HUB_OFFLINE, and with every look-up of a host made an error that cannot be overlooked."""
+    project = project_of(family)
+    watched = (
+        "import os, socket, sys\n"
+        "def refuse(*arguments, **options):\n"
+        "    print('LOOK-UP', arguments, file=sys.stderr)\n"
+        "    os._exit(99)\n"
+        "socket.getaddrinfo = refuse\n"
+        "from dfmerge_studies.cli.app import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    environment = {k: v for k, v in cli_environment().items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", watched, "run", "spec.yaml", "--trials", "1", "--json"],
+        cwd=project.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_cache_commands_list_verify_and_prune(project):
     project.json("run", "spec.yaml", "--trials", "2")
     entries = project.json("cache", "ls", "spec.yaml")

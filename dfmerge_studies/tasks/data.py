@@ -114,7 +114,7 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
     _check_split(files, split, where)
     datasets.disable_progress_bars()
     try:
-        with _silent_datasets():
+        with _silent_datasets(counted=str(arguments["path"]) not in _LOCAL_BUILDERS):
             loaded = datasets.load_dataset(**resolved, split=split)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(
@@ -139,15 +139,19 @@ def _empty(split: str, where: str) -> InputError:
 
 
 @contextmanager
-def _silent_datasets() -> Iterator[None]:
-    """Keep the library from logging, besides, what it raises."""
+def _silent_datasets(*, counted: bool) -> Iterator[None]:
+    """Keep the library from logging, besides, what it raises, and from counting reads of local files on the net."""
+    from datasets import config
+
     logger = logging.getLogger("datasets")
-    level = logger.level
+    level, counting = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
     logger.setLevel(logging.CRITICAL)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = counting and counted
     try:
         yield
     finally:
         logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counting
 
 
 def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict[str, Any]:
