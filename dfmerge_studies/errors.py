@@ -6,6 +6,9 @@ with the error's `exit_code`: 2 for bad input that the user can correct, 1 for a
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DFMergeError(Exception):
     """Root of every error raised on purpose by this package.
@@ -43,3 +46,24 @@ class RunError(DFMergeError):
     """Valid input, but the work itself failed (non-finite values, no memory, a lost database)."""
 
     exit_code = 1
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str | None:
+    """A question that names the nearest of the known names, None where none is near.
+
+    Args:
+        found: what was written.
+        known: what could have been meant.
+    """
+    near = difflib.get_close_matches(found, list(known), n=1)
+    return f"Did you mean {near[0]!r}?" if near else None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 300 characters.
+
+    Args:
+        error: the error.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

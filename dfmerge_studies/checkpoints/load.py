@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import Checkpoint
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
         raise InputError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            f"the tokenizer cannot be loaded: {first_line(error)}",
             where=str(checkpoint.path),
             mend="Save the tokenizer into the model directory with tokenizer.save_pretrained",
         ) from error
@@ -222,7 +222,7 @@ def _refused(error: Exception, where: str, what: str, mend: str) -> InputError:
             where=where,
             mend="Save the model again with save_pretrained, as safetensors",
         )
-    return InputError(f"{what}: {_first_line(error)}", where=where, mend=mend)
+    return InputError(f"{what}: {first_line(error)}", where=where, mend=mend)
 
 
 def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -247,11 +247,6 @@ def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0][:300]}" if lines else type(error).__name__
 
 
 @contextmanager

@@ -54,12 +54,12 @@ def run(
     with common.progress_bar() as progress:
         common.quiet_libraries()
         progress("starting", 0, 1)
-        from dfmerge_studies.study.session import open_study, target_trials
+        from dfmerge_studies.study.session import open_study
 
         session = open_study(settings, splits=_splits(settings, test), progress=progress)
     total = trials
     if add is not None:
-        total = max(target_trials(settings), session.stored_target()) + add
+        total = session.total() + add
     finished = _work(session, total)
     rows: list[Row] = []
     if finished and session.best() is not None:

@@ -14,7 +14,7 @@ from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.report.card import CARD, PROVENANCE, Merged, model_card, provenance_json
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import Session
-from dfmerge_studies.study.value import mean_score
+from dfmerge_studies.study.value import trial_value
 
 
 def export_merge(
@@ -73,7 +73,7 @@ def export_trial(
         RunError: it cannot be written.
     """
     scores = session.trial_scores(trial, "validation")
-    value = trial.values[0] if len(trial.values) == 1 else mean_score(scores)
+    value = trial_value(trial)
     merged = Merged(
         method=session.spec.method,
         coefficients=session.coefficients(trial),

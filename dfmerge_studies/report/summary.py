@@ -13,7 +13,7 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.attributes import OWNER
 from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
-from dfmerge_studies.study.value import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS, best_trial, mean_score, violation
+from dfmerge_studies.study.value import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS, best_trial, trial_value, violation
 
 
 def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
     scores = best.user_attrs[TASKS]
     described: dict[str, Any] = {
         "number": best.number,
-        "value": best.values[0] if len(best.values) == 1 else mean_score(scores),
+        "value": trial_value(best),
         "coefficients": best.user_attrs[COEFFICIENTS],
         "tasks": scores,
     }
@@ -77,15 +77,12 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
         study = optuna.load_study(study_name=name, storage=storage)
         science = provenance.stored_science(study)
         best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
-        value = None
-        if best is not None:
-            value = best.values[0] if len(best.values) == 1 else mean_score(best.user_attrs[TASKS])
         entries.append(
             {
                 "study": name,
                 "method": science["method"] if science is not None else None,
                 "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
-                "best_value": value,
+                "best_value": trial_value(best) if best is not None else None,
             }
         )
     return entries

@@ -10,6 +10,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dfmerge_studies.study.value import mean_score
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,7 +70,7 @@ def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "coefficients": dict(row.detail) or None,
-            **{split: {"tasks": dict(scores), "mean": _mean(scores)} for split, scores in row.scores.items()},
+            **{split: {"tasks": dict(scores), "mean": mean_score(scores)} for split, scores in row.scores.items()},
         }
         for row in rows
     ]
@@ -138,8 +140,4 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
 
 def _value(row: Row, split: str, task: str) -> float | None:
     scores = row.scores.get(split, {})
-    return (_mean(scores) if scores else None) if task == "mean" else scores.get(task)
-
-
-def _mean(scores: Mapping[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
+    return (mean_score(scores) if scores else None) if task == "mean" else scores.get(task)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.spec.fields import NAME, is_multiple
 
 if TYPE_CHECKING:
@@ -100,25 +99,25 @@ def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) 
         InputError: an unknown or missing expert, or a value outside the bounds.
     """
     low, high = spec.search.bounds
+    where = field if field.startswith("-") else spec.where(field)
     for name, value in point.items():
         if name not in spec.experts:
-            near = difflib.get_close_matches(name, spec.experts, n=1)
             raise InputError(
                 f"unknown expert {name!r}",
-                where=spec.where(field) if field[0] != "-" else field,
-                mend=f"Did you mean {near[0]!r}?" if near else f"The experts are {', '.join(spec.experts)}",
+                where=where,
+                mend=did_you_mean(name, spec.experts) or f"The experts are {', '.join(spec.experts)}",
             )
         if not low <= value <= high:
             raise InputError(
                 f"the coefficient of {name!r} is {value}, outside the bounds [{low:g}, {high:g}]",
-                where=spec.where(field) if field[0] != "-" else field,
+                where=where,
                 mend="Choose a value inside, or widen search.bounds",
             )
     missing = [name for name in spec.experts if name not in point]
     if missing:
         raise InputError(
             f"no coefficient for the expert {missing[0]!r}",
-            where=spec.where(field) if field[0] != "-" else field,
+            where=where,
             mend="Give one for every expert",
         )
     return {name: float(point[name]) for name in spec.experts}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.spec.reading import masked
 
 _UNION_MEMBERS = ("choice", "classification", "float", "int", "str", "list[str]", "dict[str,float]")
@@ -30,8 +29,7 @@ def explain(error: ValidationError, path: Path, fields_at: Mapping[str, Sequence
     if first["type"] == "extra_forbidden":
         classes = fields_at.get(location[0] if len(location) > 1 else "", [])
         known = sorted({name for model in classes for name in model.model_fields})
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        mend = f"Did you mean {near[0]!r}?" if near else f"Known fields: {', '.join(known)}"
+        mend = did_you_mean(location[-1], known) or f"Known fields: {', '.join(known)}"
         return InputError("unknown key", where=f"{path}: {field}", mend=mend)
     if first["type"] == "missing":
         return InputError("this field is required", where=f"{path}: {field}", mend="Add it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import optuna
@@ -11,9 +10,8 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.spec.fields import NAME
 from dfmerge_studies.storage.failures import storage_errors
-
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 def check_name(name: str) -> None:
@@ -25,7 +23,7 @@ def check_name(name: str) -> None:
     Raises:
         InputError: it is empty, longer than 100 characters, starts with a dot, or has other than `A-Za-z0-9._-`.
     """
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise InputError(
             f"{name[:120]!r} cannot be a study's name",
             mend="Use up to 100 of the characters A-Z a-z 0-9 . _ - and no dot in front",

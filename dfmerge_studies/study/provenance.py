@@ -69,6 +69,16 @@ def measured_science(problem: Problem) -> dict[str, Any]:
     }
 
 
+def whole_science(spec: StudySpec, problem: Problem) -> dict[str, Any]:
+    """Everything that decides a study's results.
+
+    Args:
+        spec: the settings of the study; a baseline's differ from those that `problem` was loaded with.
+        problem: the loaded models and data.
+    """
+    return {**stated_science(spec), **measured_science(problem)}
+
+
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """Fields on which two sciences disagree, one readable line each; fields that only one states are ignored.
 

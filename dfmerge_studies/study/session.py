@@ -288,7 +288,7 @@ def open_study(
     for split in splits:
         for task in spec.tasks:
             problem.examples(task, split)
-    science = {**provenance.stated_science(spec), **provenance.measured_science(problem)}
+    science = provenance.whole_science(spec, problem)
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
     study = _join(spec, method, url, science, problem)

@@ -110,7 +110,7 @@ def _data_problems(spec: StudySpec) -> list[InputError]:
 def _check_storage(spec: StudySpec, problem: Problem) -> None:
     stored = stored_study_or_none(spec, storage_url(spec))
     if stored is not None:
-        science = {**provenance.stated_science(spec), **provenance.measured_science(problem)}
+        science = provenance.whole_science(spec, problem)
         provenance.refuse_other_science(
             spec.name, provenance.stored_science(stored), science, safe_url(storage_url(spec))
         )

@@ -79,6 +79,15 @@ def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -
     return tuple(round(drop - max_drop, 9) for drop in task_drops.values())
 
 
+def trial_value(trial: FrozenTrial) -> float:
+    """What a completed trial is worth as one number: its value, or for `pareto` the mean of its task scores.
+
+    Args:
+        trial: a completed trial.
+    """
+    return float(trial.values[0]) if len(trial.values) == 1 else mean_score(trial.user_attrs[TASKS])
+
+
 def violation(trial: FrozenTrial) -> float:
     """Points by which a trial misses its constraints, summed; 0 where it keeps them all.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, did_you_mean, first_line
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
             loaded = datasets.load_dataset(**resolved, split=split)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(
-            f"the data set {arguments['path']!r} cannot be found: {_first_line(error)}",
+            f"the data set {arguments['path']!r} cannot be found: {first_line(error)}",
             where=f"{where}.dataset",
             mend="Correct the path or the Hub id, or check the connection",
         ) from error
@@ -127,7 +126,7 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
         if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
             raise _empty(split, where) from error
         raise InputError(
-            f"the data set cannot be read: {_first_line(cause)}",
+            f"the data set cannot be read: {first_line(cause)}",
             where=f"{where}.dataset ({_describe_files(files, split)})",
             mend="Check the files, the format named in 'path', and the split",
         ) from error
@@ -208,7 +207,7 @@ def _renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer
         raise InputError(
             f"{source!r} is neither a column ({', '.join(columns)}) nor a template",
             where=where,
-            mend=_suggest(source, columns) or "Name a column, or write a template such as '{{text}}'",
+            mend=did_you_mean(source, columns) or "Name a column, or write a template such as '{{text}}'",
         )
     try:
         template = _TEMPLATES.from_string(source)
@@ -295,13 +294,3 @@ def _text(value: Any, where: str, index: int) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"row {index}: {value!r} is no text", where=where, mend="Name a column with text in every row")
     return value
-
-
-def _suggest(found: str, known: Sequence[str]) -> str | None:
-    near = difflib.get_close_matches(found, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
