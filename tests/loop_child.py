@@ -87,6 +87,7 @@ def main() -> None:
             tell(*arguments)
 
         loop.tell = tell_or_die
+    begun = time.monotonic()
     if settings.get("kill_after") is not None:
         threading.Timer(settings["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()
     try:
@@ -97,7 +98,7 @@ def main() -> None:
     except DFMergeError as error:
         print(json.dumps(["error", str(error)]), flush=True)
         raise SystemExit(error.exit_code) from None
-    print(json.dumps(["summary", summary.__dict__]), flush=True)
+    print(json.dumps(["summary", {**summary.__dict__, "seconds": time.monotonic() - begun}]), flush=True)
     os._exit(0)  # a timer that would kill this process later has nothing left to kill
 
 
