@@ -1,6 +1,6 @@
 """Draw a study's trajectory: score of every trial, the best so far, and the coefficients under it.
 
-    pip install "dfmerge-studies[plot]"
+    pip install dfmerge-studies
     python scripts/plot_trajectory.py sqlite:///quickstart.db quickstart --out docs/quickstart.png
 
 Studies named NAME.METHOD in the same storage are drawn as level lines: the baselines.
