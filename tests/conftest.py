@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.project import Project, make_project
+from tests.servers import PostgresServer, ProxyServer, running_postgres
+
+NewStorage = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,46 @@ def project_of(originals: dict[str, Project], tmp_path: Path, tmp_path_factory: 
 def project(project_of) -> Project:
     """A fresh copy of the text-to-text project."""
     return project_of("t5")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real PostgreSQL server on loopback; who stops it starts it again."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres(postgres_server: PostgresServer) -> str:
+    """The URL of an empty database on it, password included."""
+    return postgres_server.database()
+
+
+@pytest.fixture
+def new_proxy() -> Iterator[Callable[[str], ProxyServer]]:
+    """A function that starts a storage proxy on a storage's URL."""
+    pytest.importorskip("grpc", reason="grpcio is not installed")
+    servers: list[ProxyServer] = []
+
+    def start(storage: str) -> ProxyServer:
+        servers.append(ProxyServer(storage))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def new_storage(request: pytest.FixtureRequest, tmp_path: Path) -> NewStorage:
+    """A function from "sqlite", "journal", "postgres" or "grpc" to the URL of an empty storage; once per kind."""
+
+    def url(kind: str) -> str:
+        if kind == "postgres":
+            return str(request.getfixturevalue("postgres"))
+        if kind == "grpc":
+            return str(request.getfixturevalue("new_proxy")(f"sqlite:///{tmp_path}/proxy.db").url)
+        return {"sqlite": f"sqlite:///{tmp_path}/s.db", "journal": f"journal:///{tmp_path}/s.log"}[kind]
+
+    return url

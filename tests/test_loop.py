@@ -22,17 +22,19 @@ from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.loop import Event, TrialResult, counts, enqueue, results, work
 from dfmerge_studies.study.owner import is_dead, working
+from tests.servers import STORAGES
 
 SPACE = Space(("a", "b"))
 MakeStudy = Callable[..., optuna.Study]
 
 
-@pytest.fixture(params=["sqlite:///{}/s.db", "journal:///{}/s.log"], ids=["sqlite", "journal"])
-def make_study(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStudy:
+@pytest.fixture(params=STORAGES)
+def make_study(request: pytest.FixtureRequest, new_storage: Callable[[str], str]) -> MakeStudy:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = new_storage(request.param)
 
     def make(objectives: int = 1, sampler: str = "random", **settings: Any) -> optuna.Study:
-        storage = open_storage(str(request.param).format(tmp_path))
+        storage = open_storage(url)
         proposer = make_sampler(sampler, seed=0, study_name="s", space=SPACE, **settings)
         return join_study(storage, "s", directions=["maximize"] * objectives, sampler=proposer)
 

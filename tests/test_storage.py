@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,16 @@ from dfmerge_studies.storage import (
     safe_url,
     storage_errors,
 )
+from tests.servers import STORAGES
 
 needs_permissions = pytest.mark.skipif(
     getattr(os, "geteuid", lambda: 1)() == 0, reason="the superuser may write everywhere"
 )
 
 
-@pytest.fixture(params=["sqlite:///{}/s.db", "journal:///{}/s.log"], ids=["sqlite", "journal"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(request.param).format(tmp_path)
+@pytest.fixture(params=STORAGES)
+def url(request: pytest.FixtureRequest, new_storage: Callable[[str], str]) -> str:
+    return new_storage(request.param)
 
 
 # The contract of every storage
@@ -192,7 +194,9 @@ def test_a_missing_folder_is_refused_and_not_created(scheme: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("url", ["sqlite:///{}/s.db", "journal:///{}/s.log"], ids=["sqlite", "journal"])
 def test_reading_a_storage_that_does_not_exist_creates_nothing(url: str, tmp_path: Path) -> None:
+    url = url.format(tmp_path)
     with pytest.raises(InputError, match="no such storage"):
         open_storage(url, create=False)
     assert list(tmp_path.iterdir()) == []
