@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfmerge_studies.importance.cache import FisherCache, FisherKey, load_fisher, save_fisher
+from dfmerge_studies.importance.cache import FisherKey, LocalCache, load_fisher, save_fisher
 
 KEY = FisherKey(
     base="b" * 64,
@@ -50,8 +50,8 @@ def same(left: dict[str, torch.Tensor] | None, right: dict[str, torch.Tensor]) -
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> FisherCache:
-    return FisherCache(tmp_path / "fishers")
+def cache(tmp_path: Path) -> LocalCache:
+    return LocalCache(tmp_path / "fishers")
 
 
 def test_what_was_put_is_got_exactly(cache):
@@ -79,7 +79,7 @@ def test_the_name_of_an_expert_does_not_count(cache):
 
 def test_the_key_is_readable_in_the_metadata(cache):
     cache.put(KEY, values())
-    _, metadata = load_fisher(cache.file_of(KEY))
+    _, metadata = load_fisher(cache.file_of(KEY.digest))
     assert metadata["expert_name"] == "red"
     assert float.fromhex(metadata["coefficient"]) == 0.3
     assert metadata["indices"] == '{"red": [3, 1, 2]}'
@@ -96,7 +96,7 @@ def _flip(data: bytes) -> bytes:
 )
 def test_a_damaged_file_is_set_aside_said_so_and_never_used(cache, caplog, damage):
     cache.put(KEY, values())
-    file = cache.file_of(KEY)
+    file = cache.file_of(KEY.digest)
     file.write_bytes(damage(file.read_bytes()))
     assert cache.get(KEY) is None
     assert "damaged" in caplog.text
@@ -110,10 +110,10 @@ def test_verify_finds_damage_and_leaves_the_rest(cache):
     other = dataclasses.replace(KEY, expert="x" * 64)
     cache.put(KEY, values(1))
     cache.put(other, values(2))
-    file = cache.file_of(KEY)
+    file = cache.file_of(KEY.digest)
     file.write_bytes(_flip(file.read_bytes()))
     damaged = cache.verify()
-    assert [aside.name.startswith(file.name) for aside, _ in damaged] == [True]
+    assert [aside.startswith(str(file)) for aside, _ in damaged] == [True]
     assert same(cache.get(other), values(2))
 
 
@@ -121,25 +121,25 @@ def test_prune_removes_the_least_recently_used_first(cache):
     keys = [dataclasses.replace(KEY, expert=str(i) * 64) for i in range(4)]
     for age, key in enumerate(keys):
         cache.put(key, values(age))
-        os.utime(cache.file_of(key), (1000 + age, 1000 + age))
+        os.utime(cache.file_of(key.digest), (1000 + age, 1000 + age))
     cache.get(keys[0])  # used just now
-    size = cache.file_of(keys[0]).stat().st_size
+    size = cache.file_of(keys[0].digest).stat().st_size
     deleted = cache.prune(2 * size)
-    assert deleted == [cache.file_of(keys[1]), cache.file_of(keys[2])]
+    assert deleted == [str(cache.file_of(key.digest)) for key in keys[1:3]]
     assert same(cache.get(keys[0]), values(0))
 
 
 def test_a_limit_keeps_the_cache_small_and_the_newest_entry_in_it(tmp_path):
-    cache = FisherCache(tmp_path, limit=1)
+    cache = LocalCache(tmp_path, limit=1)
     for i in range(3):
         key = dataclasses.replace(KEY, expert=str(i) * 64)
         cache.put(key, values(i))
-        assert [entry.file for entry in cache.entries()] == [cache.file_of(key)]
+        assert [entry.digest for entry in cache.entries()] == [key.digest]
 
 
 def test_a_cache_that_cannot_be_written_costs_the_entry_and_not_the_trial(tmp_path, caplog):
     (tmp_path / "fishers").write_text("a file where the folder should be")
-    cache = FisherCache(tmp_path / "fishers" / "below")
+    cache = LocalCache(tmp_path / "fishers" / "below")
     cache.put(KEY, values())
     assert "going on without" in caplog.text
 
@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_no_temporary_file(tmp_path):
 
 
 def _write_many(folder: str, times: int) -> None:
-    cache = FisherCache(Path(folder))
+    cache = LocalCache(Path(folder))
     for _ in range(times):
         cache.put(KEY, values(size=2000))
 
@@ -167,4 +167,4 @@ def test_two_writers_of_one_key_leave_one_valid_entry_and_readers_never_see_half
     while any(writer.is_alive() for writer in writers):
         assert same(cache.get(KEY), values(size=2000))
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert [file.name for file in cache.folder.iterdir()] == [cache.file_of(KEY).name]
+    assert [file.name for file in cache.folder.iterdir()] == [cache.file_of(KEY.digest).name]

@@ -1,16 +1,17 @@
-"""`cache ls | verify | prune`: look after the Fisher cache."""
+"""`cache ls | verify | prune | push | pull`: look after the Fisher cache."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfmerge_studies.cli import common
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from dfmerge_studies.importance.cache import FisherCache
@@ -21,10 +22,11 @@ app = typer.Typer(help="Look after the Fisher cache.", no_args_is_help=True, ric
 @app.command("ls")
 def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json: common.JsonOption = False) -> None:
     """List the entries, the least recently used first."""
-    entries = list(_open(spec, cache).entries())
+    with _reachable(_open(spec, cache)) as opened:
+        entries = list(opened.entries())
     if json:
         common.print_json(
-            [{"file": str(e.file), "bytes": e.size, "used": e.used, **_short(e.metadata)} for e in entries]
+            [{"file": e.location, "bytes": e.size, "used": e.used, **_short(e.metadata)} for e in entries]
         )
         return
     from rich import box
@@ -37,7 +39,7 @@ def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json:
         short = _short(entry.metadata)
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         table.add_row(
-            entry.file.stem[:12],
+            entry.digest[:12],
             short["expert"] or "(unreadable)",
             "-" if short["coefficient"] is None else f"{short['coefficient']:.4g}",
             short["estimator"] or "-",
@@ -52,11 +54,11 @@ def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json:
 @app.command("verify")
 def verify(spec: common.SpecArgument = None, cache: common.CacheOption = None, json: common.JsonOption = False) -> None:
     """Read every entry whole; damaged ones are set aside. Exit code 1 if there were any."""
-    opened = _open(spec, cache)
-    total = sum(1 for _ in opened.entries())
-    damaged = opened.verify()
+    with _reachable(_open(spec, cache)) as opened:
+        total = len(opened.digests())
+        damaged = opened.verify()
     if json:
-        common.print_json({"entries": total, "damaged": [{"file": str(f), "what": what} for f, what in damaged]})
+        common.print_json({"entries": total, "damaged": [{"file": file, "what": what} for file, what in damaged]})
     else:
         for file, what in damaged:
             typer.echo(f"damaged: {file}: {what}", err=True)
@@ -72,18 +74,78 @@ def prune(
     keep: Annotated[str, typer.Option("--keep", metavar="SIZE", help="What may stay, e.g. 20GB.")] = "0",
     json: common.JsonOption = False,
 ) -> None:
-    """Delete the least recently used entries until the rest fits."""
+    """Delete the least recently used entries until the rest fits; one that is in use stays."""
     from dfmerge_studies.spec import parse_size
 
     try:
         limit = parse_size(keep)
     except ValueError as error:
         raise InputError(str(error), where="--keep", mend="Correct the size") from error
-    deleted = _open(spec, cache).prune(limit)
+    with _reachable(_open(spec, cache)) as opened:
+        deleted = opened.prune(limit)
     if json:
-        common.print_json({"deleted": [str(file) for file in deleted]})
+        common.print_json({"deleted": deleted})
     else:
         common.output().print(f"{len(deleted)} entries deleted")
+
+
+@app.command("push")
+def push(
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="The shared cache: a folder or an fsspec URL.")],
+    spec: common.SpecArgument = None,
+    cache: common.CacheOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Copy the entries that a shared cache does not have from the spec's cache. Exit code 1 if some are damaged."""
+    _copy(_open(spec, cache), _other(spec, to, "--to"), json)
+
+
+@app.command("pull")
+def pull(
+    origin: Annotated[str, typer.Option("--from", metavar="URL", help="The shared cache: a folder or an fsspec URL.")],
+    spec: common.SpecArgument = None,
+    cache: common.CacheOption = None,
+    json: common.JsonOption = False,
+) -> None:
+    """Copy the entries that the spec's cache does not have from a shared cache. Exit code 1 if some are damaged."""
+    _copy(_other(spec, origin, "--from"), _open(spec, cache), json)
+
+
+def _copy(source: FisherCache, target: FisherCache, as_json: bool) -> None:
+    from dfmerge_studies.importance.cache import copy_entries
+
+    with _reachable(source), _reachable(target):
+        done = copy_entries(source, target)
+    if as_json:
+        damaged = [{"key": digest, "what": what} for digest, what in done.damaged]
+        common.print_json({"copied": done.copied, "present": done.present, "damaged": damaged})
+    else:
+        for digest, what in done.damaged:
+            typer.echo(f"damaged, not copied: {digest}: {what}", err=True)
+        common.output().print(
+            f"{len(done.copied)} entries copied to {target.location}, {done.present} were there already", markup=False
+        )
+    if done.damaged:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _reachable(cache: FisherCache) -> Iterator[FisherCache]:
+    """Turn a cache that cannot be reached into one message: here, unlike in a trial, nothing goes on without it."""
+    try:
+        yield cache
+    except OSError as error:
+        raise RunError(
+            f"the cache cannot be reached: {error}", where=cache.location, mend="Check the place and the credentials"
+        ) from error
+
+
+def _other(spec: Path | None, location: str, flag: str) -> FisherCache:
+    from dfmerge_studies.importance.cache import open_cache
+
+    opened = open_cache(location, common.load_spec(spec).workdir, where=flag)
+    assert opened is not None
+    return opened
 
 
 def _open(spec: Path | None, cache: str | None) -> FisherCache:

@@ -33,7 +33,10 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any field, e.g. search.step=0.1.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
-CacheOption = Annotated[str | None, typer.Option("--cache", metavar="DIR", help="Fisher cache instead of the spec's.")]
+CacheOption = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="URL", help="Fisher cache instead of the spec's: a folder or an fsspec URL."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 

@@ -1,0 +1,58 @@
+"""The Fisher cache: a Fisher is found by everything that decides its values, and computed once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.importance.cache.base import Copied, Entry, FisherCache, copy_entries
+from dfmerge_studies.importance.cache.file import load_fisher, save_fisher
+from dfmerge_studies.importance.cache.key import FORMAT_VERSION, FisherKey, key_metadata
+from dfmerge_studies.importance.cache.local import LocalCache
+from dfmerge_studies.importance.cache.remote import RemoteCache
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Copied",
+    "Entry",
+    "FisherCache",
+    "FisherKey",
+    "LocalCache",
+    "RemoteCache",
+    "copy_entries",
+    "key_metadata",
+    "load_fisher",
+    "open_cache",
+    "save_fisher",
+]
+
+
+def open_cache(
+    location: str | None, folder: Path, limit: int | None = None, *, where: str = "cache"
+) -> FisherCache | None:
+    """The cache that a spec names.
+
+    Args:
+        location: a folder, relative to `folder`, or an fsspec URL; None for no cache.
+        folder: the spec's folder.
+        limit: bytes, or None.
+        where: what names the location, for messages.
+
+    Raises:
+        InputError: the location is a file, or a URL that cannot be used.
+    """
+    if location is None:
+        return None
+    if "://" in location and not location.startswith("file://"):
+        if re.search(r"://[^/]*@", location):
+            raise InputError(
+                "the URL holds a user name or a password",
+                where=where,
+                mend="Leave them out; put credentials into the environment or into fsspec's configuration",
+            )
+        return RemoteCache(location, limit=limit)
+    path = (folder / Path(location.removeprefix("file://")).expanduser()).resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file", where=where, mend="Name a folder")
+    return LocalCache(path, limit=limit)

@@ -1,0 +1,127 @@
+"""A Fisher as a safetensors file: values by parameter name, the key and a checksum among the metadata.
+
+safetensors notices bytes that are missing or too many, but loads a flipped bit silently: hence the checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+_HEADER = 8  # bytes that say how long the JSON header is
+
+
+def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write importance values as safetensors, atomically, with a checksum among the metadata.
+
+    Args:
+        file: where to.
+        values: one tensor per parameter name.
+        metadata: texts to keep beside them.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, {**metadata, "sha256": checksum(tensors)})
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except SafetensorError as error:  # how the writer reports a full disk
+        raise OSError(str(error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_fisher(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read importance values and verify them.
+
+    Args:
+        file: one that `save_fisher` wrote.
+
+    Raises:
+        ValueError: the file is damaged; says how.
+        OSError: it cannot be read; FileNotFoundError where there is none.
+    """
+    return parse_fisher(file.read_bytes())
+
+
+def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The values and the metadata of a file's bytes, verified.
+
+    The bytes are read, not mapped: a mapped file on a file system that goes away ends the process.
+
+    Args:
+        data: the whole file.
+
+    Raises:
+        ValueError: it is damaged; says how.
+    """
+    try:
+        values = load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    metadata = parse_metadata(data)
+    if metadata.get("sha256") != checksum(values):
+        raise ValueError("the checksum does not match the values")
+    return values, metadata
+
+
+def parse_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a file, from its bytes or from so many of them that the header is whole.
+
+    Args:
+        data: how the file begins.
+
+    Raises:
+        ValueError: that is no header.
+    """
+    length = int.from_bytes(data[:_HEADER], "little")
+    try:
+        header = json.loads(data[_HEADER : _HEADER + length])
+        return dict(header.get("__metadata__") or {})
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"no safetensors header: {error}") from error
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a file without its values.
+
+    Args:
+        file: one that `save_fisher` wrote.
+
+    Raises:
+        ValueError: it has no header.
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as stream:
+        start = stream.read(_HEADER)
+        length = int.from_bytes(start, "little")
+        if length > file.stat().st_size:
+            raise ValueError("the header is longer than the file")
+        return parse_metadata(start + stream.read(length))
+
+
+def checksum(values: Mapping[str, Tensor]) -> str:
+    """sha256 over names and values, in the order of the names.
+
+    Args:
+        values: contiguous tensors on the CPU.
+    """
+    total = hashlib.sha256()
+    for name in sorted(values):
+        total.update(name.encode())
+        total.update(values[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
