@@ -8,6 +8,7 @@ The commands are thin skins over what is here:
     merge(problem, coefficients)         one merge, scored; the model stays in `problem.resident.model`
     diagonal_fisher(model, kind, ...)    importance of a model's parameters on given inputs
     evaluate_model(spec, model, split)   scores of any model directory
+    compare(spec, methods, seeds=3)      methods side by side, each a study per seed
 
 Nothing heavy is imported before it is used.
 """
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from dfmerge_studies.objective.problem import Problem, load_problem
     from dfmerge_studies.report.export import export_merge, export_trial
     from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.comparison import Comparison, compare
     from dfmerge_studies.study.session import Session, open_study
 
 __all__ = [
+    "Comparison",
     "DFMergeError",
     "InputError",
     "Merger",
@@ -36,6 +39,7 @@ __all__ = [
     "RunError",
     "Session",
     "StudySpec",
+    "compare",
     "diagonal_fisher",
     "evaluate_model",
     "export_merge",
@@ -53,6 +57,7 @@ _HOMES = {
     "objective.problem": ("Problem", "load_problem"),
     "report.export": ("export_merge", "export_trial"),
     "spec": ("StudySpec",),
+    "study.comparison": ("Comparison", "compare"),
     "study.session": ("Session", "open_study"),
 }
 

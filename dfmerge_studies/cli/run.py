@@ -85,13 +85,12 @@ def _work(session: Session, total: int | None) -> bool:
 
 def _baselines(session: Session) -> tuple[list[Session], bool]:
     """Run the methods that the spec shows beside its own, each as a study of its own in the same storage."""
-    from dfmerge_studies.study.session import open_study, storage_url
+    from dfmerge_studies.study.session import open_study
+    from dfmerge_studies.study.variants import VARIANTS, study_spec
 
     done: list[Session] = []
     for method in session.spec.baselines:
-        spec = session.spec.derive(
-            name=f"{session.spec.name}.{method}", method=method, storage=storage_url(session.spec), baselines=[]
-        )
+        spec = study_spec(session.spec, VARIANTS[method], session.spec.search.seed)
         baseline = open_study(spec, problem=session.problem)
         if not _work(baseline, None):
             return done, False

@@ -87,10 +87,12 @@ class TaskInputs:
     Attributes:
         splits: examples per split name that is loaded.
         fisher: the inputs that importance is estimated on; the same for a whole study.
+        validation: the whole validation split, which `limit` and the Fisher inputs are drawn from.
     """
 
     splits: dict[str, list[Encoded]]
     fisher: Sequence[Encoded]
+    validation: Sequence[Encoded]
 
 
 @dataclass
@@ -105,6 +107,8 @@ class Problem:
         pad_id: token id that batches are padded with.
         base_digest: identity of the base.
         expert_digests: identity of every expert.
+        reference_scores: what base, experts and other whole models score, by row and split, as far as it is known.
+        known_digests: of the data, by split, as far as they are known.
     """
 
     spec: StudySpec
@@ -114,7 +118,8 @@ class Problem:
     pad_id: int
     base_digest: str
     expert_digests: dict[str, str]
-    _data_digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -136,14 +141,14 @@ class Problem:
         Args:
             split: "validation" or "test".
         """
-        if split not in self._data_digests:
-            self._data_digests[split] = {
+        if split not in self.known_digests:
+            self.known_digests[split] = {
                 name: ids_digest(
                     [e.index, e.input_ids, e.choices, e.label, e.token_type_ids] for e in self.examples(name, split)
                 )
                 for name in self.tasks
             }
-        return self._data_digests[split]
+        return self.known_digests[split]
 
     def examples(self, task: str, split: str) -> list[Encoded]:
         """Tokenised rows of the validation or the test split, the latter loaded when first asked for.
@@ -232,8 +237,8 @@ def load_problem(
             )
         everything = _encode(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
-        fisher = [everything[row] for row in _fisher_rows(spec, name, len(everything), wanted)]
-        tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher)
+        fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
+        tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher, everything)
     progress("ready", steps, steps)
     return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests)
 
@@ -354,7 +359,18 @@ def _encode(
     )
 
 
-def _fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
+def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
+    """The rows of the validation split that a task's importance is estimated on.
+
+    Args:
+        spec: where their number and the seed stand.
+        task: name of the task.
+        total: rows of the whole split.
+        wanted: rows by task; a task that is not among them, or None, gets a seeded draw.
+
+    Raises:
+        InputError: the rows that are wanted are not there.
+    """
     if wanted is None or task not in wanted:
         return draw_rows(total, spec.importance.samples, seeded_generator(spec.search.seed, "fisher", task))
     rows = wanted[task]

@@ -39,6 +39,9 @@ class StudySpec(Settings):
     baselines: list[MethodName] = Field(
         default_factory=list, description="methods that `run` shows beside this one, each as a study NAME.METHOD"
     )
+    multi_task: str | None = Field(
+        None, description="a model fine-tuned on all tasks together, for `compare` to show beside the methods"
+    )
     storage: str = Field("", description="Optuna storage URL; default sqlite:///NAME.db beside the spec")
     cache: str | None = Field(".dfmerge/fishers", description="folder of the Fisher cache; null: none")
     cache_limit: str | None = Field(None, description="size that the cache may reach, e.g. 20GB; oldest go first")
@@ -84,9 +87,19 @@ class StudySpec(Settings):
         """A validated copy with other values, same file and folders.
 
         Args:
-            **changes: fields to replace.
+            **changes: fields to replace; of `importance`, `search` and `objective`, a mapping replaces those it names.
+
+        Raises:
+            InputError: a value is not allowed.
         """
-        copy = StudySpec.model_validate({**self.model_dump(), **changes})
+        fields = self.model_dump()
+        for name, value in changes.items():
+            inner = isinstance(value, Mapping) and isinstance(getattr(self, name, None), Settings)
+            fields[name] = {**fields[name], **value} if inner else value
+        try:
+            copy = StudySpec.model_validate(fields)
+        except ValidationError as error:
+            raise explain(error, self._file, _FIELDS_AT) from error
         copy._file, copy._workdir = self._file, self._workdir
         return copy
 

@@ -16,6 +16,8 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import FisherCache, open_cache
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, Method, expand, fixed_coefficients
+from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
 from dfmerge_studies.search import Space, make_sampler
@@ -23,6 +25,7 @@ from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import join_study, load_study, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
+from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     DROPS,
@@ -37,7 +40,6 @@ from dfmerge_studies.study.value import (
 )
 
 logger = logging.getLogger(__name__)
-_SCORES = "dfmerge:scores"  # study attribute: scores of base, experts and single trials, by row and split
 
 
 def storage_url(spec: StudySpec) -> str:
@@ -152,7 +154,25 @@ class Session:
             split: "validation" or "test".
         """
         compute = self.merger.base_scores if row == "base" else self.merger.expert_scores
-        return self._kept(row, split, lambda: compute(split))
+        return self.scores.shared(row, split, lambda: compute(split))
+
+    def model_scores(self, reference: str, split: str) -> dict[str, float]:
+        """Scores of any model (the multi-task model, say), computed once per study and then kept in it.
+
+        Args:
+            reference: directory (relative to the spec's folder), Hub id, or adapter on the spec's base.
+            split: "validation" or "test".
+
+        Raises:
+            InputError: the model cannot be loaded or does not fit the tasks.
+        """
+        path, row = find_model(self.spec, reference)
+
+        def compute() -> dict[str, float]:
+            entries = evaluate_model(self.spec, str(path), split, progress=self.merger.progress)
+            return {task: float(entry["score"]) for task, entry in entries.items()}
+
+        return self.scores.shared(row, split, compute)
 
     def trial_scores(self, trial: FrozenTrial, split: str) -> dict[str, float]:
         """Scores of a completed trial; those of the test split are computed once and then kept in the study.
@@ -168,7 +188,7 @@ class Session:
             self.merger.merge_(self.coefficients(trial))
             return self.merger.scores(split)
 
-        return self._kept(_trial_row(trial), split, compute)
+        return self.scores.kept(trial_row(trial), split, compute)
 
     def kept_scores(self, row: str | FrozenTrial, split: str) -> dict[str, dict[str, float]]:
         """Scores that the study already has, as `{split: scores}`, or nothing.
@@ -179,23 +199,13 @@ class Session:
         """
         if split == "test" and any(task.test_split is None for task in self.spec.tasks.values()):
             return {}
-        stored = self._stored(row if isinstance(row, str) else _trial_row(row), split)
+        stored = self.scores.stored(row if isinstance(row, str) else trial_row(row), split)
         return {split: stored} if stored is not None else {}
 
-    def _stored(self, row: str, split: str) -> dict[str, float] | None:
-        """Scores that were computed on the data as it is now."""
-        kept = self.study.user_attrs.get(f"{_SCORES}:{row}:{split}")
-        if kept is None or kept["data"] != self.problem.data_digests(split):
-            return None
-        return dict(kept["scores"])
-
-    def _kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        stored = self._stored(row, split)
-        if stored is None:
-            stored = dict(compute())
-            kept = {"data": self.problem.data_digests(split), "scores": stored}
-            self.study.set_user_attr(f"{_SCORES}:{row}:{split}", kept)
-        return stored
+    @property
+    def scores(self) -> KeptScores:
+        """The scores that the study keeps."""
+        return KeptScores(self.study, self.problem)
 
     def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
         coefficients = expand(point, self.problem.experts)
@@ -247,10 +257,6 @@ class Session:
         return self.spec.workdir / ".dfmerge" / "outbox" / identity
 
 
-def _trial_row(trial: FrozenTrial) -> str:
-    return f"trial {trial.number}"
-
-
 def open_study(
     spec: StudySpec,
     *,
@@ -264,7 +270,7 @@ def open_study(
 
     Args:
         spec: what to study.
-        problem: models and data that are loaded already, of a spec that differs in name and method only.
+        problem: models and data that are loaded already, of a spec with the same models and data.
         splits: what will be scored; each is read now, since a bad test split should not wait for the last trial.
         progress: told how far loading is.
 
@@ -280,11 +286,13 @@ def open_study(
         provenance.refuse_other_science(
             spec.name, provenance.stored_science(stored), provenance.stated_science(spec), where
         )
+    indices = None
+    if stored is not None and spec.importance.indices is None:
+        indices = stored.user_attrs.get(provenance.INDICES)
     if problem is None:
-        indices = None
-        if stored is not None and spec.importance.indices is None:
-            indices = stored.user_attrs.get(provenance.INDICES)
         problem = load_problem(spec, indices=indices, progress=progress)
+    else:
+        problem = derive_problem(problem, spec, indices=indices)
     for split in splits:
         for task in spec.tasks:
             problem.examples(task, split)

@@ -1,0 +1,278 @@
+"""Methods side by side: which studies make a comparison, running what is missing of them, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.objective.problem import Problem, Progress, silent
+from dfmerge_studies.search import place_of
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.storage import safe_url
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.loop import Summary, results
+from dfmerge_studies.study.session import Session, open_study, storage_url, stored_study_or_none
+from dfmerge_studies.study.value import FISHERS, SECONDS
+from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
+
+ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
+
+Scores = Mapping[str, Mapping[str, float]]  # split -> task -> score, 0..1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One variant at one seed: the best trial by validation of one study.
+
+    Attributes:
+        variant: name of the variant.
+        seed: of the study.
+        study: name of the study in the storage.
+        scores: by split and task, 0..1; empty if it failed.
+        coefficients: of the trial that was scored, by expert.
+        trial: its Optuna number.
+        trials: completed trials that it was chosen from.
+        seconds: wall-clock time of those trials, summed.
+        fishers: Fishers of those trials, `computed` and `cached`.
+        error: why there are no scores, None if there are.
+    """
+
+    variant: str
+    seed: int
+    study: str
+    scores: Scores = field(default_factory=dict)
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    trial: int | None = None
+    trials: int = 0
+    seconds: float = 0.0
+    fishers: Mapping[str, int] = field(default_factory=lambda: {"computed": 0, "cached": 0})
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        study: name of the spec that it was made under.
+        storage: where its studies are, without password.
+        tasks: names of the tasks, in the order of the spec.
+        variants: names of what was compared, in order.
+        seeds: of the studies, the spec's first.
+        splits: that everything was scored on: "validation", and "test" where it was asked for.
+        entries: one per variant and seed.
+        references: scores of whole models that took part without merging: `zero-shot` (the base), `fine-tuned` (each
+            expert on its own task) and, if one is named, `multi-task`; by row, then by seed.
+        interrupted: whether a signal ended the work before everything was there.
+    """
+
+    study: str
+    storage: str
+    tasks: tuple[str, ...]
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    splits: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    references: Mapping[str, Mapping[int, Scores]]
+    interrupted: bool = False
+
+    def of(self, variant: str) -> list[Entry]:
+        """The entries of one variant that have scores, in the order of the seeds.
+
+        Args:
+            variant: its name.
+        """
+        return [entry for entry in self.entries if entry.variant == variant and entry.error is None]
+
+    @property
+    def failed(self) -> list[Entry]:
+        """The entries without scores."""
+        return [entry for entry in self.entries if entry.error is not None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One study of a comparison, before it is opened.
+
+    Attributes:
+        variant: what it is a study of.
+        seed: of everything random in it.
+        spec: its own spec.
+        number: its position among the planned ones, from 1.
+        of: how many there are.
+    """
+
+    variant: Variant
+    seed: int
+    spec: StudySpec
+    number: int
+    of: int
+
+
+Work = Callable[[Session, int, Planned], Summary]
+
+
+def quietly(session: Session, total: int, planned: Planned) -> Summary:
+    """Run a study up to its total without showing anything.
+
+    Args:
+        session: the open study.
+        total: of its trials.
+        planned: its place in the comparison.
+
+    Raises:
+        RunError: three trials in a row failed, or the database is gone for good.
+    """
+    return session.run(target=total)
+
+
+def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Planned]:
+    """The studies of a comparison in the order in which they run: all variants at one seed, then the next seed.
+
+    Args:
+        spec: what is compared on; its seed is the first, the others follow it.
+        variants: what is compared.
+        seeds: how many.
+
+    Raises:
+        InputError: a study of that name is there and says that it is about something else.
+    """
+    url = storage_url(spec)
+    pairs = [(spec.search.seed + offset, variant) for offset in range(seeds) for variant in variants]
+    planned = [
+        Planned(variant, seed, study_spec(spec, variant, seed), number, len(pairs))
+        for number, (seed, variant) in enumerate(pairs, 1)
+    ]
+    for each in planned:
+        stored = stored_study_or_none(each.spec, url)
+        if stored is not None:
+            provenance.refuse_other_science(
+                each.spec.name, provenance.stored_science(stored), provenance.stated_science(each.spec), safe_url(url)
+            )
+    return planned
+
+
+def compare(
+    spec: StudySpec,
+    methods: Sequence[str] | None = None,
+    *,
+    seeds: int = 1,
+    split: str | None = None,
+    trials: int | None = None,
+    ablation: bool = False,
+    problem: Problem | None = None,
+    work: Work = quietly,
+    progress: Progress = silent,
+) -> Comparison:
+    """Run what is missing of a comparison and collect its scores.
+
+    Each method at each seed is a study in the spec's storage, so an interrupted comparison goes on where it was, and
+    studies that `run` has made are taken as they are.  A method whose study fails does not stop the others.
+
+    Args:
+        spec: models, data and settings that all methods share; `multi_task` adds a row.
+        methods: names out of `variants.VARIANTS`; all that are installed by default.
+        seeds: how many, from the spec's own upwards.
+        split: "validation", or "test" (the default where every task has one): the best trial by validation is scored
+            on it too.
+        trials: total of trials of every method that searches; the spec's by default.
+        ablation: by default the rows that take one thing at a time away from df-merge.
+        problem: models and data that are loaded already.
+        work: runs one study up to a total.
+        progress: told how far loading and scoring are.
+
+    Raises:
+        InputError: a method is unknown, something does not fit, or a stored study is about something else.
+        RunError: base or experts cannot be scored, or the database is gone for good.
+    """
+    splits = check_split(spec, split)
+    variants = choose_variants(spec, methods, ablation=ablation)
+    planned = plan(spec, variants, seeds)
+    entries: list[Entry] = []
+    references: dict[str, dict[int, Scores]] = {}
+    interrupted = False
+    for each in planned:
+        session = open_study(each.spec, problem=problem, splits=splits, progress=progress)
+        problem, session.merger.progress = session.problem, progress
+        if each.seed not in next(iter(references.values()), {}):
+            for row, scores in _references(spec, session, splits):
+                references.setdefault(row, {})[each.seed] = scores
+        try:
+            interrupted = _finish(session, each, trials, work)
+            if interrupted:
+                break
+            session.merger.progress = progress
+            entries.append(_entry(session, each, splits))
+        except RunError as error:
+            entries.append(Entry(each.variant.name, each.seed, each.spec.name, error=str(error)))
+    return Comparison(
+        study=spec.name,
+        storage=safe_url(storage_url(spec)),
+        tasks=tuple(spec.tasks),
+        variants=tuple(variant.name for variant in variants),
+        seeds=tuple(dict.fromkeys(each.seed for each in planned)),
+        splits=splits,
+        entries=tuple(entries),
+        references=references,
+        interrupted=interrupted,
+    )
+
+
+def check_split(spec: StudySpec, split: str | None) -> tuple[str, ...]:
+    """The splits that a comparison scores on.
+
+    Args:
+        spec: names the splits of its tasks.
+        split: "validation", "test", or None for test where every task has one.
+
+    Raises:
+        InputError: another word, or a task without a test split.
+    """
+    if split not in ("validation", "test", None):
+        raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
+    without = [name for name, task in spec.tasks.items() if task.test_split is None]
+    if split == "test" and without:
+        raise InputError(
+            "no test_split", where=spec.where(f"tasks.{without[0]}"), mend="Name one, or use --split validation"
+        )
+    return ("validation",) if split == "validation" or without else ("validation", "test")
+
+
+def _references(spec: StudySpec, session: Session, splits: Sequence[str]) -> Iterator[tuple[str, Scores]]:
+    yield ZERO_SHOT, {split: session.reference_scores("base", split) for split in splits}
+    yield FINE_TUNED, {split: session.reference_scores("experts", split) for split in splits}
+    if spec.multi_task is not None:
+        yield MULTI_TASK, {split: session.model_scores(spec.multi_task, split) for split in splits}
+
+
+def _finish(session: Session, planned: Planned, trials: int | None, work: Work) -> bool:
+    """Run what is missing of a study; whether it was interrupted."""
+    total = session.total(trials)
+    return len(results(session.study)) < total and work(session, total, planned).interrupted
+
+
+def _entry(session: Session, planned: Planned, splits: Sequence[str]) -> Entry:
+    done = results(session.study)
+    trial: FrozenTrial | None
+    if planned.variant.first:
+        done = [trial for trial in done if place_of(trial) == 0]
+        trial = done[0] if done else None
+    else:
+        trial = session.best()
+    if trial is None:
+        raise RunError("no trial has a result", where=planned.spec.name)
+    fishers = [one.user_attrs[FISHERS] for one in done]
+    return Entry(
+        variant=planned.variant.name,
+        seed=planned.seed,
+        study=planned.spec.name,
+        scores={split: session.trial_scores(trial, split) for split in splits},
+        coefficients=session.coefficients(trial),
+        trial=trial.number,
+        trials=len(done),
+        seconds=round(sum(sum(one.user_attrs[SECONDS].values()) for one in done), 4),
+        fishers={kind: sum(each[kind] for each in fishers) for kind in ("computed", "cached")},
+    )

@@ -1,0 +1,95 @@
+"""Scores that are computed once and then kept in their study: of the base, the experts, single trials, other models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.checkpoints.digest import file_digest, json_digest, model_digest
+from dfmerge_studies.checkpoints.reference import resolve
+from dfmerge_studies.checkpoints.write import HEADS
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.spec import StudySpec
+
+_SCORES = "dfmerge:scores"  # study attribute, followed by row and split
+
+
+@dataclass(frozen=True)
+class KeptScores:
+    """Scores in a study's attributes, each with the digests of the data that it was computed on.
+
+    Attributes:
+        study: where they are kept.
+        problem: the models and data in memory.
+    """
+
+    study: optuna.Study
+    problem: Problem
+
+    def stored(self, row: str, split: str) -> dict[str, float] | None:
+        """Scores that were computed on the data as it is now, None if there are none.
+
+        Args:
+            row: what was scored.
+            split: "validation" or "test".
+        """
+        kept = self.study.user_attrs.get(f"{_SCORES}:{row}:{split}")
+        if kept is None or kept["data"] != self.problem.data_digests(split):
+            return None
+        return dict(kept["scores"])
+
+    def kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Scores that the study has, or gets now.
+
+        Args:
+            row: what is scored.
+            split: "validation" or "test".
+            compute: scores it, where the study does not have it.
+        """
+        scores = self.stored(row, split)
+        if scores is None:
+            scores = dict(compute())
+            kept = {"data": self.problem.data_digests(split), "scores": scores}
+            self.study.set_user_attr(f"{_SCORES}:{row}:{split}", kept)
+        return scores
+
+    def shared(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Scores of what is the same in every study of these models: once per process is enough for all of them.
+
+        Args:
+            row: what is scored, named by what decides its scores.
+            split: "validation" or "test".
+            compute: scores it, where neither the study nor the process has it.
+        """
+        known = self.problem.reference_scores
+        known[row, split] = self.kept(row, split, lambda: known[row, split] if (row, split) in known else compute())
+        return dict(known[row, split])
+
+
+def trial_row(trial: FrozenTrial) -> str:
+    """Under which name a trial's scores are kept.
+
+    Args:
+        trial: a completed trial.
+    """
+    return f"trial {trial.number}"
+
+
+def find_model(spec: StudySpec, reference: str) -> tuple[Path, str]:
+    """Where a model other than base and experts is, and under which name its scores are kept: its content decides.
+
+    Args:
+        spec: whose folder relative paths start from.
+        reference: directory, Hub id or adapter.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    trust = spec.trust_remote_code
+    found = resolve(reference, root=spec.root, where=spec.where("multi_task"), trust_remote_code=trust)
+    heads = {file.name: file_digest(file) for file in (found.path / HEADS).glob("*.safetensors")}
+    return found.path, f"model {json_digest([model_digest(found), heads])[:32]}"

@@ -1,0 +1,119 @@
+"""What a comparison compares: methods, and methods with a few settings of their own, each a study per seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.methods import METHODS
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.session import storage_url
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One entry of a comparison.
+
+    Attributes:
+        name: as `--methods` and the table have it.
+        method: row of the method table.
+        changes: fields of the spec that differ, as `StudySpec.derive` takes them.
+        needs: Python packages that must be installed.
+        first: score the study's first trial (1/M for every expert) instead of its best.
+    """
+
+    name: str
+    method: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    first: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether everything that it needs can be imported."""
+        return all(find_spec(module) is not None for module in self.needs)
+
+
+NO_SEARCH = "df-merge-no-search"
+VARIANTS: Mapping[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        *(Variant(name, name) for name in METHODS),
+        Variant(NO_SEARCH, "df-merge", first=True),
+    )
+}
+
+# The ablation takes one thing at a time away from df-merge (the paper's Table 3): the Fisher information follows the
+# coefficients; it is there at all; the coefficients are searched; both; expected improvement proposes them.
+ABLATION = ("df-merge", "df-merge-static", "gta", NO_SEARCH, "fisher")
+
+
+def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False) -> list[Variant]:
+    """The variants of a comparison.
+
+    Args:
+        spec: what is compared on; a variant that is what the spec says anyway is left out unless it is named.
+        names: which ones, in the order of the table; None for all that are installed.
+        ablation: the rows of the ablation instead of all.
+
+    Raises:
+        InputError: a name is unknown or given twice, or what it needs is not installed.
+    """
+    if names is None:
+        every = [VARIANTS[name] for name in (ABLATION if ablation else VARIANTS)]
+        return [v for v in every if v.installed and (ablation or not v.first) and not _says_nothing(spec, v)]
+    for name in names:
+        if name not in VARIANTS:
+            mend = did_you_mean(name, VARIANTS) or f"The methods are {', '.join(VARIANTS)}"
+            raise InputError(f"unknown method {name!r}", where="--methods", mend=mend)
+        if names.count(name) > 1:
+            raise InputError(f"{name!r} is named twice", where="--methods", mend="Name it once")
+        if not VARIANTS[name].installed:
+            missing = ", ".join(VARIANTS[name].needs)
+            raise InputError(f"{name!r} needs {missing}", where="--methods", mend="Install it, or leave the method out")
+    if not names:
+        raise InputError("no method is named", where="--methods", mend=f"The methods are {', '.join(VARIANTS)}")
+    return [VARIANTS[name] for name in names]
+
+
+def study_spec(spec: StudySpec, variant: Variant, seed: int) -> StudySpec:
+    """The spec of one variant's study at one seed, in the storage of the spec that it is compared under.
+
+    The spec's own method at its own seed is the spec's own study NAME; others are NAME.VARIANT, and NAME.VARIANT.seedS
+    at another seed than the spec's.
+
+    Args:
+        spec: what is compared on.
+        variant: a method and its own settings.
+        seed: of everything random.
+
+    Raises:
+        InputError: the variant's settings do not go with the spec's.
+    """
+    plain, own = _specs(spec, variant, seed)
+    if _same(own, spec):
+        return own
+    name = variant.method if _same(own, plain) else variant.name
+    suffix = "" if seed == spec.search.seed else f".seed{seed}"
+    return own.derive(name=f"{spec.name}.{name}{suffix}")
+
+
+def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, StudySpec]:
+    """The variant's method with the spec's own settings, and with those of the variant."""
+    shared: dict[str, Any] = {"method": variant.method, "storage": storage_url(spec), "baselines": []}
+    plain = spec.derive(**shared, search={"seed": seed})
+    changes = {**variant.changes, "search": {**variant.changes.get("search", {}), "seed": seed}}
+    return plain, spec.derive(**shared, **changes)
+
+
+def _says_nothing(spec: StudySpec, variant: Variant) -> bool:
+    """Whether a variant's settings are the spec's own, so that it is the row of its method once more."""
+    return bool(variant.changes) and _same(*_specs(spec, variant, spec.search.seed))
+
+
+def _same(one: StudySpec, other: StudySpec) -> bool:
+    return provenance.stated_science(one) == provenance.stated_science(other)
