@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,7 +47,9 @@ class Loaded:
     unexpected: frozenset[str]
 
 
-def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype) -> Loaded:
+def load_model(
+    checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype, classes: Sequence[str] = ()
+) -> Loaded:
     """Load a whole model.
 
     A plain encoder read as a classifier has no head: those names are in `missing`.  Anything else that is missing is
@@ -57,6 +59,7 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
         checkpoint: the directory of a whole model.
         model_class: the auto class that reads it.
         dtype: of the weights in memory.
+        classes: names of the classes of a head that is to be drawn anew; by default the checkpoint's own.
 
     Raises:
         InputError: files that are truncated, not weights, of another architecture, or lack tensors.
@@ -66,6 +69,8 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
     check_files(checkpoint)
     auto = getattr(transformers, model_class.value)
     where = str(checkpoint.path)
+    names = dict(enumerate(classes))
+    labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     try:
         with quiet_transformers():
             model, info = auto.from_pretrained(
@@ -74,6 +79,7 @@ def load_model(checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.
                 trust_remote_code=checkpoint.trust_remote_code,
                 output_loading_info=True,
                 weights_only=True,
+                **labels,
             )
     except _LOADING_ERRORS as error:
         what = f"cannot be loaded as {model_class.value}"

@@ -316,7 +316,7 @@ def encode_split(
     Args:
         spec: where the task is described.
         task: its name.
-        split: "validation" or "test".
+        split: "validation", "test" or "training".
         model: whose limits and architecture count.
         tokenizer: its tokenizer.
         kind: how it answers.
@@ -333,15 +333,16 @@ def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
     Args:
         spec: where the task is described.
         task: its name.
-        split: "validation" or "test".
+        split: "validation", "test" or "training".
 
     Raises:
         InputError: the split is not named, or cannot be read.
     """
     settings = spec.tasks[task]
-    name = settings.validation_split if split == "validation" else settings.test_split
+    name: str | None = getattr(settings, f"{split}_split")
     if name is None:
-        raise InputError("no test_split", where=spec.where(f"tasks.{task}"), mend="Name one, or use --split validation")
+        mend = "Name one, or use --split validation" if split == "test" else "Name one"
+        raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
     return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
 
 
