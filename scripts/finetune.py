@@ -2,7 +2,8 @@
 
     python scripts/finetune.py SPEC --task paws --out models/t5-base-paws
     python scripts/finetune.py SPEC --multi-task --out models/t5-base-multitask
-    accelerate launch scripts/finetune.py SPEC --task paws --out models/t5-base-paws      # several processes
+    accelerate launch scripts/finetune.py SPEC --task paws --out models/t5-base-paws      # on several GPUs
+    torchrun --nproc_per_node 4 scripts/finetune.py SPEC --task paws --out …              # or in 4 processes of a CPU
 
 The base is the spec's; each task needs a `training_split`. Defaults are the paper's: 64 rows a step, AdamW, a constant
 rate of 1e-4, 2500 steps, the weights of the best validation loss; the multi-task model 25000 steps, stopped after 10
@@ -37,10 +38,9 @@ from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
 from dfmerge_studies.checkpoints.resident import head_names
 from dfmerge_studies.checkpoints.write import check_target, write_model
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean
-from dfmerge_studies.objective.problem import Checkpoints, encode_split, find_checkpoints, padding_id
+from dfmerge_studies.objective.problem import Checkpoints, encode_split, find_checkpoints, padding_id, read_split
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.data import load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, predict
 from dfmerge_studies.tasks.sampling import limited_rows, seeded_generator
@@ -143,17 +143,12 @@ def load_trainee(found: Checkpoints, tasks: Sequence[str], classes: Mapping[str,
     return trainee
 
 
-def class_names(spec: StudySpec, task: str) -> list[str]:
-    """Names of a classification task's classes; numbers up to the largest label where the spec names none.
-
-    Args:
-        spec: describes the task.
-        task: its name.
-    """
+def _class_names(spec: StudySpec, task: str) -> list[str]:
+    """Names of a classification task's classes; numbers up to the largest label where the spec names none."""
     settings = spec.tasks[task]
     if isinstance(settings.doc_to_choice, list):
         return list(settings.doc_to_choice)
-    rows = load_rows(task, settings, settings.training_split or "", root=spec.root, spec_file=str(spec.file))
+    rows = read_split(spec, task, "training")
     return [str(label) for label in range(1 + max(row.label for row in rows))]
 
 
@@ -179,26 +174,16 @@ def load_data(
     return Data(training, validation)
 
 
-def endless(rows: Sequence[Encoded], seed: int, task: str) -> Iterator[Encoded]:
-    """The rows again and again, every time in another order.
-
-    Args:
-        rows: training rows of a task.
-        seed: of the orders.
-        task: its name.
-    """
+def _endless(rows: Sequence[Encoded], seed: int, task: str) -> Iterator[Encoded]:
+    """The rows again and again, every time in another order."""
     generator = seeded_generator(seed, "finetune", task)
     while True:
         for row in generator.permutation(len(rows)):
             yield rows[int(row)]
 
 
-def by_task(rows: Sequence[tuple[str, Encoded]]) -> dict[str, list[Encoded]]:
-    """Rows of a batch, grouped by task.
-
-    Args:
-        rows: pairs of task and row.
-    """
+def _by_task(rows: Sequence[tuple[str, Encoded]]) -> dict[str, list[Encoded]]:
+    """Rows of a batch, grouped by task."""
     groups: dict[str, list[Encoded]] = {}
     for task, row in rows:
         groups.setdefault(task, []).append(row)
@@ -243,7 +228,7 @@ def train(trainee: Trainee, data: Data, accelerator: Accelerator, options: argpa
     parameters = list(trainee.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
-    sources = {task: endless(rows, options.seed, task) for task, rows in data.training.items()}
+    sources = {task: _endless(rows, options.seed, task) for task, rows in data.training.items()}
     names, drawn, since, course = list(sources), 0, time.monotonic(), Course()
     losses: list[float] = []
     for step in range(1, options.steps + 1):
@@ -283,7 +268,7 @@ def _step_(
         part = rows[start : start + size]
         last = start + size >= len(rows)
         with nullcontext() if last else accelerator.no_sync(wrapped):  # gradients are averaged once a step
-            loss = wrapped(by_task(part)) * (len(part) / len(rows))
+            loss = wrapped(_by_task(part)) * (len(part) / len(rows))
             accelerator.backward(loss)
         total += float(loss.detach())
     optimizer.step()
@@ -300,17 +285,8 @@ def _line(course: Course, steps: int, seconds: float) -> str:
     )
 
 
-def save(trainee: Trainee, found: Checkpoints, tasks: Sequence[str], out: Path, record: str, *, force: bool) -> None:
-    """Write the model directory.
-
-    Args:
-        trainee: the trained model.
-        found: the base.
-        tasks: what it was trained on.
-        out: the directory.
-        record: content of training.json.
-        force: replace a directory that exists.
-    """
+def _save(trainee: Trainee, found: Checkpoints, tasks: Sequence[str], out: Path, record: str, *, force: bool) -> None:
+    """Write the model directory."""
     trainee.take_head_(tasks[0])
     heads = trainee.heads if len(tasks) > 1 else {}
     tokenizer = load_tokenizer(found.base)
@@ -345,7 +321,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     set_seed(options.seed)
     found = find_checkpoints(spec.derive(experts={}))  # those are still to be trained
     classification = found.kind is Kind.CLASSIFICATION
-    classes = {task: class_names(spec, task) for task in tasks} if classification else {}
+    classes = {task: _class_names(spec, task) for task in tasks} if classification else {}
     trainee = load_trainee(found, tasks, classes)
     data = load_data(spec, tasks, trainee.model, load_tokenizer(found.base), found.kind, options.validation_rows)
     set_seed(options.seed, device_specific=True)  # dropout differs between processes, fresh heads do not
@@ -361,7 +337,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
         "history": course.history,
     }
     if accelerator.is_main_process:
-        save(trainee, found, tasks, out, json.dumps(record, indent=2) + "\n", force=options.force)
+        _save(trainee, found, tasks, out, json.dumps(record, indent=2) + "\n", force=options.force)
     accelerator.wait_for_everyone()
     return record
 

@@ -99,9 +99,15 @@ def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: 
 
 
 def _check_split(files: Any, split: str, where: str) -> None:
-    if isinstance(files, dict) and split not in files:
-        known = ", ".join(sorted(files))
-        raise InputError(f"no split {split!r} among data_files ({known})", where=where, mend="Name one of them")
+    for part in _split_names(split):
+        if isinstance(files, dict) and part not in files:
+            known = ", ".join(sorted(files))
+            raise InputError(f"no split {part!r} among data_files ({known})", where=where, mend="Name one of them")
+
+
+def _split_names(split: str) -> list[str]:
+    """The names in a split that may be a sum of slices, as in `validation[:50%]+test`."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
 def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Dataset:
@@ -191,7 +197,9 @@ def _absolute(files: Any, root: Path, where: str) -> Any:
 
 
 def _describe_files(files: Any, split: str) -> str:
-    return str(files.get(split) if isinstance(files, dict) else files or split)
+    if not isinstance(files, dict):
+        return str(files or split)
+    return ", ".join(str(files[part]) for part in _split_names(split))
 
 
 Renderer = Callable[[Mapping[str, Any], int], Any]

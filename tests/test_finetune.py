@@ -1,0 +1,142 @@
+"""scripts/finetune.py on tiny real models: it learns, what it writes is an expert, and processes share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from scripts import finetune
+from tests.project import Project, cli_environment, load_parameters, make_project
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("river", "train", "wall")
+
+
+def trainable(folder: Path, family: str) -> Project:
+    """A project whose tasks can be learnt, as a trainer has it: the first word decides, and one expert is missing."""
+    project = make_project(folder, family)
+    for name, task in project.spec["tasks"].items():
+        labels = 3 if name == "red" else 2  # as the project's experts have
+        choices = ["yes", "no", "rain"][:labels]
+        lines = [{"input": f"{WORDS[i % labels]} {i}", "choices": choices, "label": i % labels} for i in range(48)]
+        (folder / f"{name}.train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for split in ("validation", "test"):
+            (folder / f"{name}.{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:24]))
+        task["training_split"] = "train"
+        task["dataset"]["data_files"]["train"] = f"{name}.train.jsonl"
+    project.spec["experts"] = {"red": "new-red", "blue": "blue"}
+    project.write()
+    return project
+
+
+def train(project: Project, *arguments: str, out: str = "new-red") -> dict[str, Any]:
+    """Train in this process; what training.json says."""
+    common = ("--out", str(project.folder / out), "--batch-size", "12", "--lr", "0.01", "--evaluate-every", "10")
+    finetune.main([str(project.file), *common, *arguments])
+    return json.loads((project.folder / out / "training.json").read_text())
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_an_expert_learns_its_task_and_takes_part_in_a_study(tmp_path: Path, family: str) -> None:
+    project = trainable(tmp_path, family)
+    record = train(project, "--task", "red", "--steps", "150")
+    losses = [entry["validation"] for entry in record["history"]]
+    assert record["validation_loss"] == min(losses) < 0.7 * losses[0] or losses[0] < 0.2
+    assert record["best_step"] == 10 * (losses.index(min(losses)) + 1)
+    scores = project.json("evaluate", project.file, "--model", "new-red", "--split", "validation")["tasks"]
+    assert scores["red"]["score"] == record["history"][losses.index(min(losses))]["accuracy"]["red"] > 0.6
+    rows = project.json("run", project.file, "--trials", "2")["rows"]
+    assert rows[-1]["validation"]["tasks"]["red"] >= 0
+
+
+@pytest.mark.parametrize("family", ["t5", "distilbert"])
+def test_a_multi_task_model_is_scored_on_every_task(tmp_path: Path, family: str) -> None:
+    project = trainable(tmp_path, family)
+    project.spec["experts"] = {"red": "red", "blue": "blue"}
+    project.write()
+    record = train(project, "--multi-task", "--steps", "150", out="both")
+    told = record["history"][record["best_step"] // 10 - 1]["accuracy"]
+    scores = project.json("evaluate", project.file, "--model", "both", "--split", "validation")["tasks"]
+    assert {task: entry["score"] for task, entry in scores.items()} == told
+    assert min(told.values()) > 0.6
+    heads = sorted(file.stem for file in (tmp_path / "both" / "heads").glob("*.safetensors"))
+    assert heads == ([] if family == "t5" else ["blue", "red"])
+    if heads:
+        red, blue = (load_file(tmp_path / "both" / "heads" / f"{name}.safetensors") for name in ("red", "blue"))
+        assert any(not torch.equal(red[name], blue[name]) for name in red)
+
+
+def test_training_stops_when_the_validation_loss_no_longer_falls(tmp_path: Path) -> None:
+    project = trainable(tmp_path, "bert")
+    record = train(project, "--task", "red", "--steps", "400", "--lr", "1e-12", "--patience", "2", "--seed", "3")
+    steps = [entry["step"] for entry in record["history"]]
+    assert steps[-1] < 400
+    assert sum(step > record["best_step"] for step in steps) == 2
+
+
+def test_the_seed_decides_the_result_and_a_small_micro_batch_does_not_change_it(tmp_path: Path) -> None:
+    project = trainable(tmp_path, "t5")
+    without_dropout(project)
+    for out, more in (("a", ()), ("b", ()), ("c", ("--micro-batch", "5")), ("d", ("--seed", "1"))):
+        train(project, "--task", "red", "--steps", "4", *more, out=out)
+    a, b, c, d = (load_parameters(tmp_path / name, AutoModelForSeq2SeqLM) for name in "abcd")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert max(float((a[name] - c[name]).abs().max()) for name in a) < 1e-3  # Adam divides by small gradients
+    assert any(not torch.allclose(a[name], d[name], atol=1e-3) for name in a)
+
+
+def without_dropout(project: Project) -> None:
+    """Take the only randomness that differs between processes out of the base."""
+    file = project.folder / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dropout_rate": 0.0}))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    project = trainable(tmp_path, "t5")
+    without_dropout(project)
+    options = ["--task", "red", "--steps", "4", "--batch-size", "12", "--lr", "0.01", "--evaluate-every", "2"]
+    alone = train(project, *options[:4])
+    # What `accelerate launch` does on several GPUs; on CPUs it starts one process only.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, ROOT / "scripts" / "finetune.py", project.file, "--out", tmp_path / "two", *options],
+        env=cli_environment(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    record = json.loads((tmp_path / "two" / "training.json").read_text())
+    assert record["processes"] == 2
+    assert record["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-3)
+    one, two = (load_parameters(tmp_path / name, AutoModelForSeq2SeqLM) for name in ("new-red", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--task", "rad"), "Did you mean 'red'?"),
+        (("--task", "red", "--set", "tasks.red.training_split=null"), "no training_split"),
+        (("--task", "red", "--set", "tasks.red.training_split=night"), "no split 'night'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], part: str
+) -> None:
+    project = trainable(tmp_path, "bert")
+    with pytest.raises(SystemExit) as stop:
+        train(project, *arguments)
+    assert stop.value.code == 2
+    assert part in capsys.readouterr().err
+    assert not (tmp_path / "new-red").exists()
