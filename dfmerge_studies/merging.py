@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.errors import RunError
-from dfmerge_studies.params import TaskVector
+from dfmerge_studies.params import TaskVector, at_least_float32
 
 
 class WeightedSum:
@@ -62,10 +62,10 @@ class WeightedSum:
             delta = task_vector.deltas.get(name)
             if importance is None:
                 if delta is not None:
-                    self._accumulate(self._numerator, name, delta.to(_at_least_float32(delta)) * coefficient)
+                    self._accumulate(self._numerator, name, delta.to(at_least_float32(delta)) * coefficient)
                 continue
             fisher = importance[name]
-            weight = fisher.to(_at_least_float32(fisher)) + self._floor
+            weight = fisher.to(at_least_float32(fisher)) + self._floor
             if not bool(torch.isfinite(weight.sum())):
                 raise RunError(
                     f"the importance of expert {task_vector.expert!r} is not finite at {name}",
@@ -106,7 +106,3 @@ class WeightedSum:
             sums[name].add_(value)
         else:
             sums[name] = value
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -142,3 +142,12 @@ def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
             where=where,
             mend="The checkpoint is damaged or its training diverged; use another one",
         )
+
+
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The type that sums over a tensor are kept in: its own, or float32 where that is narrower.
+
+    Args:
+        tensor: floating-point numbers.
+    """
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -42,13 +42,14 @@ class GridExhausted(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """A box of coefficients, the same range for every name.
+    """A box of coefficients, the same range for every name that has no range of its own.
 
     Attributes:
         names: what the coefficients belong to, in the study's order.
         low: smallest coefficient allowed.
         high: largest coefficient allowed.
         step: distance between allowed values, counted from `low`; None for a continuous range.
+        own: smallest and largest value of names that have a range of their own, continuous.
 
     Raises:
         InputError: the names or the range cannot be searched.
@@ -58,20 +59,28 @@ class Space:
     low: float = 0.0
     high: float = 1.0
     step: float | None = None
+    own: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise InputError(f"the names to search over must be distinct and at least one, got {list(self.names)}")
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise InputError(f"the bounds must be two finite numbers in rising order, got [{self.low}, {self.high}]")
+        for low, high in ((self.low, self.high), *self.own.values()):
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise InputError(f"the bounds must be two finite numbers in rising order, got [{low}, {high}]")
         if self.step is not None and not (self.step > 0 and _is_multiple(self.high - self.low, self.step)):
             raise InputError(
                 f"the step must be positive and divide the range [{self.low}, {self.high}], got {self.step}"
             )
 
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, FloatDistribution]:
         """Return the Optuna distribution of each coefficient."""
-        return {name: FloatDistribution(self.low, self.high, step=self.step) for name in self.names}
+        return {name: FloatDistribution(*self._range(name), step=self._step(name)) for name in self.names}
+
+    def _range(self, name: str) -> tuple[float, float]:
+        return self.own.get(name, (self.low, self.high))
+
+    def _step(self, name: str) -> float | None:
+        return None if name in self.own else self.step
 
     def check(self, point: Mapping[str, float], *, where: str | None = None) -> None:
         """Refuse a point that the study could not have proposed.
@@ -92,16 +101,16 @@ class Space:
                 mend=f"Give one coefficient for each of {', '.join(self.names)}",
             )
         for name in self.names:
-            value = point[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+            value, (low, high), step = point[name], self._range(name), self._step(name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise InputError(
-                    f"the coefficient of {name} is {value}, outside [{self.low}, {self.high}]",
+                    f"the coefficient of {name} is {value}, outside [{low}, {high}]",
                     where=where,
                     mend="Choose a value in the range, or widen search.bounds in a new study",
                 )
-            if self.step is not None and not _is_multiple(value - self.low, self.step):
+            if step is not None and not _is_multiple(value - low, step):
                 raise InputError(
-                    f"the coefficient of {name} is {value}, not {self.low} plus a multiple of {self.step}", where=where
+                    f"the coefficient of {name} is {value}, not {low} plus a multiple of {step}", where=where
                 )
 
 
@@ -175,7 +184,7 @@ class StatelessSampler(BaseSampler):
             study: not looked at.
             trial: the trial to be drawn.
         """
-        return {} if FIXED in trial.system_attrs else self._space.distributions()
+        return {} if FIXED in trial.system_attrs else {**self._space.distributions()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

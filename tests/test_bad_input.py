@@ -256,6 +256,7 @@ LIGHT_CASES = [
     case("coefficient-twice", "merge SPEC --out m --coefficients red=1,red=0,blue=1", "'red' is given twice"),
     case("fisher-of-nobody", "fisher SPEC --expert rde --out f", "--expert", "'rde'", "Did you mean 'red'?"),
     case("fisher-outside", "fisher SPEC --expert red --coefficient 7 --out f", "--coefficient", "7", "[0, 1]"),
+    case("coefficient-beyond-ties", "merge SPEC --out m --method ties --coefficients 1.9", "1.9", "[0, 1.8]"),
     # What is there already.
     case("merge-onto-a-folder", "merge SPEC --coefficients 1 --out red", "--out", "red exists", "--force"),
     case("export-onto-a-folder", "export SPEC --out base", "--out", "base exists", "--force"),
@@ -422,6 +423,16 @@ HEAVY_CASES = [
         spoil=text("rows.json", '{"rde": [1]}'),
     ),
     case("indices-beyond", "run SPEC --set importance.indices={red:[99]}", "importance.indices.red", "99", "24 rows"),
+    case(
+        "no-drop-rate", "merge SPEC --out m --method dare --coefficients 1", "--drop-rate", "'dare' needs a drop rate"
+    ),
+    case("drop-rate-of-gta", "merge SPEC --out m --method gta --coefficients 1 --drop-rate 0.5", "'gta' has no drop"),
+    case(
+        "drop-everything",
+        "merge SPEC --out m --method dare --coefficients 1 --drop-rate 1",
+        "--drop-rate",
+        "1.0, outside [0, 1)",
+    ),
     case("device-away", "run SPEC --device cuda:7", "device", "'cuda:7'", "not available", "auto"),
     case("cache-is-a-file", "run SPEC --cache spec.yaml", "cache", "spec.yaml is a file", "Name a folder"),
     case("cache-ls-is-a-file", "cache ls SPEC --cache spec.yaml", "cache", "spec.yaml is a file", "Name a folder"),

@@ -63,6 +63,16 @@ def test_a_space_that_cannot_be_searched_is_refused(arguments: dict[str, Any]) -
         Space(**arguments)
 
 
+def test_a_name_may_have_a_range_of_its_own() -> None:
+    space = Space(("a", "p"), 0.0, 1.8, step=0.1, own={"p": (0.1, 0.9)})
+    space.check({"a": 1.7, "p": 0.55})
+    with pytest.raises(InputError, match=r"p is 1.0, outside \[0.1, 0.9\]"):
+        space.check({"a": 1.7, "p": 1.0})
+    assert space.distributions()["p"] == optuna.distributions.FloatDistribution(0.1, 0.9)
+    with pytest.raises(InputError):
+        Space(("a", "p"), own={"p": (0.9, 0.1)})
+
+
 def test_trial_seeds_depend_on_each_of_their_parts_and_on_nothing_else() -> None:
     seeds = [trial_seed(0, "s", 0), trial_seed(1, "s", 0), trial_seed(0, "t", 0), trial_seed(0, "s", 1)]
     assert len(set(seeds)) == 4

@@ -182,7 +182,9 @@ def test_a_step_puts_every_coefficient_on_the_grid_and_fishers_recur(project):
     assert printed["fishers"]["computed"] + printed["fishers"]["cached"] == 12
 
 
-@pytest.mark.parametrize(("method", "trials"), [("averaging", 1), ("fisher", 1), ("task-arithmetic", 11), ("gta", 4)])
+@pytest.mark.parametrize(
+    ("method", "trials"), [("averaging", 1), ("fisher", 1), ("task-arithmetic", 11), ("gta", 4), ("ties", 11)]
+)
 def test_every_method_is_a_study(project, method, trials):
     printed = project.json("run", "spec.yaml", "--method", method)
     assert printed["method"] == method
@@ -196,6 +198,54 @@ def test_every_method_is_a_study(project, method, trials):
     assert project.json("run", "spec.yaml", "--method", method)["trials"]["complete"] == trials
     if method != "fisher":
         assert printed["fishers"] == {"computed": 0, "cached": 0}
+
+
+TENTHS = [i / 10 for i in range(19)]
+GRIDS = {
+    "ties": {(shared, None) for shared in TENTHS[8:]},
+    "dare": {(shared, rate) for shared in TENTHS[:11] for rate in TENTHS[1:10:2]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "family"), [("ties", "bert"), ("dare", "t5")])
+def test_a_grid_that_was_killed_and_resumed_gives_the_same_trials_and_models(project_of, tmp_path, method, family):
+    whole = project_of(family)
+    shutil.copytree(whole.folder, tmp_path / "cut")
+    cut = Project(tmp_path / "cut", family, dict(whole.spec))
+    for each in (whole, cut):
+        each.write(method=method)
+    best = whole.json("run", "spec.yaml", "--no-test")["best"]
+    process = start(cut)
+    wait_for_trials(cut, process, 4)
+    process.kill()
+    process.communicate(timeout=60)
+    resumed = cut.json("run", "spec.yaml", "--no-test")["best"]
+    assert {**resumed, "number": 0} == {**best, "number": 0}
+    assert completed(cut) == completed(whole)
+    study = optuna.load_study(study_name="colours", storage=f"sqlite:///{cut.folder / 'colours.db'}")
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    points = [(t.user_attrs["coefficients"]["red"], t.user_attrs.get("drop_rate")) for t in trials]
+    assert set(points) == GRIDS[method]
+    assert len(points) == len(GRIDS[method])
+
+    exported, same = (each.json("export", "spec.yaml", "--out", "merged") for each in (cut, whole))
+    assert exported["digest"] == same["digest"]
+    assert exported.get("drop_rate") == best.get("drop_rate")
+    scores = cut.json("evaluate", "spec.yaml", "--model", "merged")
+    assert {task: entry["score"] for task, entry in scores["tasks"].items()} == best["tasks"]
+    assert ("drop rate" in cut.cli("status", "spec.yaml").stdout) == (method == "dare")
+    card = (cut.folder / "merged/README.md").read_text()
+    command = next(line for line in card.splitlines() if line.startswith("dfmerge merge ")).split()[1:]
+    assert cut.json(*_filled(command, "again"))["digest"] == exported["digest"]
+    if method == "dare":
+        rate = command.index("--drop-rate") + 1
+        command[rate] = "0.25"
+        assert cut.json(*_filled(command, "other"))["digest"] != exported["digest"]
+
+
+def _filled(command: list[str], out: str) -> list[str]:
+    return [{"SPEC.yaml": "spec.yaml", "DIR": out}.get(word, word) for word in command]
 
 
 def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):

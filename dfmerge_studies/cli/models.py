@@ -24,6 +24,9 @@ def merge(
         typer.Option("--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all."),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
+    drop_rate: Annotated[
+        float | None, typer.Option("--drop-rate", metavar="P", help="Share of entries that dare drops, such as 0.5.")
+    ] = None,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
@@ -39,21 +42,22 @@ def merge(
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
-        from dfmerge_studies.methods import METHODS
+        from dfmerge_studies.methods import METHODS, check_drop_rate
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.report.card import Merged
         from dfmerge_studies.report.export import export_merge
         from dfmerge_studies.study.session import spec_cache
 
-        merger = Merger(
-            load_problem(settings, progress=progress), METHODS[settings.method], spec_cache(settings), progress=progress
-        )
-        digest, outcome = export_merge(merger, settings, Merged(settings.method, point), out, force=force)
+        row = METHODS[settings.method]
+        check_drop_rate(row, drop_rate, "--drop-rate")
+        merger = Merger(load_problem(settings, progress=progress), row, spec_cache(settings), progress=progress)
+        digest, outcome = export_merge(merger, settings, Merged(row.name, point, drop_rate), out, force=force)
     result = {
         "out": str(out),
         "method": settings.method,
         "coefficients": point,
+        **({"drop_rate": drop_rate} if drop_rate is not None else {}),
         "digest": digest,
         "fishers": {"computed": outcome.computed, "cached": outcome.cached},
     }
@@ -208,4 +212,9 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
         if name.strip() in point:
             raise InputError(f"{name.strip()!r} is given twice", where=where, mend="Give it once")
         point.update({name.strip(): number} if sign else dict.fromkeys(spec.experts, number))
-    return check_coefficients(spec, point, where)
+    low, high = spec.search.bounds
+    if all(low <= value <= high for value in point.values()):
+        return check_coefficients(spec, point, where)
+    from dfmerge_studies.methods import METHODS, coefficient_range  # after torch, so only where a method may allow more
+
+    return check_coefficients(spec, point, where, bounds=coefficient_range(METHODS[spec.method], spec.search.bounds))

@@ -119,7 +119,7 @@ def _rows(session: Session, baselines: list[Session], splits: list[str]) -> list
             each.merger.progress = progress
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
-            rows.append(Row(name, scores, detail=each.coefficients(best)))
+            rows.append(Row(name, scores, detail=each.coefficients(best), drop_rate=each.drop_rate(best)))
     return rows
 
 
@@ -140,7 +140,8 @@ def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_j
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:
         out.print(f"winner: trial {best['number']}, {100 * best['value']:.1f}")
-        out.print(f"  coefficients: {coefficients_text(best['coefficients'])}", markup=False)
+        dropped = f", drop rate {best['drop_rate']:g}" if "drop_rate" in best else ""
+        out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{dropped}", markup=False)
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
     out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)

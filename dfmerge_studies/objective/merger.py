@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,12 +16,20 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
 from dfmerge_studies.importance.fisher import diagonal_fisher
 from dfmerge_studies.merging import WeightedSum
-from dfmerge_studies.methods import METHODS, Importance, Method, importance_coefficient
+from dfmerge_studies.methods import (
+    METHODS,
+    Importance,
+    Method,
+    check_drop_rate,
+    coefficient_range,
+    importance_coefficient,
+)
 from dfmerge_studies.objective.problem import Problem, Progress, counted, silent
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.spec import check_coefficients
 from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
 from dfmerge_studies.tasks.sampling import seeded_generator
+from dfmerge_studies.transforms import Prepared
 
 
 @contextmanager
@@ -70,29 +79,30 @@ class Merger:
         self.method = method
         self.cache = cache
         self.progress = progress
-        self._vectors = method.transform(problem.resident.task_vectors)
 
-    def run(self, coefficients: Mapping[str, float]) -> Outcome:
+    def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
         """Merge at the given coefficients and score every task's validation inputs.
 
         Args:
             coefficients: lambda per expert.
+            drop_rate: for methods that drop entries.
 
         Raises:
             RunError: something is not finite, or memory ran out.
         """
-        merged = self.merge_(coefficients)
+        merged = self.merge_(coefficients, drop_rate)
         start = time.perf_counter()
         tasks = self.scores("validation")
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
         return Outcome(tasks, seconds, merged.computed, merged.cached)
 
     @memory_errors()
-    def merge_(self, coefficients: Mapping[str, float]) -> Outcome:
+    def merge_(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
         """Write the merged weights into the resident model, without scoring them.
 
         Args:
             coefficients: lambda per expert.
+            drop_rate: for methods that drop entries.
 
         Raises:
             RunError: an importance or a weight is not finite.
@@ -101,6 +111,9 @@ class Merger:
         total = WeightedSum(resident.names, floor=spec.importance.floor)
         seconds = {"fisher": 0.0, "merge": 0.0}
         computed = cached = 0
+        start = time.perf_counter()
+        vectors = self._transformed(drop_rate)
+        seconds["merge"] += time.perf_counter() - start
         for index, expert in enumerate(self.problem.experts):
             start = time.perf_counter()
             values: Mapping[str, Tensor] | None = None
@@ -109,7 +122,7 @@ class Merger:
                 values, hit = self.importance(index, at)
                 cached, computed = cached + hit, computed + (not hit)
             middle = time.perf_counter()
-            total.add(self._vectors[index], coefficients[expert], values)
+            total.add(vectors[index], coefficients[expert], values)
             seconds["fisher"] += middle - start
             seconds["merge"] += time.perf_counter() - middle
         start = time.perf_counter()
@@ -152,7 +165,7 @@ class Merger:
                 pad_id=self.problem.pad_id,
                 names=names,
                 estimator=self.problem.spec.importance.estimator,
-                generator=self._generator(task),
+                generator=self._generator("sampled", task),
                 row_budget=self.problem.spec.importance.row_budget,
                 progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
             )
@@ -270,14 +283,24 @@ class Merger:
         owners = (name for name, expert in self.problem.spec.experts.items() if expert.task == task)
         return self.problem.expert_digests[next(owners)]
 
-    def _generator(self, task: str) -> torch.Generator:
-        """Draws of the `sampled` estimator: the same at every lambda, so that Fishers differ by lambda alone."""
-        seed = seeded_generator(self.problem.spec.search.seed, "sampled", task).integers(2**62)
+    @cached_property
+    def _transformed(self) -> Prepared:
+        """Phi, with what is the same in every trial computed once."""
+        return self.method.transform(self.problem.resident.task_vectors, self._generator)
+
+    def _generator(self, *labels: str) -> torch.Generator:
+        """Random numbers for a purpose: the same at every lambda, so that Fishers, say, differ by lambda alone."""
+        seed = seeded_generator(self.problem.spec.search.seed, *labels).integers(2**62)
         return torch.Generator().manual_seed(int(seed))
 
 
 def merge(
-    problem: Problem, coefficients: Mapping[str, float], *, method: str | None = None, cache: FisherCache | None = None
+    problem: Problem,
+    coefficients: Mapping[str, float],
+    *,
+    method: str | None = None,
+    drop_rate: float | None = None,
+    cache: FisherCache | None = None,
 ) -> Outcome:
     """Merge at given coefficients and score every task's validation inputs; the model is `problem.resident.model`.
 
@@ -295,11 +318,15 @@ def merge(
         problem: the loaded spec.
         coefficients: lambda per expert.
         method: row of the method table; the spec's by default.
+        drop_rate: for `dare`.
         cache: where Fishers are looked up and kept, if anywhere.
 
     Raises:
-        InputError: a coefficient is missing, unknown or outside the bounds.
+        InputError: a coefficient is missing, unknown or outside the bounds, or the drop rate does not fit the method.
         RunError: something is not finite, or memory ran out.
     """
-    point = check_coefficients(problem.spec, coefficients, "coefficients")
-    return Merger(problem, METHODS[method or problem.spec.method], cache).run(point)
+    row = METHODS[method or problem.spec.method]
+    bounds = coefficient_range(row, problem.spec.search.bounds)
+    point = check_coefficients(problem.spec, coefficients, "coefficients", bounds=bounds)
+    check_drop_rate(row, drop_rate, "drop_rate")
+    return Merger(problem, row, cache).run(point, drop_rate)

@@ -24,6 +24,7 @@ class Merged:
     Attributes:
         method: row of the method table.
         coefficients: lambda per expert.
+        drop_rate: of `dare`.
         trial: number of the trial, None for a merge outside any study.
         value: what the trial was worth.
         scores: per split, per task, 0..1.
@@ -32,6 +33,7 @@ class Merged:
 
     method: str
     coefficients: Mapping[str, float]
+    drop_rate: float | None = None
     trial: int | None = None
     value: float | None = None
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -54,6 +56,7 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "method": merged.method,
         "coefficients": dict(merged.coefficients),
         "coefficients_hex": {name: float(value).hex() for name, value in merged.coefficients.items()},
+        **({"drop_rate": merged.drop_rate} if merged.drop_rate is not None else {}),
         "scores": merged.scores,
         "expert_scores": merged.expert_scores,
         "base": {"reference": spec.base, "digest": problem.base_digest},
@@ -128,6 +131,7 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "",
         f"Base: `{_public(spec.base)}`",
         "",
+        *([] if merged.drop_rate is None else [f"Drop rate: {merged.drop_rate:g}, seed {spec.search.seed}", ""]),
         *_score_table(spec, merged),
         "## How to use",
         "",
@@ -139,8 +143,7 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "",
         "```sh",
         f"pip install dfmerge-studies=={provenance.library_versions().get('dfmerge-studies', '')}",
-        "dfmerge merge SPEC.yaml --out DIR --coefficients "
-        + ",".join(f"{name}={value!r}" for name, value in merged.coefficients.items()),
+        _command(spec, merged),
         "```",
         "",
         f"The spec, the digests of all weights and data, the rows that Fisher information was estimated on and the "
@@ -148,6 +151,14 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _command(spec: StudySpec, merged: Merged) -> str:
+    coefficients = ",".join(f"{name}={value!r}" for name, value in merged.coefficients.items())
+    command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method} --coefficients {coefficients}"
+    if merged.drop_rate is None:
+        return command
+    return f"{command} --drop-rate {merged.drop_rate!r} --set search.seed={spec.search.seed}"
 
 
 def _score_table(spec: StudySpec, merged: Merged) -> list[str]:

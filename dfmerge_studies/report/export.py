@@ -39,7 +39,7 @@ def export_merge(
     """
     check_target(out, force=force)
     problem = merger.problem
-    outcome = merger.merge_(merged.coefficients)
+    outcome = merger.merge_(merged.coefficients, merged.drop_rate)
     write_model(
         problem.resident.model,
         problem.resident.tokenizer,
@@ -66,7 +66,7 @@ def export_trial(
         shard_size: largest size of one weights file.
 
     Returns:
-        `value` (for several objectives the mean score), `digest`, `coefficients`, `fishers`.
+        `value` (for several objectives the mean score), `digest`, `coefficients`, `drop_rate` of `dare`, `fishers`.
 
     Raises:
         InputError: the directory exists.
@@ -77,6 +77,7 @@ def export_trial(
     merged = Merged(
         method=session.spec.method,
         coefficients=session.coefficients(trial),
+        drop_rate=session.drop_rate(trial),
         trial=trial.number,
         value=value,
         scores={"validation": scores, **session.kept_scores(trial, "test")},
@@ -89,6 +90,7 @@ def export_trial(
     return {
         "value": value,
         "coefficients": dict(merged.coefficients),
+        **({"drop_rate": merged.drop_rate} if merged.drop_rate is not None else {}),
         "digest": digest,
         "fishers": {"computed": outcome.computed, "cached": outcome.cached},
     }

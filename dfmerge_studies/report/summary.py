@@ -13,7 +13,17 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.attributes import OWNER
 from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
-from dfmerge_studies.study.value import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS, best_trial, trial_value, violation
+from dfmerge_studies.study.value import (
+    COEFFICIENTS,
+    DROP_RATE,
+    DROPS,
+    FISHERS,
+    SECONDS,
+    TASKS,
+    best_trial,
+    trial_value,
+    violation,
+)
 
 
 def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
@@ -56,6 +66,7 @@ def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
         "number": best.number,
         "value": trial_value(best),
         "coefficients": best.user_attrs[COEFFICIENTS],
+        **({DROP_RATE: best.user_attrs[DROP_RATE]} if DROP_RATE in best.user_attrs else {}),
         "tasks": scores,
     }
     if len(best.values) > 1:

@@ -22,12 +22,14 @@ class Row:
         scores: per split, per task, 0..1; the experts' row has each task's own expert.
         compete: whether it may be the best of its column.
         detail: coefficients, or nothing.
+        drop_rate: of `dare`.
     """
 
     name: str
     scores: Mapping[str, Mapping[str, float]]
     compete: bool = True
     detail: Mapping[str, float] = field(default_factory=dict)
+    drop_rate: float | None = None
 
 
 def comparison_table(rows: Sequence[Row], tasks: Sequence[str], split: str, *, title: str) -> Table:
@@ -70,6 +72,7 @@ def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "coefficients": dict(row.detail) or None,
+            **({"drop_rate": row.drop_rate} if row.drop_rate is not None else {}),
             **{split: {"tasks": dict(scores), "mean": mean_score(scores)} for split, scores in row.scores.items()},
         }
         for row in rows
@@ -103,6 +106,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     if best is not None:
         table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f}")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
+        if "drop_rate" in best:
+            table.add_row("drop rate", f"{best['drop_rate']:g}")
         table.add_row("tasks", "  ".join(f"{task} {100 * score:.1f}" for task, score in best["tasks"].items()))
         if "drops" in best:
             text = "  ".join(f"{task} {drop:+.1f}" for task, drop in best["drops"].items())

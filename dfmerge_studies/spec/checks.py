@@ -87,18 +87,21 @@ def _check_points(spec: StudySpec) -> None:
                 )
 
 
-def check_coefficients(spec: StudySpec, point: Mapping[str, float], field: str) -> dict[str, float]:
+def check_coefficients(
+    spec: StudySpec, point: Mapping[str, float], field: str, *, bounds: tuple[float, float] | None = None
+) -> dict[str, float]:
     """A coefficient for every expert, each inside the bounds, in the order of the experts.
 
     Args:
         spec: names the experts and the bounds.
         point: coefficient per expert.
         field: where the point stands, for messages: a field of the spec, or a flag with its dashes.
+        bounds: range of a method whose coefficients may lie elsewhere than `search.bounds`.
 
     Raises:
         InputError: an unknown or missing expert, or a value outside the bounds.
     """
-    low, high = spec.search.bounds
+    low, high = bounds or spec.search.bounds
     where = field if field.startswith("-") else spec.where(field)
     for name, value in point.items():
         if name not in spec.experts:

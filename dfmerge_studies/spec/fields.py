@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MethodName = Literal["df-merge", "df-merge-static", "gta", "averaging", "fisher", "task-arithmetic"]
+MethodName = Literal["df-merge", "df-merge-static", "gta", "averaging", "fisher", "task-arithmetic", "dare", "ties"]
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
 

@@ -289,8 +289,8 @@ class _Worker:
 
     def _suggest(self, trial_id: int) -> dict[str, float]:
         live = optuna.Trial(self.study, trial_id)
-        low, high, step = self.space.low, self.space.high, self.space.step
-        coefficients = {name: live.suggest_float(name, low, high, step=step) for name in self.space.names}
+        ranges = self.space.distributions().items()
+        coefficients = {name: live.suggest_float(name, each.low, each.high, step=each.step) for name, each in ranges}
         # The owner once more: a rival that lost the race for a waiting trial may have written its own name last.
         at.mark(self.study, trial_id, {at.OWNER: self.owner, at.DRAWN: True})
         return coefficients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dfmerge_studies.importance.cache import FisherCache, open_cache
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, Method, expand, fixed_coefficients
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
-from dfmerge_studies.objective.merger import Merger
+from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
 from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
@@ -28,6 +29,7 @@ from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, res
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
+    DROP_RATE,
     DROPS,
     FISHERS,
     SECONDS,
@@ -58,7 +60,8 @@ def search_space(spec: StudySpec) -> Space:
     low, high = spec.search.bounds
     method = METHODS[spec.method]
     if method.coefficients is Coefficients.SHARED_GRID:
-        return Space((SHARED,), min(method.grid), max(method.grid))
+        ranges = {name: (min(values), max(values)) for name, values in method.grid.items()}
+        return Space(tuple(ranges), *ranges.pop(SHARED), own=ranges)
     if method.coefficients is Coefficients.FIXED:
         return Space(tuple(spec.experts))
     return Space(tuple(spec.experts), low, high, spec.search.step)
@@ -75,7 +78,7 @@ def target_trials(spec: StudySpec, stored: int = 0) -> int:
     if method.coefficients is Coefficients.FIXED:
         return 1
     if method.coefficients is Coefficients.SHARED_GRID:
-        return len(method.grid)
+        return math.prod(len(values) for values in method.grid.values())
     return max(spec.search.trials, stored)
 
 
@@ -146,6 +149,21 @@ class Session:
         """Coefficient per expert of a completed trial."""
         return dict(trial.user_attrs[COEFFICIENTS])
 
+    def drop_rate(self, trial: FrozenTrial) -> float | None:
+        """Drop rate of a completed trial, if the method has one."""
+        return trial.user_attrs.get(DROP_RATE)
+
+    def merge_(self, trial: FrozenTrial) -> Outcome:
+        """Write the merged weights of a completed trial into the resident model.
+
+        Args:
+            trial: a completed trial.
+
+        Raises:
+            RunError: an importance or a weight is not finite, or memory ran out.
+        """
+        return self.merger.merge_(self.coefficients(trial), self.drop_rate(trial))
+
     def reference_scores(self, row: str, split: str) -> dict[str, float]:
         """Scores of the base or of the experts, computed once per study and then kept in it.
 
@@ -185,7 +203,7 @@ class Session:
             return dict(trial.user_attrs[TASKS])
 
         def compute() -> dict[str, float]:
-            self.merger.merge_(self.coefficients(trial))
+            self.merge_(trial)
             return self.merger.scores(split)
 
         return self.scores.kept(trial_row(trial), split, compute)
@@ -208,15 +226,16 @@ class Session:
         return KeptScores(self.study, self.problem)
 
     def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
-        coefficients = expand(point, self.problem.experts)
+        coefficients, drop_rate = expand(self.method, point, self.problem.experts)
         if self.spec.search.step is not None:  # 3 * 0.1 and 0.3 must be one point, and one entry of the cache
             coefficients = {name: round(value, 12) for name, value in coefficients.items()}
-        outcome = self.merger.run(coefficients)
+        outcome = self.merger.run(coefficients, drop_rate)
         task_drops = drops(outcome.tasks, expert_scores)
         return TrialResult(
             values=objective_values(self.spec.objective, outcome.tasks),
             attributes={
                 COEFFICIENTS: coefficients,
+                **({DROP_RATE: drop_rate} if drop_rate is not None else {}),
                 TASKS: outcome.tasks,
                 SECONDS: {phase: round(seconds, 4) for phase, seconds in outcome.seconds.items()},
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
@@ -362,7 +381,7 @@ def _sampler(spec: StudySpec, method: Method) -> optuna.samplers.BaseSampler:
         study_name=spec.name,
         space=search_space(spec),
         startup_trials=search.startup_trials,
-        grid={SHARED: method.grid} if method.grid else None,
+        grid=method.grid or None,
         constrained=search.max_drop is not None,
     )
 

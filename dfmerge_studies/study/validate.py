@@ -52,7 +52,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance with its workspace, in float32.
+    sums of the merge and one importance with its workspace, in float32; the masks and counts of TIES.
 
     Args:
         problem: the loaded spec.
@@ -64,6 +64,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     importance = METHODS[problem.spec.method].importance is not Importance.UNIFORM
     sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
+    masks = vectors + 2 * changed if problem.spec.method == "ties" else 0
     return {
         "parameters": parameters,
         "changed_parameters": changed,
@@ -72,7 +73,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
         "fisher_inputs": {name: len(task.fisher) for name, task in problem.tasks.items()},
         "truncated_inputs": {n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
         "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * changed,
-        "peak_bytes": width * (parameters + changed + vectors) + sums,
+        "peak_bytes": width * (parameters + changed + vectors) + sums + masks,
         "available_bytes": _available(problem),
     }
 

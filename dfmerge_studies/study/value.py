@@ -10,6 +10,7 @@ from dfmerge_studies.spec import ObjectiveSettings
 
 # User attributes of a trial.
 COEFFICIENTS = "coefficients"
+DROP_RATE = "drop_rate"
 TASKS = "tasks"
 SECONDS = "seconds"
 FISHERS = "fishers"
