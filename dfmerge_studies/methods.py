@@ -43,6 +43,7 @@ class Method:
         coefficients: the policy for lambda.
         transform: Phi.
         grid: values of the shared coefficient, and of the drop rate where the transform has one, for `SHARED_GRID`.
+        estimator: of the importance, where the method prescribes one.
     """
 
     name: str
@@ -50,11 +51,20 @@ class Method:
     coefficients: Coefficients
     transform: Transform = identity
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    estimator: str | None = None
 
     @property
     def drops(self) -> bool:
         """Whether its trials have a drop rate."""
         return DROP_RATE in self.grid
+
+    def estimator_for(self, stated: str) -> str:
+        """The estimator of the importance: the method's own, or else the spec's.
+
+        Args:
+            stated: `importance.estimator` of the spec.
+        """
+        return self.estimator or stated
 
 
 def _tenths(first: int, last: int, step: int = 1) -> tuple[float, ...]:
@@ -78,6 +88,7 @@ METHODS: Mapping[str, Method] = {
         ),
         # The agreement mask is part of Phi: see `trim_and_elect`.
         Method("ties", Importance.UNIFORM, Coefficients.SHARED_GRID, trim_and_elect, {SHARED: _tenths(8, 18)}),
+        Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, estimator="mask-nodes"),
         Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT),
         Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT),
     )

@@ -98,7 +98,9 @@ def fisher(
         from dfmerge_studies.study.session import spec_cache
 
         problem = load_problem(settings, progress=progress)
-        merger = Merger(problem, METHODS["df-merge"], spec_cache(settings), progress=progress)
+        method = METHODS[settings.method]  # which may prescribe an estimator
+        method = method if method.estimator else METHODS["df-merge"]
+        merger = Merger(problem, method, spec_cache(settings), progress=progress)
         index, names = problem.experts.index(expert), merger.all_names()
         values, cached = merger.importance(index, coefficient, names=names)
         key = merger.fisher_key(index, coefficient, names)
@@ -108,7 +110,7 @@ def fisher(
         "out": str(out),
         "expert": expert,
         "coefficient": coefficient,
-        "estimator": settings.importance.estimator,
+        "estimator": key.estimator,
         "samples": sum(samples.values()),
         "cached": cached,
         "key": key.digest,

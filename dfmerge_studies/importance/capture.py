@@ -49,6 +49,24 @@ class _Pass:
     later: list[Call] = field(default_factory=list)
 
 
+def check_names(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse names of parameters that can have no Fisher information.
+
+    Args:
+        model: the model.
+        names: names of the wanted parameters, as `named_parameters()` gives them.
+
+    Raises:
+        InputError: a name that the model does not have, or a parameter that is not of floating point.
+    """
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if name not in parameters:
+            raise InputError(f"the model has no parameter {name}", mend="Use the names of named_parameters()")
+        if not parameters[name].is_floating_point():
+            raise InputError("a parameter of integers has no gradient", where=f"parameter {name}")
+
+
 class Capture:
     """Sum of squared per-row gradients of a model's parameters; to be entered with `attached`.
 
@@ -63,12 +81,8 @@ class Capture:
 
     def __init__(self, model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
         self.model = model
+        check_names(model, names)
         parameters = dict(model.named_parameters())
-        for name in names:
-            if name not in parameters:
-                raise InputError(f"the model has no parameter {name}", mend="Use the names of named_parameters()")
-            if not parameters[name].is_floating_point():
-                raise InputError("a parameter of integers has no gradient", where=f"parameter {name}")
         wanted = set(names)
         self._name_of = {id(p): name for name, p in parameters.items() if name in wanted}
         self.sums = {

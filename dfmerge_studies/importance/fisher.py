@@ -7,6 +7,7 @@
     exact       F = 1/N  sum over x and c of p(c|x) (grad l(x, c))^2
     sampled     F = 1/N  sum over x of (grad l(x, c))^2,  c drawn from p(.|x)
     empirical   F = 1/N  sum over x of (grad l(x, c))^2,  c the label
+    mask-nodes  as sampled, but of masks on heads and neurons, spread over the parameters (see `nodes`)
 
 Squares are taken per input and choice, never of a batch's sum.  Weights go into the direction of the backward pass,
 sqrt(p) l, so that nothing is weighted afterwards.
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.nodes import NodeCapture, spread
+from dfmerge_studies.params import float_parameters
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
 from dfmerge_studies.tasks.scoring import (
@@ -50,6 +53,12 @@ class Estimator(StrEnum):
     EXACT = "exact"
     SAMPLED = "sampled"
     EMPIRICAL = "empirical"
+    MASK_NODES = "mask-nodes"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the one choice of an input that counts is drawn, so that a generator is needed."""
+        return self in (Estimator.SAMPLED, Estimator.MASK_NODES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,8 @@ class FisherResult:
     """A diagonal Fisher, without a floor.
 
     Attributes:
-        values: {parameter name: tensor of its shape, >= 0}: means over the inputs, or sums where so documented.
+        values: {parameter name: tensor of its shape, >= 0}: means over the inputs, or sums where so documented; or
+            {mask: (units,)} where so documented.
         samples: inputs used.
     """
 
@@ -67,7 +77,7 @@ class FisherResult:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What all chunks share.  `draws`: a number in [0, 1) for every input, by position; used by `sampled` only."""
+    """What all chunks share.  `draws`: a number in [0, 1) for every input, by position, for choices that are drawn."""
 
     model: nn.Module
     kind: Kind
@@ -90,6 +100,7 @@ def diagonal_fisher(
     row_budget: int = ROW_BUDGET,
     accumulate_dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
+    compact: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> FisherResult:
     """Diagonal Fisher information, the mean over the inputs.
@@ -100,11 +111,12 @@ def diagonal_fisher(
         examples: the N inputs; labels are used by `empirical` only.
         pad_id: token id to pad inputs with.
         names: parameters wanted, as `named_parameters()` gives them (tied ones once); all of floating point for `None`.
-        estimator: `exact`, `sampled` or `empirical`.
-        generator: on the CPU, source of the choices of `sampled`, one number per input in order.
+        estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
+        generator: on the CPU, source of the choices that are drawn, one number per input in order.
         row_budget: rows times tokens whose activations are alive at once, the bound on memory.
         accumulate_dtype: precision of products and sums.
         autocast: run the model in mixed precision of this dtype.
+        compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
         progress: called with the number of inputs done since the last call.
 
     Raises:
@@ -120,7 +132,7 @@ def diagonal_fisher(
         pad_id=pad_id,
         names=names,
         estimator=estimator,
-        draws=sampling_draws(len(examples), generator) if estimator == Estimator.SAMPLED else None,
+        draws=sampling_draws(len(examples), generator) if _draws(estimator) else None,
         row_budget=row_budget,
         accumulate_dtype=accumulate_dtype,
         autocast=autocast,
@@ -128,7 +140,32 @@ def diagonal_fisher(
     )
     for total in result.values.values():
         total.div_(result.samples)
-    return result
+    if compact:
+        return result
+    return FisherResult(whole(model, result.values, estimator=estimator, names=names), result.samples)
+
+
+def whole(
+    model: nn.Module, values: dict[str, Tensor], *, estimator: str, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Values by parameter, from those that `fisher_sum` and `diagonal_fisher(compact=True)` give.
+
+    Args:
+        model: the model that they are of.
+        values: by mask for `mask-nodes`; the other estimators' are whole already and come back as they are.
+        estimator: theirs.
+        names: parameters wanted; all of floating point for `None`.
+
+    Returns:
+        {parameter: tensor of its shape}; for `mask-nodes` views that repeat their values and must not be written in.
+    """
+    if estimator != Estimator.MASK_NODES:
+        return values
+    return spread(model, values, float_parameters(model) if names is None else names)
+
+
+def _draws(estimator: str) -> bool:
+    return estimator in set(Estimator) and Estimator(estimator).draws
 
 
 def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
@@ -142,7 +179,7 @@ def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
         InputError: there is no generator.
     """
     if generator is None:
-        raise InputError("the sampled estimator needs a random generator", mend="Pass one, seeded")
+        raise InputError("this estimator draws choices and needs a random generator", mend="Pass one, seeded")
     return torch.rand(inputs, generator=generator, dtype=torch.float64)
 
 
@@ -162,14 +199,16 @@ def fisher_sum(
 ) -> FisherResult:
     """Sums instead of means, for inputs that are shared out: add `values` and `samples` of the shares, then divide.
 
+    For `mask-nodes` the values are those of masks, by mask; `whole` gives those of parameters.
+
     Args:
         model: the model; left as it is found.
         kind: how the model answers.
         examples: the N inputs of this share; with none, the sums are zero.
         pad_id: token id to pad inputs with.
         names: parameters wanted; all of floating point for `None`.
-        estimator: `exact`, `sampled` or `empirical`.
-        draws: (N,) of `sampling_draws`, the numbers of these inputs; needed by `sampled`, used by nothing else.
+        estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
+        draws: (N,) of `sampling_draws`, the numbers of these inputs; needed where choices are drawn, else unused.
         row_budget: rows times tokens whose activations are alive at once.
         accumulate_dtype: precision of products and sums.
         autocast: run the model in mixed precision of this dtype.
@@ -182,10 +221,10 @@ def fisher_sum(
     """
     if estimator not in set(Estimator):
         raise InputError(f"unknown estimator {estimator!r}", mend=f"Use one of {', '.join(Estimator)}")
-    if estimator == Estimator.SAMPLED and (draws is None or len(draws) != len(examples)):
-        raise InputError("the sampled estimator needs one draw per input", mend="Use sampling_draws")
+    if _draws(estimator) and (draws is None or len(draws) != len(examples)):
+        raise InputError(f"the estimator {estimator} needs one draw per input", mend="Use sampling_draws")
     if names is None:
-        names = [name for name, p in model.named_parameters() if p.is_floating_point()]
+        names = float_parameters(model)
     job = _Job(
         model,
         kind,
@@ -195,7 +234,8 @@ def fisher_sum(
         torch.zeros(len(examples)) if draws is None else draws,
         autocast,
     )
-    capture = Capture(model, names, accumulate_dtype)
+    kept = NodeCapture if estimator == Estimator.MASK_NODES else Capture
+    capture = kept(model, names, accumulate_dtype)
     if not capture.sums or not examples:
         return FisherResult(capture.sums, len(examples))
     chunk_of = {Kind.TEXT_TO_TEXT: _text_to_text, Kind.CAUSAL: _causal, Kind.CLASSIFICATION: _classification}[kind]
@@ -264,7 +304,7 @@ def _causal(job: _Job, capture: Capture, chunk: Sequence[int]) -> None:
     rows = make_rows(batch, device_of(job.model))
     if job.estimator is not Estimator.EXACT:
         losses = None
-        if job.estimator is Estimator.SAMPLED:
+        if job.estimator.draws:
             losses = rows.grid(continuation_losses(job.model, batch, rows, job.pad_id), len(batch))
         batch, rows = _only_chosen(job, chunk, batch, losses)
     with capture.stage(len(rows.owner)) as stage:
@@ -281,7 +321,7 @@ def _text_to_text(job: _Job, capture: Capture, chunk: Sequence[int]) -> None:
     rows = make_rows(batch, device_of(model))
     if job.estimator is not Estimator.EXACT:
         losses = None
-        if job.estimator is Estimator.SAMPLED:
+        if job.estimator.draws:
             plain = hidden.detach()
             losses = rows.grid(decode(model, plain[rows.owner], mask[rows.owner], rows.targets), len(batch))
         batch, rows = _only_chosen(job, chunk, batch, losses)

@@ -14,7 +14,8 @@ from torch import Tensor
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
-from dfmerge_studies.importance.fisher import diagonal_fisher
+from dfmerge_studies.importance.fisher import Estimator, diagonal_fisher, whole
+from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import (
     METHODS,
@@ -62,6 +63,22 @@ class Outcome:
     cached: int = 0
 
 
+def check_importance(problem: Problem, method: Method) -> Estimator:
+    """The estimator of a method's importance, which must know the model's layers if it works by layers.
+
+    Args:
+        problem: the loaded spec.
+        method: row of the method table.
+
+    Raises:
+        InputError: naming the layers that it does not know.
+    """
+    estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
+    if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
+        masks_of(problem.resident.model)
+    return estimator
+
+
 class Merger:
     """Merges and scores inside the problem's resident model.
 
@@ -70,6 +87,9 @@ class Merger:
         method: row of the method table.
         cache: where Fishers are kept, or None.
         progress: told how far a merge or an evaluation is.
+
+    Raises:
+        InputError: the method's importance cannot be estimated for this kind of model.
     """
 
     def __init__(
@@ -79,6 +99,7 @@ class Merger:
         self.method = method
         self.cache = cache
         self.progress = progress
+        self.estimator = check_importance(problem, method)
 
     def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
         """Merge at the given coefficients and score every task's validation inputs.
@@ -151,7 +172,7 @@ class Merger:
         key = self.fisher_key(index, coefficient, names)
         stored = self.cache.get(key) if self.cache is not None else None
         if stored is not None:
-            return {name: value.to(resident.device).float() for name, value in stored.items()}, True
+            return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
         resident.load_scaled_(index, coefficient)
         tasks = self._fisher_tasks(index)
         values: dict[str, Tensor] = {}
@@ -164,9 +185,10 @@ class Merger:
                 self.problem.tasks[task].fisher,
                 pad_id=self.problem.pad_id,
                 names=names,
-                estimator=self.problem.spec.importance.estimator,
+                estimator=self.estimator,
                 generator=self._generator("sampled", task),
                 row_budget=self.problem.spec.importance.row_budget,
+                compact=True,
                 progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
             )
             for name, value in result.values.items():
@@ -176,7 +198,7 @@ class Merger:
         rounded = {name: value.to(dtype) for name, value in values.items()}
         if self.cache is not None:
             self.cache.put(key, rounded)
-        return {name: value.float() for name, value in rounded.items()}, False
+        return self._by_parameter(rounded, names), False
 
     def fisher_key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
         """Identity of a Fisher.
@@ -188,7 +210,7 @@ class Merger:
         """
         problem, settings = self.problem, self.problem.spec.importance
         expert = problem.experts[index]
-        labelled = settings.estimator == "empirical"
+        labelled = self.estimator is Estimator.EMPIRICAL
         tasks = self._fisher_tasks(index)
         inputs = {
             task: [
@@ -205,10 +227,10 @@ class Merger:
             expert=problem.expert_digests[expert],
             expert_name=expert,
             coefficient=float(coefficient).hex(),
-            estimator=settings.estimator,
+            estimator=self.estimator.value,
             inputs=json_digest(inputs),
             indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
-            seed=problem.spec.search.seed if settings.estimator == "sampled" else None,
+            seed=problem.spec.search.seed if self.estimator.draws else None,
             parameters=json_digest(list(names)),
             compute_dtype=problem.spec.dtype,
             dtype=settings.dtype,
@@ -271,6 +293,11 @@ class Merger:
         """Every shared parameter of the base, changed by an expert or not."""
         heads = {name for head in self.problem.resident.heads.values() for name in head}
         return [name for name in float_parameters(self.problem.resident.model) if name not in heads]
+
+    def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Importances as the cache holds them, which is by mask for mask nodes, as those of parameters, in float32."""
+        values = {name: value.float() for name, value in stored.items()}
+        return whole(self.problem.resident.model, values, estimator=self.estimator, names=names)
 
     def _fisher_tasks(self, index: int) -> list[str]:
         task = self.problem.spec.experts[self.problem.experts[index]].task

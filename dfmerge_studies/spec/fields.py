@@ -7,7 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MethodName = Literal["df-merge", "df-merge-static", "gta", "averaging", "fisher", "task-arithmetic", "dare", "ties"]
+MethodName = Literal[
+    "df-merge", "df-merge-static", "gta", "averaging", "fisher", "fisher-nodes", "task-arithmetic", "dare", "ties"
+]
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
 
@@ -28,7 +30,9 @@ class ExpertSettings(Settings):
 class ImportanceSettings(Settings):
     """How the importance C_i of an expert's parameters is estimated."""
 
-    estimator: Literal["exact", "sampled", "empirical"] = Field("exact", description="which expectation over choices")
+    estimator: Literal["exact", "sampled", "empirical", "mask-nodes"] = Field(
+        "exact", description="which expectation over choices; mask-nodes: of masks on heads and neurons"
+    )
     samples: int = Field(30, gt=0, description="validation inputs per task, drawn with the seed")
     indices: dict[str, list[int]] | str | None = Field(
         None, description="the validation rows themselves, by task, or a JSON file with that, instead of a draw"

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
@@ -39,7 +40,7 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "experts": [[name, expert.task] for name, expert in spec.experts.items()],  # in their order
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
-        "importance.estimator": importance.estimator,
+        "importance.estimator": METHODS[spec.method].estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
         "importance.dtype": importance.dtype,

@@ -318,8 +318,8 @@ def open_study(
     science = provenance.whole_science(spec, problem)
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
-    study = _join(spec, method, url, science, problem)
-    return Session(spec, method, problem, study, Merger(problem, method, cache, progress=progress), url)
+    merger = Merger(problem, method, cache, progress=progress)
+    return Session(spec, method, problem, _join(spec, method, url, science, problem), merger, url)
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:

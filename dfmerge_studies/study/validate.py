@@ -8,7 +8,10 @@ import psutil
 import torch
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.importance.fisher import Estimator
+from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import METHODS, Importance
+from dfmerge_studies.objective.merger import check_importance
 from dfmerge_studies.objective.preflight import model_problems
 from dfmerge_studies.objective.problem import Problem, Progress, choose_device, load_problem, silent
 from dfmerge_studies.spec import StudySpec
@@ -36,6 +39,7 @@ def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
+            check_importance(problem, METHODS[spec.method])
             _check_storage(spec, problem)
             spec_cache(spec)
             estimate = memory_estimate(problem)
@@ -61,7 +65,10 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     parameters = sum(p.numel() for p in resident.model.parameters())
     changed = sum(resident.base[name].numel() for name in resident.names)
     width = torch.empty((), dtype=getattr(torch, problem.spec.dtype)).element_size()
-    importance = METHODS[problem.spec.method].importance is not Importance.UNIFORM
+    method = METHODS[problem.spec.method]
+    importance = method.importance is not Importance.UNIFORM
+    nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
+    stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
     sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     masks = vectors + 2 * changed if problem.spec.method == "ties" else 0
@@ -72,7 +79,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
         "validation_inputs": {name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
         "fisher_inputs": {name: len(task.fisher) for name, task in problem.tasks.items()},
         "truncated_inputs": {n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
-        "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * changed,
+        "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * stored,
         "peak_bytes": width * (parameters + changed + vectors) + sums + masks,
         "available_bytes": _available(problem),
     }

@@ -20,10 +20,10 @@ class FisherKey:
         expert: digest of the expert.
         expert_name: for people; not part of the identity.
         coefficient: lambda, exactly, as `float.hex` writes it.
-        estimator: exact, sampled or empirical.
+        estimator: exact, sampled, empirical or mask-nodes.
         inputs: digest of the tokenised inputs, in order (data, prompts, tokenizer, truncation).
         indices: rows of the validation split that they are, by task.
-        seed: of the draws of `sampled`; None for the other estimators.
+        seed: of the draws of `sampled` and `mask-nodes`; None for the other estimators.
         parameters: digest of the parameter names.
         compute_dtype: of the weights.
         dtype: of the stored values.
