@@ -86,7 +86,7 @@ class Project:
             env=cli_environment(**environment),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=500,
         )
         return _checked(Done(done.returncode, done.stdout, done.stderr), check)
 

@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,28 @@ def test_processes_that_join_an_empty_storage_at_once_all_start_and_share_the_qu
 
 
 # SQLite
+
+
+_ADD_A_TRIAL = """
+import optuna, sys
+from dfmerge_studies.storage import load_study, open_storage
+study = load_study(open_storage(sys.argv[1]), "s")
+study.add_trial(optuna.trial.create_trial(value=float(len(study.trials))))
+"""
+
+
+def test_a_storage_opened_twice_in_one_process_stays_shared_with_others(url: str) -> None:
+    def elsewhere() -> None:
+        subprocess.run([sys.executable, "-W", "ignore", "-c", _ADD_A_TRIAL, url], check=True, timeout=300)
+
+    first = join_study(open_storage(url), "s", directions=["maximize"])
+    second = load_study(open_storage(url), "s")
+    assert first.trials == second.trials == []
+    elsewhere()
+    first.add_trial(optuna.trial.create_trial(value=1.0))
+    elsewhere()
+    for study in (first, second, load_study(open_storage(url), "s")):
+        assert [trial.value for trial in study.trials] == [0.0, 1.0, 2.0]
 
 
 def test_sqlite_uses_a_write_ahead_log_and_immediate_transactions(tmp_path: Path) -> None:

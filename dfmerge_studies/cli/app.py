@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dfmerge_studies.cli import cache, inspect, models, run
+from dfmerge_studies.cli import cache, inspect, models, run, workers
 from dfmerge_studies.errors import DFMergeError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("worker", hidden=True)(workers.worker)
 app.command("status")(inspect.status)
 app.command("list")(inspect.list_studies)
 app.command("merge")(models.merge)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from json import dumps
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +19,11 @@ def status(
     spec: common.SpecArgument = None,
     storage: common.StorageOption = None,
     overrides: common.SetOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow until the study has its total, or Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
     json: common.JsonOption = False,
 ) -> None:
-    """Trials by state, the best so far, per-task scores, speed."""
+    """Trials by state, the best so far, per-task scores, workers alive, speed and time left."""
     settings = common.load_spec(spec, overrides, storage=storage)
     common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()
@@ -27,13 +34,42 @@ def status(
     from dfmerge_studies.study.session import storage_url, stored_study
 
     study = stored_study(settings)
-    with storage_errors(storage_url(settings)):
-        recover(study)
-        summary = study_summary(study, settings)
-    if json:
-        common.print_json(summary)
+
+    def look() -> dict[str, Any]:
+        with storage_errors(storage_url(settings)):
+            recover(study)
+            return study_summary(study, settings)
+
+    if watch:
+        _watch(look, every, as_json=json)
+    elif json:
+        common.print_json(look())
     else:
-        common.output().print(status_table(summary))
+        common.output().print(status_table(look()))
+
+
+def _watch(look: Callable[[], dict[str, Any]], every: float, *, as_json: bool) -> None:
+    """Show a study until it has its total: a table that is redrawn; to a file or pipe, a line for every change."""
+    from rich.live import Live
+
+    from dfmerge_studies.report.tables import status_line, status_table
+
+    out, former = common.output(), None
+    drawn = sys.stdout.isatty() and not as_json
+    with Live(console=out, auto_refresh=False) if drawn else nullcontext() as live:
+        while True:
+            summary = look()
+            trials = summary["trials"]
+            state = (trials, summary["best"], [(w["host"], w["pid"]) for w in summary["workers_alive"]])
+            if live is not None:
+                live.update(status_table(summary), refresh=True)
+            elif state != former:
+                typer.echo(dumps(summary, ensure_ascii=False) if as_json else status_line(summary))
+                sys.stdout.flush()
+            if trials["complete"] >= trials["target"] and not trials["running"]:
+                return
+            former = state
+            time.sleep(every)
 
 
 def list_studies(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dfmerge_studies.cli import common
+from dfmerge_studies.cli.bars import TrialBars
+from dfmerge_studies.cli.workers import is_complete, run_pool, total_of
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
+    import optuna
+
     from dfmerge_studies.report.tables import Row
     from dfmerge_studies.spec import StudySpec
-    from dfmerge_studies.study.loop import Event
     from dfmerge_studies.study.session import Session
 
 
@@ -28,6 +28,7 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table, e.g. df-merge, gta.")] = None,
     acquisition: Annotated[str | None, typer.Option("--acquisition", help="ei.")] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this machine that share it.")] = 1,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
@@ -51,12 +52,19 @@ def run(
     )
     common.check_early(settings, storage=True)
     started = time.monotonic()
+    splits = _splits(settings, test)
+    again = common.again(spec, storage=storage, overrides=overrides)
+    if workers > 1:
+        trials, add = total_of(settings, trials, add), None
+        if not is_complete(settings, trials) and not run_pool(settings, workers, trials, splits):
+            _tell_interrupted(settings, again, as_json=json, seconds=time.monotonic() - started)
+            raise typer.Exit(130)
     with common.progress_bar() as progress:
         common.quiet_libraries()
         progress("starting", 0, 1)
         from dfmerge_studies.study.session import open_study
 
-        session = open_study(settings, splits=_splits(settings, test), progress=progress)
+        session = open_study(settings, splits=splits, progress=progress)
     total = trials
     if add is not None:
         total = session.total() + add
@@ -65,9 +73,8 @@ def run(
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)
         if finished:
-            rows = _rows(session, baselines, _splits(settings, test))
-    again = common.again(spec, storage=storage, overrides=overrides)
-    _tell(session, rows, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
+            rows = _rows(session, baselines, splits)
+    _tell(session.study, settings, rows, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
     if not finished:
         raise typer.Exit(130)
 
@@ -78,19 +85,20 @@ def _work(session: Session, total: int | None) -> bool:
     Returns:
         Whether the work was not interrupted.
     """
-    with _trial_bar(session, session.total(total)) as show:
-        summary = session.run(target=total, on_event=show)
+    with TrialBars() as bars:
+        bars.follow(session.study, session.spec.objective, session.total(total))
+        session.merger.progress = bars.phase
+        summary = session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
     return not summary.interrupted
 
 
 def _baselines(session: Session) -> tuple[list[Session], bool]:
     """Run the methods that the spec shows beside its own, each as a study of its own in the same storage."""
     from dfmerge_studies.study.session import open_study
-    from dfmerge_studies.study.variants import VARIANTS, study_spec
+    from dfmerge_studies.study.variants import baseline_specs
 
     done: list[Session] = []
-    for method in session.spec.baselines:
-        spec = study_spec(session.spec, VARIANTS[method], session.spec.search.seed)
+    for spec in baseline_specs(session.spec):
         baseline = open_study(spec, problem=session.problem)
         if not _work(baseline, None):
             return done, False
@@ -123,11 +131,29 @@ def _rows(session: Session, baselines: list[Session], splits: list[str]) -> list
     return rows
 
 
-def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_json: bool, seconds: float) -> None:
+def _tell_interrupted(spec: StudySpec, again: str, *, as_json: bool, seconds: float) -> None:
+    """The state of a study that workers have left; nothing if they had not founded it yet."""
+    from dfmerge_studies.study.session import storage_url, stored_study_or_none
+
+    study = stored_study_or_none(spec, storage_url(spec))
+    if study is not None:
+        _tell(study, spec, [], again, finished=False, as_json=as_json, seconds=seconds)
+
+
+def _tell(
+    study: optuna.Study,
+    spec: StudySpec,
+    rows: list[Row],
+    again: str,
+    *,
+    finished: bool,
+    as_json: bool,
+    seconds: float,
+) -> None:
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import coefficients_text, comparison_table, rows_as_json
 
-    summary = study_summary(session.study, session.spec)
+    summary = study_summary(study, spec)
     if as_json:
         common.print_json({**summary, "interrupted": not finished, "rows": rows_as_json(rows)})
         return
@@ -135,7 +161,7 @@ def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_j
     trials = summary["trials"]
     for split in rows[0].scores if rows else ():
         title = f"{summary['study']}: {split} accuracy in percent"
-        out.print(comparison_table(rows, list(session.spec.tasks), split, title=title))
+        out.print(comparison_table(rows, list(spec.tasks), split, title=title))
     state = f"{trials['complete']} of {trials['target']} trials complete"
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:
@@ -145,61 +171,3 @@ def _tell(session: Session, rows: list[Row], again: str, *, finished: bool, as_j
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
     out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)
-
-
-@contextmanager
-def _trial_bar(session: Session, target: int) -> Iterator[Any]:
-    """A bar over trials with the best value so far and the time left; lines instead where nobody watches."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = common.messages()
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[best]}"),
-    )
-    watched = sys.stderr.isatty()
-    with Progress(*columns, console=console, disable=not watched) as bars:
-        task = bars.add_task(session.spec.name, total=target, completed=_completed(session), best="")
-
-        def show(event: Event) -> None:
-            best = session.best()
-            done = _completed(session)
-            text = f"best {_shown(best.values)} (trial {best.number})" if best is not None else ""
-            bars.update(task, completed=done, best=text)
-            if event.kind in ("failed", "recovered", "applied", "interrupted", "superseded"):
-                console.print(f"trial {event.number} {event.kind}: {event.message}", markup=False)
-            elif event.kind == "completed" and not watched:
-                console.print(
-                    f"{session.spec.name}: {done}/{target}  trial {event.number} {_shown(event.values)}  {text}",
-                    markup=False,
-                )
-
-        phase = bars.add_task("", total=None, best="", visible=False)
-
-        def show_phase(what: str, done: int, total: int) -> None:
-            bars.update(phase, description=f"  {what}", completed=done, total=total, visible=True)
-
-        session.merger.progress = show_phase
-        yield show
-        bars.update(phase, visible=False)
-
-
-def _completed(session: Session) -> int:
-    from dfmerge_studies.study.loop import counts
-
-    return counts(session.study)["complete"]
-
-
-def _shown(values: Any) -> str:
-    return " ".join(f"{100 * value:.1f}" for value in values or ())

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
 
+from dfmerge_studies.report.pace import pace, workers_alive
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.attributes import OWNER
+from dfmerge_studies.study.attributes import counts_of, results_of
 from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
 from dfmerge_studies.study.value import (
@@ -33,16 +33,20 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
         study: the stored study.
         spec: the spec that it belongs to.
     """
-    completed = results(study)
+    trials = study.get_trials(deepcopy=False)
+    completed, counted = results_of(trials), counts_of(trials)
     best = best_trial(completed, spec.objective)
     target = int(study.user_attrs.get(provenance.TARGET, 0)) or target_trials(spec)
+    alive = workers_alive(trials, complete=len(completed) >= target)
     return {
         "study": study.study_name,
         "method": spec.method,
-        "trials": {"target": target, **counts(study)},
+        "trials": {"target": target, **counted},
         "best": _best(best, spec) if best is not None else None,
         "storage": safe_url(storage_url(spec)),
-        "workers": len(_running_owners(study)),
+        "workers": sum(worker["current"] is not None for worker in alive),
+        "workers_alive": alive,
+        **pace(trials, target=target, workers=len(alive)),
         "fishers": {
             kind: sum(trial.user_attrs[FISHERS][kind] for trial in completed) for kind in ("computed", "cached")
         },
@@ -51,13 +55,6 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
             for phase in (completed[0].user_attrs[SECONDS] if completed else ())
         },
     }
-
-
-def _running_owners(study: optuna.Study) -> set[tuple[str, int]]:
-    """Processes that run a trial now; those that died are gone once `recover` has been called."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    owners = [trial.user_attrs[OWNER] for trial in running if OWNER in trial.user_attrs]
-    return {(str(owner["host"]), int(owner["pid"])) for owner in owners}
 
 
 def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from rich import box
@@ -101,8 +102,12 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
-    if trials["running"]:
-        table.add_row("workers", f"{summary['workers']} at work")
+    for worker in summary["workers_alive"]:
+        now = f"at trial {worker['current']}" if worker["current"] is not None else "between trials"
+        text = f"process {worker['pid']} on {worker['host']} since {worker['since'].replace('T', ' ')}"
+        table.add_row("worker", Text(f"{text}: {worker['trials']} done, {now}"))
+    if summary["trials_per_hour"]["overall"] is not None:
+        table.add_row("speed", pace_text(summary))
     if best is not None:
         table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f}")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
@@ -120,6 +125,32 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         )
     table.add_row("storage", summary["storage"])
     return table
+
+
+def pace_text(summary: Mapping[str, Any]) -> str:
+    """Speed and time left in a few words.
+
+    Args:
+        summary: from `study_summary`, of a study with a completed trial.
+    """
+    rates, left = summary["trials_per_hour"], summary["seconds_left"]
+    text = f"{rates['recent']:.3g} trials per hour, {rates['overall']:.3g} overall"
+    return f"{text}, about {timedelta(seconds=round(left))} left" if left else text
+
+
+def status_line(summary: Mapping[str, Any]) -> str:
+    """A study's state in one line.
+
+    Args:
+        summary: from `study_summary`.
+    """
+    trials, best = summary["trials"], summary["best"]
+    parts = [f"{trials['complete']} of {trials['target']} complete"]
+    parts += [f"{trials[state]} {state}" for state in ("running", "waiting", "failed") if trials[state]]
+    parts += [f"{len(summary['workers_alive'])} workers"] if summary["workers_alive"] else []
+    parts += [f"best {100 * best['value']:.1f} (trial {best['number']})"] if best is not None else []
+    parts += [pace_text(summary)] if summary["trials_per_hour"]["overall"] is not None else []
+    return f"{summary['study']}: {', '.join(parts)}"
 
 
 def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:

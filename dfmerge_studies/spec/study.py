@@ -104,6 +104,19 @@ class StudySpec(Settings):
         return copy
 
     @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], *, file: Path, workdir: Path | None) -> StudySpec:
+        """The spec that another process has read and checked.
+
+        Args:
+            fields: its `model_dump`.
+            file: the YAML file that it came from.
+            workdir: where relative outputs go, if not beside it.
+        """
+        spec = cls.model_validate(fields)
+        spec._file, spec._workdir = file, workdir
+        return spec
+
+    @classmethod
     def from_yaml(cls, file: Path | str, overrides: Sequence[str] = (), *, workdir: Path | None = None) -> StudySpec:
         """Read and validate a spec.
 

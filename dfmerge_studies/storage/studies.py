@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import optuna
+from optuna.exceptions import DuplicatedStudyError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
@@ -28,6 +29,26 @@ def check_name(name: str) -> None:
             f"{name[:120]!r} cannot be a study's name",
             mend="Use up to 100 of the characters A-Z a-z 0-9 . _ - and no dot in front",
         )
+
+
+def found_study(storage: BaseStorage, name: str, *, directions: Sequence[str]) -> bool:
+    """Create a study; of several processes that do so at once, one alone is told True.
+
+    Args:
+        storage: from `open_storage`.
+        name: the study's name.
+        directions: "maximize" or "minimize", one for each objective.
+
+    Returns:
+        Whether this call made it; False where it exists.
+    """
+    check_name(name)
+    with storage_errors():
+        try:
+            storage.create_new_study([StudyDirection[direction.upper()] for direction in directions], name)
+        except DuplicatedStudyError:
+            return False
+    return True
 
 
 def join_study(

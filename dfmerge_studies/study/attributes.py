@@ -16,7 +16,7 @@ is free, or taken by a retry.  Optuna's private names are used here and in `sear
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -182,7 +182,15 @@ def counts(study: optuna.Study) -> dict[str, int]:
     Args:
         study: the study to look at.
     """
-    trials = study.get_trials(deepcopy=False)
+    return counts_of(study.get_trials(deepcopy=False))
+
+
+def counts_of(trials: Sequence[FrozenTrial]) -> dict[str, int]:
+    """Count trials, as `counts` does.
+
+    Args:
+        trials: all trials of a study, in the order of their numbers.
+    """
     kept = holders(trials)
 
     def count(state: TrialState) -> int:
@@ -203,7 +211,16 @@ def results(study: optuna.Study) -> list[FrozenTrial]:
     Args:
         study: the study to look at.
     """
-    return sorted(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)), key=place_of)
+    return results_of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+
+def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Pick the completed trials, in the order of their places.
+
+    Args:
+        trials: trials of a study.
+    """
+    return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
 
 
 def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:

@@ -18,14 +18,15 @@ from dfmerge_studies.study import attributes as at
 
 _BEAT_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP = signal.SIGUSR1  # as the first of these, and never as the second: safe to send to a process that is stopping
 
 
 class Interrupts:
     """Turns the first Ctrl-C or SIGTERM into `requested`, raising KeyboardInterrupt only inside `allowed`.
 
     Between trials the loop is writing to its storage, where an exception could strike half-way through; it looks at
-    `requested` instead.  A second signal has its usual effect, at once.  Handlers exist from `__enter__` to `__exit__`,
-    and only in the main thread, where alone Python can install them.
+    `requested` instead.  A second signal has its usual effect, at once, unless it is STOP.  Handlers exist from
+    `__enter__` to `__exit__`, and only in the main thread, where alone Python can install them.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, STOP):
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -45,6 +46,8 @@ class Interrupts:
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == STOP and self.requested:
+            return
         self.requested = True
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)

@@ -4,10 +4,13 @@ A study's total is exact over any number of workers and restarts.  Before a work
 result, runs or waits; afterwards it looks again, and gives the place back if others were as quick.  A new trial has the
 highest number, so it yields to lower ones; a trial from the queue yields whenever there are too many.  The last to
 arrive therefore always sees the others, and yields.
+
+A worker that finds every place taken waits until the others are done: should one of them die, its trial is taken up.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -47,6 +50,8 @@ from dfmerge_studies.study.recovery import (
 __all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "enqueue", "recover", "results", "work"]
 
 MAX_FAILURES_IN_A_ROW = 3
+_WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
+_GLANCE = 0.2  # seconds after which a waiting worker notices a signal
 
 Evaluate = Callable[[dict[str, float], int], TrialResult]
 
@@ -106,8 +111,11 @@ def work(
     target: int,
     outbox: Path | None = None,
     on_event: OnEvent = ignore,
+    raised: Callable[[], int] | None = None,
 ) -> Summary:
     """Run trials until the study has `target` results, counting those of other workers and of earlier runs.
+
+    Where the last of them run elsewhere, their end is waited for.
 
     Args:
         study: the study, with a sampler from `search.make_sampler`.
@@ -117,6 +125,7 @@ def work(
         target: the total of results that the study should reach.
         outbox: a local folder for results that the storage has not taken yet.
         on_event: told of everything that happens to a trial.
+        raised: asked, once the target is reached, whether it has become larger meanwhile.
 
     Returns:
         What was done, and whether a signal ended it early.
@@ -125,10 +134,10 @@ def work(
         RunError: three trials in a row failed, or the storage did not take a result.
     """
     with working() as owner, Interrupts() as interrupts, storage_errors():
-        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, owner, interrupts)
+        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, owner, interrupts, raised)
         worker.run()
         now = counts(study)
-        early = interrupts.requested and now["complete"] + now["pruned"] < target and not worker.exhausted
+        early = interrupts.requested and now["complete"] + now["pruned"] < worker.target and not worker.exhausted
         return Summary(worker.completed, worker.failed, early, worker.exhausted, now)
 
 
@@ -143,6 +152,7 @@ class _Worker:
         on_event: OnEvent,
         owner: dict[str, Any],
         interrupts: Interrupts,
+        raised: Callable[[], int] | None,
     ) -> None:
         self.study = study
         self.space = space
@@ -152,6 +162,7 @@ class _Worker:
         self.on_event = on_event
         self.owner = owner
         self.interrupts = interrupts
+        self.raised = raised
         self.storage = at.storage_of(study)
         self.objectives = len(study.directions)
         self.completed = 0
@@ -178,19 +189,31 @@ class _Worker:
     # Claiming a place
 
     def _claim(self) -> FrozenTrial | None:
-        """Take the next waiting trial or a new one; None when the study has, or will have, its total."""
+        """Take the next waiting trial or a new one; None when the study has its total."""
+        waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
         while not self.interrupts.requested:
             recover(self.study, on_event=self.on_event)
             kept = at.holders(self.study.get_trials(deepcopy=False))
             begun = at.started(kept)
             waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
             if len(begun) >= self.target:
-                return None
+                self.target = max(self.target, self.raised() if self.raised is not None else 0)
+                if len(begun) < self.target:
+                    continue
+                if not any(trial.state == TrialState.RUNNING and at.OWNER in trial.user_attrs for trial in begun):
+                    return None
+                self._pause(next(waits))
+                continue
             trial = self._take(waiting[0]) if waiting else self._draw(at.free_place(kept))
             if trial is not None:
                 return trial
             time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
         return None
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self.interrupts.requested and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _GLANCE))
 
     def _take(self, waiting: FrozenTrial) -> FrozenTrial | None:
         trial_id = at.id_of(waiting)

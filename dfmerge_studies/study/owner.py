@@ -11,6 +11,7 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ _working: set[str] = set()  # the calls of `work` that go on in this process now
 @contextlib.contextmanager
 def working() -> Iterator[dict[str, Any]]:
     """Describe this process as the owner of trials for as long as the context lasts."""
-    worker = uuid.uuid4().hex
+    worker, since = uuid.uuid4().hex, datetime.now().isoformat(timespec="seconds")
     _working.add(worker)
     try:
-        yield {**_machine(), "pid": os.getpid(), "started": _start_of(os.getpid()), "worker": worker}
+        yield {**_machine(), "pid": os.getpid(), "started": _start_of(os.getpid()), "since": since, "worker": worker}
     finally:
         _working.discard(worker)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,6 +23,8 @@ INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
 TARGET = "dfmerge:target"
 ATTRIBUTES = frozenset({SCIENCE, SPEC, INDICES, VERSIONS, TARGET})
+
+_FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed
 
 _LIBRARIES = ("dfmerge-studies", "torch", "transformers", "optuna", "datasets", "peft", "numpy", "scipy")
 
@@ -150,6 +153,25 @@ def stored_science(study: optuna.Study) -> dict[str, Any] | None:
         study: a study that this program made, or another.
     """
     return study.user_attrs.get(SCIENCE)
+
+
+def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
+    """A study's science attribute, waited for while another process may be about to write it.
+
+    Who creates a study founds it; two first starts that both wrote would each find its own science there.
+
+    Args:
+        study: a study that this process did not create.
+
+    Returns:
+        The attribute; None if other software made the study, or its founder died.
+    """
+    until = time.monotonic() + _FOUNDING_SECONDS
+    while (science := stored_science(study)) is None and time.monotonic() < until:
+        if study.get_trials(deepcopy=False):
+            break  # of other software: a founder writes first
+        time.sleep(0.1)
+    return science
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,15 @@ from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
 from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
-from dfmerge_studies.storage import join_study, load_study, open_storage, resolve_url, safe_url, storage_errors
+from dfmerge_studies.storage import (
+    found_study,
+    join_study,
+    load_study,
+    open_storage,
+    resolve_url,
+    safe_url,
+    storage_errors,
+)
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
@@ -125,6 +133,7 @@ class Session:
                 target=total,
                 outbox=self._outbox(),
                 on_event=on_event,
+                raised=self.stored_target,
             )
 
     def total(self, wanted: int | None = None) -> int:
@@ -355,11 +364,10 @@ def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
 
 def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
     with storage_errors(url):
-        sampler = _sampler(spec, method)
-        study = join_study(
-            open_storage(url), spec.name, directions=directions(spec.objective, list(spec.tasks)), sampler=sampler
-        )
-        if provenance.stored_science(study) is None:
+        storage, kinds = open_storage(url), directions(spec.objective, list(spec.tasks))
+        founder = found_study(storage, spec.name, directions=kinds)
+        study = join_study(storage, spec.name, directions=kinds, sampler=_sampler(spec, method))
+        if (None if founder else provenance.awaited_science(study)) is None:
             if study.get_trials(deepcopy=False):
                 provenance.refuse_other_science(spec.name, None, science, safe_url(url))
             study.set_user_attr(provenance.SPEC, provenance.describe_spec(spec))
@@ -367,7 +375,6 @@ def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any],
             study.set_user_attr(provenance.VERSIONS, provenance.library_versions())
             study.set_user_attr(provenance.SCIENCE, dict(science))
             study.set_metric_names(_metric_names(spec))
-        # Two first starts at once: whoever wrote last, both must agree.
         provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, safe_url(url))
     return study
 

@@ -102,6 +102,15 @@ def study_spec(spec: StudySpec, variant: Variant, seed: int) -> StudySpec:
     return own.derive(name=f"{spec.name}.{name}{suffix}")
 
 
+def baseline_specs(spec: StudySpec) -> list[StudySpec]:
+    """The specs of the methods that a spec shows beside its own.
+
+    Args:
+        spec: the spec that lists them.
+    """
+    return [study_spec(spec, VARIANTS[method], spec.search.seed) for method in spec.baselines]
+
+
 def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, StudySpec]:
     """The variant's method with the spec's own settings, and with those of the variant."""
     shared: dict[str, Any] = {"method": variant.method, "storage": storage_url(spec), "baselines": []}

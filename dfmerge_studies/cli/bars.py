@@ -1,0 +1,143 @@
+"""Progress of trials: a bar for each study with the best value so far and the time left; lines where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dfmerge_studies.cli import common
+
+if TYPE_CHECKING:
+    import optuna
+    from rich.progress import TaskID
+
+    from dfmerge_studies.spec import ObjectiveSettings
+    from dfmerge_studies.study.loop import Event
+
+_WORTH_A_LINE = ("failed", "recovered", "applied", "interrupted", "superseded")
+
+
+@dataclass
+class _Followed:
+    study: optuna.Study
+    objective: ObjectiveSettings
+    total: int
+    bar: TaskID
+
+
+class TrialBars:
+    """Draws what happens to the trials of some studies, until the context ends."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.watched = sys.stderr.isatty()
+        self._console = common.messages()
+        self._bars = Progress(
+            TextColumn("{task.description:<24}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[best]}", markup=False),
+            console=self._console,
+            disable=not self.watched,
+        )
+        self._studies: dict[str, _Followed] = {}
+        self._phases: dict[str, TaskID] = {}
+
+    def __enter__(self) -> TrialBars:
+        self._bars.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for bar in self._phases.values():
+            self._bars.update(bar, visible=False)
+        self._bars.__exit__(*exception)
+
+    def follow(self, study: optuna.Study, objective: ObjectiveSettings, total: int) -> None:
+        """Show a study.
+
+        Args:
+            study: the stored study.
+            objective: what its trials are judged by.
+            total: the trials that it should reach.
+        """
+        if study.study_name not in self._studies:
+            bar = self._bars.add_task(study.study_name, total=total, best="")
+            self._studies[study.study_name] = _Followed(study, objective, total, bar)
+            self._refresh(study.study_name)
+
+    @property
+    def studies(self) -> list[optuna.Study]:
+        """The studies that are shown."""
+        return [shown.study for shown in self._studies.values()]
+
+    def event(self, name: str, event: Event, who: str = "") -> None:
+        """Show what has happened to a trial.
+
+        Args:
+            name: of the study.
+            event: what has happened.
+            who: the worker's name, where there are several.
+        """
+        if event.kind == "started":
+            return
+        done, best = self._refresh(name)
+        if event.kind in _WORTH_A_LINE:
+            text = f"trial {event.number} {event.kind}"
+            self.message(f"{text}: {event.message}" if event.message else text, who)
+        elif event.kind == "completed" and not self.watched:
+            total = self._studies[name].total
+            self.message(f"{name}: {done}/{total}  trial {event.number} {_shown(event.values)}  {best}", who)
+
+    def message(self, text: str, who: str = "") -> None:
+        """Print a line above the bars.
+
+        Args:
+            text: the line.
+            who: the worker's name, where there are several.
+        """
+        self._console.print(f"{who}: {text}" if who else text, markup=False, soft_wrap=True)
+
+    def phase(self, what: str, done: int, total: int, who: str = "") -> None:
+        """Show how far a trial is.
+
+        Args:
+            what: is being done.
+            done: how much of it.
+            total: of how much.
+            who: the worker's name, where there are several.
+        """
+        if who not in self._phases:
+            self._phases[who] = self._bars.add_task("", total=None, best="")
+        label = f"  {who}: {what}" if who else f"  {what}"
+        self._bars.update(self._phases[who], description=label, completed=done, total=total, visible=True)
+
+    def _refresh(self, name: str) -> tuple[int, str]:
+        """Look at a study once: how many trials are complete, and the best of them."""
+        from dfmerge_studies.study import provenance
+        from dfmerge_studies.study.attributes import results_of
+        from dfmerge_studies.study.value import best_trial
+
+        shown = self._studies[name]
+        completed = results_of(shown.study.get_trials(deepcopy=False))
+        if len(completed) >= shown.total:  # somebody may have raised it meanwhile
+            shown.total = max(shown.total, int(shown.study.user_attrs.get(provenance.TARGET, 0)))
+        best = best_trial(completed, shown.objective)
+        text = f"best {_shown(best.values)} (trial {best.number})" if best is not None else ""
+        self._bars.update(shown.bar, completed=len(completed), total=shown.total, best=text)
+        return len(completed), text
+
+
+def _shown(values: Iterable[float] | None) -> str:
+    return " ".join(f"{100 * value:.1f}" for value in values or ())

@@ -1,0 +1,162 @@
+"""`run --workers`: local worker processes under one progress display; and the hidden command that each of them is."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+import typer
+
+from dfmerge_studies.cli import common
+from dfmerge_studies.cli.bars import TrialBars
+from dfmerge_studies.errors import DFMergeError
+
+if TYPE_CHECKING:
+    from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.pool import Notice
+
+_COMMAND = "worker"
+
+
+def worker() -> None:
+    """Work under the orders of `run --workers`, which come on standard input."""
+    from dfmerge_studies.study.worker import read_orders, reporting, serve, stop_with_parent
+
+    orders = read_orders(sys.stdin.readline())
+    stop_with_parent()
+    common.quiet_libraries()
+    with reporting() as say:
+        try:
+            done = serve(orders, say)
+        except DFMergeError as error:
+            say("error", what=error.what, where=error.where, mend=error.mend, exit_code=error.exit_code)
+            raise typer.Exit(error.exit_code) from None
+    if not done:
+        raise typer.Exit(130)
+
+
+def total_of(spec: StudySpec, trials: int | None, add: int | None) -> int:
+    """The total that a command line means, so that all its workers mean the same.
+
+    Args:
+        spec: what to study.
+        trials: value of `--trials`.
+        add: value of `--add`.
+    """
+    from dfmerge_studies.methods import METHODS, Coefficients
+    from dfmerge_studies.study import provenance
+    from dfmerge_studies.study.session import storage_url, stored_study_or_none, target_trials
+
+    study = stored_study_or_none(spec, storage_url(spec))
+    now = target_trials(spec, int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
+    searches = METHODS[spec.method].coefficients is Coefficients.PER_EXPERT
+    return now if not searches else trials if trials is not None else now + (add or 0)
+
+
+def is_complete(spec: StudySpec, total: int) -> bool:
+    """Whether a study and its baselines have all their trials, so that no worker is needed.
+
+    Args:
+        spec: what to study.
+        total: of the study itself.
+    """
+    from dfmerge_studies.study.attributes import counts
+    from dfmerge_studies.study.session import storage_url, stored_study_or_none, target_trials
+    from dfmerge_studies.study.variants import baseline_specs
+
+    for each in (spec, *baseline_specs(spec)):
+        study = stored_study_or_none(each, storage_url(each))
+        if study is None or counts(study)["complete"] < (total if each is spec else target_trials(each)):
+            return False
+    return True
+
+
+def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[str]) -> bool:
+    """Run a study and its baselines with several local processes.
+
+    Args:
+        spec: what to study.
+        count: of workers.
+        target: the total of trials, None for the spec's.
+        splits: what will be scored when they are done.
+
+    Returns:
+        Whether the work was not interrupted.
+
+    Raises:
+        InputError: a worker was refused.
+        RunError: all workers failed.
+    """
+    from dfmerge_studies.study.pool import Orders, Pool
+
+    common.quiet_libraries()
+    with TrialBars() as bars:
+        workdir = str(spec.workdir)
+        orders = [
+            Orders(spec.model_dump(mode="json"), str(spec.file), workdir, target, splits, index, count, bars.watched)
+            for index in range(count)
+        ]
+        show = _Display(bars, spec)
+        command = [sys.executable, "-m", "dfmerge_studies", _COMMAND]
+        return Pool(command, orders, on_notice=show.notice, on_death=show.put_back).run()
+
+
+class _Display:
+    """What the workers say, as bars and lines."""
+
+    def __init__(self, bars: TrialBars, spec: StudySpec) -> None:
+        self._bars = bars
+        from dfmerge_studies.study.variants import baseline_specs
+
+        self._specs = {each.name: each for each in (spec, *baseline_specs(spec))}
+
+    def notice(self, notice: Notice) -> None:
+        """Show one notice.
+
+        Args:
+            notice: of a worker.
+        """
+        from dfmerge_studies.study.recovery import Event
+
+        who, content = f"worker {notice.worker}", notice.content
+        if notice.kind == "joined":
+            threads = f"{content['threads']} thread{'s' if content['threads'] > 1 else ''}"
+            self._bars.message(f"process {notice.pid} on {content['device']}, {threads}", who)
+        elif notice.kind == "study":
+            self._follow(content["name"], content["total"])
+        elif notice.kind == "trial":
+            values = tuple(content["values"]) if content["values"] is not None else None
+            event = Event(
+                content["event"], content["number"], content["place"], values=values, message=content["message"]
+            )
+            self._bars.event(content["study"], event, who)
+        elif notice.kind == "phase":
+            self._bars.phase(content["what"], content["done"], content["total"], who)
+        elif notice.kind == "log":
+            self._bars.message(content["text"], who)
+        elif notice.kind == "died":
+            text = f"process {notice.pid} died ({content['how']}); its trial goes back in the queue"
+            self._bars.message(f"{text}, the worker is started again ({content['restart']})", who)
+        elif notice.kind == "given up":
+            self._bars.message(f"process {notice.pid} died ({content['how']}) and is not started again", who)
+        elif notice.kind == "stopped":
+            self._bars.message(f"process {notice.pid} was stopped by somebody else", who)
+
+    def put_back(self) -> None:
+        """Put the trials of workers that have died back in the queue."""
+        from dfmerge_studies.storage import storage_errors
+        from dfmerge_studies.study.recovery import recover
+
+        for study in self._bars.studies:
+            try:
+                with storage_errors():
+                    recover(study, on_event=partial(self._bars.event, study.study_name))
+            except DFMergeError as error:  # the other workers will find the trial before their next one
+                self._bars.message(str(error))
+
+    def _follow(self, name: str, total: int) -> None:
+        from dfmerge_studies.study.session import stored_study
+
+        if name not in (study.study_name for study in self._bars.studies):
+            self._bars.follow(stored_study(self._specs[name]), self._specs[name].objective, total)

@@ -1,0 +1,130 @@
+"""The other side of `pool.py`: one worker process, under the orders of its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from dfmerge_studies.objective.problem import Progress, silent
+from dfmerge_studies.study.guards import STOP
+from dfmerge_studies.study.loop import Event
+from dfmerge_studies.study.pool import Orders, device_of, threads_each
+from dfmerge_studies.study.session import Session, open_study
+from dfmerge_studies.study.variants import baseline_specs
+
+Say = Callable[..., None]
+_PHASE_SECONDS = 0.25  # between two reports of how far a phase is
+
+
+def read_orders(line: str) -> Orders:
+    """Orders as the parent sent them.
+
+    Args:
+        line: the first line of standard input.
+    """
+    return Orders(**json.loads(line))
+
+
+@contextmanager
+def reporting() -> Iterator[Say]:
+    """Keep standard output for reports: what libraries print goes to standard error meanwhile.
+
+    Yields:
+        A function from a notice's kind and fields to nothing.
+    """
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as reports:
+        os.dup2(2, 1)
+        lock = threading.Lock()
+
+        def say(kind: str, **content: Any) -> None:
+            with lock:
+                try:
+                    reports.write(json.dumps({"kind": kind, **content}) + "\n")
+                    reports.flush()
+                except BrokenPipeError:
+                    pass  # the parent has died: standard input says so too
+
+        yield say
+
+
+def stop_with_parent() -> None:
+    """Stop this process, its trial handed back, when its standard input ends."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(STOP, interrupt)
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), STOP)
+
+    threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
+
+
+def serve(orders: Orders, say: Say) -> bool:
+    """Work as ordered: on the study, then on those of its baselines.
+
+    Args:
+        orders: from `read_orders`.
+        say: from `reporting`.
+
+    Returns:
+        Whether the work was not interrupted.
+    """
+    threads = threads_each(orders.workers)
+    torch.set_num_threads(threads)
+    spec = orders.spec
+    spec = spec.derive(device=device_of(spec.device, orders.index, torch.cuda.device_count()))
+    progress = _phases(say) if orders.phases else silent
+    session = open_study(spec, splits=orders.splits, progress=progress)
+    say("joined", threads=torch.get_num_threads(), device=str(session.problem.resident.device))
+    return all(
+        _work(each, orders.target if each is session else None, say, progress) for each in (session, *_others(session))
+    )
+
+
+def _others(session: Session) -> Iterator[Session]:
+    for spec in baseline_specs(session.spec):
+        yield open_study(spec, problem=session.problem)
+
+
+def _work(session: Session, target: int | None, say: Say, progress: Progress) -> bool:
+    session.merger.progress = progress
+    say("study", name=session.spec.name, total=session.total(target))
+
+    def report(event: Event) -> None:
+        say(
+            "trial",
+            study=session.spec.name,
+            event=event.kind,
+            number=event.number,
+            place=event.place,
+            values=event.values,
+            message=event.message,
+        )
+
+    return not session.run(target=target, on_event=report).interrupted
+
+
+def _phases(say: Say) -> Progress:
+    last = ("", 0.0)
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if what != last[0] or now - last[1] > _PHASE_SECONDS:
+            last = (what, now)
+            say("phase", what=what, done=done, total=total)
+
+    return show
