@@ -2,12 +2,13 @@
 
     python scripts/benchmark_scale.py --engines sqlite journal postgres --workers 1 4 8 --trials 64
     python scripts/benchmark_scale.py --engines sqlite --workers 4 --seconds 1      # trials that take a second each
-    python scripts/benchmark_scale.py --gp 50 100 200                               # seconds of one suggestion
+    python scripts/benchmark_scale.py --gp 50 100 200                               # CPU seconds of one suggestion
 
 Every worker is a process that calls `study.loop.work`, as `dfmerge run` does, with random proposals and an objective
 that costs nothing, or sleeps.  The clock runs from the moment when all have joined to the end of the last.  Statements
-are those that the workers send to the database, transactions' begin and end aside.  `postgres` starts a server on
-loopback, `grpc` a storage proxy in front of it; both come from the test fixtures.
+are those that the workers send to the database, transactions' begin and end aside.  CPU seconds are the workers' own,
+so they mean something on a busy machine too; their reciprocal is the most that one core gives.  `postgres` starts a
+server on loopback, `grpc` a storage proxy in front of it; both come from the test fixtures.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def worker(settings: dict[str, Any]) -> None:
         time.sleep(settings["seconds"])
         return TrialResult((sum(point.values()),), {"tasks": point, "seconds": {"merge": 0.0}, "coefficients": point})
 
+    begun = time.process_time()
     summary = work(study, space, evaluate, target=settings["trials"])
-    print(json.dumps({"completed": summary.completed, "statements": statements}), flush=True)
+    used = time.process_time() - begun
+    print(json.dumps({"completed": summary.completed, "statements": statements, "cpu": used}), flush=True)
 
 
 @contextlib.contextmanager
@@ -118,12 +121,13 @@ def measure(engine: str, workers: int, trials: int, seconds: float, coefficients
         "seconds": round(elapsed, 2),
         "trials_per_second": round(rate, 2),
         "ideal": round(workers / seconds, 2) if seconds else None,
+        "cpu_per_trial": round(sum(report["cpu"] for report in reports) / trials, 4),
         "statements_per_trial": round(sum(report["statements"] for report in reports) / trials, 1) or None,
     }
 
 
 def suggestion_seconds(trials: int, coefficients: int) -> float:
-    """Seconds that the Gaussian process takes for one suggestion after so many completed trials."""
+    """CPU seconds that the Gaussian process takes for one suggestion after so many completed trials."""
     import optuna
 
     from dfmerge_studies.search import Space, make_sampler
@@ -138,9 +142,9 @@ def suggestion_seconds(trials: int, coefficients: int) -> float:
         trial = points.ask(space.distributions())
         points.tell(trial, -sum((value - 0.4) ** 2 for value in trial.params.values()))
     study.add_trials(points.trials)
-    begun = time.perf_counter()
+    begun = time.process_time()
     study.ask(space.distributions())
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def main() -> None:

@@ -165,6 +165,7 @@ class _Worker:
         self.raised = raised
         self.storage = at.storage_of(study)
         self.objectives = len(study.directions)
+        self.constraints: int | None = None  # how many the study's trials have, once one is complete
         self.completed = 0
         self.failed = 0
         self.exhausted = False
@@ -270,12 +271,13 @@ class _Worker:
         except InputError as error:  # other software queued the point
             self._failed(trial, coefficients, error)
             return None
-        earlier = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        constraints = len(earlier[0].constraints) if earlier else None
+        if self.constraints is None:
+            earlier = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            self.constraints = len(earlier[0].constraints) if earlier else None
         try:
             with self.interrupts.allowed():
                 result = self.evaluate(dict(coefficients), place_of(trial))
-            self._check(result, constraints)
+            self._check(result, self.constraints)
         except (RunError, MemoryError) as error:
             self._failed(trial, coefficients, error)
             return None

@@ -103,7 +103,8 @@ def requeue(study: optuna.Study, on_event: OnEvent | None = None) -> int:
     Returns:
         The number of trials put back.
     """
-    back = at.owed(study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    back = at.owed(trials)
     for trial in back:
         point = at.point_of(trial) or {}
         study.enqueue_trial(
@@ -112,7 +113,7 @@ def requeue(study: optuna.Study, on_event: OnEvent | None = None) -> int:
         )
         if on_event is not None:
             on_event(Event("recovered", trial.number, place_of(trial), point))
-    for trial in at.duplicates(study.get_trials(deepcopy=False)):
+    for trial in at.duplicates(study.get_trials(deepcopy=False) if back else trials):
         fail(study, at.id_of(trial), {DROPPED: True})
     return len(back)
 
