@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dfmerge_studies.cli import cache, inspect, models, run, workers
+from dfmerge_studies.cli import cache, compare, inspect, models, run, workers
 from dfmerge_studies.errors import DFMergeError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command("merge")(models.merge)
 app.command("fisher")(models.fisher)
 app.command("evaluate")(models.evaluate)
 app.command("export")(models.export)
+app.command("compare")(compare.compare)
 app.command("validate")(inspect.validate)
 app.add_typer(cache.app, name="cache")
 

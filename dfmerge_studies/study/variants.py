@@ -43,13 +43,19 @@ VARIANTS: Mapping[str, Variant] = {
     variant.name: variant
     for variant in (
         *(Variant(name, name) for name in METHODS),
+        Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
         Variant(NO_SEARCH, "df-merge", first=True),
     )
 }
 
-# The ablation takes one thing at a time away from df-merge (the paper's Table 3): the Fisher information follows the
-# coefficients; it is there at all; the coefficients are searched; both; expected improvement proposes them.
-ABLATION = ("df-merge", "df-merge-static", "gta", NO_SEARCH, "fisher")
+# The ablation takes one thing at a time away from df-merge (the paper's Table 3): its rows are rows of the comparison.
+ABLATION: Mapping[str, str] = {
+    "df-merge": "df-merge",
+    "df-merge-static": "static Fisher (df-merge-static)",
+    "gta": "no Fisher (gta)",
+    NO_SEARCH: "no search (1/M)",
+    "fisher": "no search, static Fisher (fisher)",
+}
 
 
 def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False) -> list[Variant]:
@@ -57,7 +63,7 @@ def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: b
 
     Args:
         spec: what is compared on; a variant that is what the spec says anyway is left out unless it is named.
-        names: which ones, in the order of the table; None for all that are installed.
+        names: which ones, in the order of the table; None for all that are installed and go with the spec.
         ablation: the rows of the ablation instead of all.
 
     Raises:
@@ -65,7 +71,7 @@ def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: b
     """
     if names is None:
         every = [VARIANTS[name] for name in (ABLATION if ablation else VARIANTS)]
-        return [v for v in every if v.installed and (ablation or not v.first) and not _says_nothing(spec, v)]
+        return [v for v in every if v.installed and (ablation or not v.first) and _adds_a_row(spec, v)]
     for name in names:
         if name not in VARIANTS:
             mend = did_you_mean(name, VARIANTS) or f"The methods are {', '.join(VARIANTS)}"
@@ -119,9 +125,13 @@ def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, Stu
     return plain, spec.derive(**shared, **changes)
 
 
-def _says_nothing(spec: StudySpec, variant: Variant) -> bool:
-    """Whether a variant's settings are the spec's own, so that it is the row of its method once more."""
-    return bool(variant.changes) and _same(*_specs(spec, variant, spec.search.seed))
+def _adds_a_row(spec: StudySpec, variant: Variant) -> bool:
+    """Whether a variant goes with the spec and says something else than the row of its method."""
+    try:
+        plain, own = _specs(spec, variant, spec.search.seed)
+    except InputError:  # upper confidence bounds for several objectives, say
+        return False
+    return not variant.changes or not _same(plain, own)
 
 
 def _same(one: StudySpec, other: StudySpec) -> bool:

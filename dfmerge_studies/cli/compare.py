@@ -1,0 +1,145 @@
+"""`compare`: methods side by side, each a study per seed."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfmerge_studies.cli import common
+from dfmerge_studies.cli.bars import TrialBars
+from dfmerge_studies.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.comparison import Comparison, Planned
+    from dfmerge_studies.study.loop import Summary
+    from dfmerge_studies.study.session import Session
+
+_WIDE = 240  # columns of a table that goes to a file: it is never folded
+
+
+def compare(
+    spec: common.SpecArgument = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="A,B,...", help="What to compare; all by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="K", min=1, help="Seeds, from the spec's own upwards.")] = 1,
+    split: Annotated[
+        str | None, typer.Option("--split", help="validation or test; test by default, where every task has one.")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="What df-merge loses without each of its parts, instead of all methods.")
+    ] = False,
+    multi_task: Annotated[
+        str | None, typer.Option("--multi-task", metavar="DIR", help="A model fine-tuned on all tasks, as a row.")
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Total of trials of every method that searches.")
+    ] = None,
+    storage: common.StorageOption = None,
+    device: common.DeviceOption = None,
+    cache: common.CacheOption = None,
+    overrides: common.SetOption = None,
+    json: common.JsonOption = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print one line per row and task, for other programs.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
+) -> None:
+    """Run what is missing of the methods' studies, and print them side by side."""
+    if json + csv + latex > 1:
+        raise InputError("--json, --csv and --latex cannot be used together", where="compare", mend="Choose one")
+    if ablation and methods is not None:
+        raise InputError("--ablation names its methods itself", where="--methods", mend="Leave one of the two out")
+    settings = common.load_spec(
+        spec, overrides, storage=storage, device=device, cache=cache, multi_task=_model(multi_task)
+    )
+    common.check_early(settings, storage=True)
+    if settings.multi_task is not None:
+        from dfmerge_studies.objective.preflight import check_model
+
+        where = "--multi-task" if multi_task is not None else settings.where("multi_task")
+        check_model(settings.multi_task, root=settings.root, where=where)
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    found = _compare(settings, names, seeds=seeds, split=split, trials=trials, ablation=ablation)
+    if found.interrupted:
+        common.messages().print("interrupted: nothing is lost, the same command goes on")
+        if json:
+            _tell(found, ablation=ablation, form="json")
+        raise typer.Exit(130)
+    _tell(found, ablation=ablation, form="json" if json else "csv" if csv else "latex" if latex else "")
+    for entry in found.failed:
+        common.messages().print(f"{entry.study} failed: {entry.error}", markup=False, soft_wrap=True)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _model(given: str | None) -> str | None:
+    """A folder is meant from the working directory, unlike in the spec; anything else is a Hub id."""
+    return str(Path(given).resolve()) if given is not None and Path(given).exists() else given
+
+
+def _compare(
+    spec: StudySpec, names: list[str] | None, *, seeds: int, split: str | None, trials: int | None, ablation: bool
+) -> Comparison:
+    """Run the comparison under bars, one of loading and one of trials in turn: two cannot be drawn at once."""
+    with ExitStack() as loading:
+        show: Progress | None = None
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal show
+            if show is None:
+                show = loading.enter_context(common.progress_bar())
+            show(what, done, total)
+
+        def work(session: Session, total: int, planned: Planned) -> Summary:
+            nonlocal show
+            loading.close()
+            show = None
+            return _work(session, total, planned)
+
+        common.quiet_libraries()
+        progress("starting", 0, 1)
+        from dfmerge_studies.study import comparison
+
+        return comparison.compare(
+            spec, names, seeds=seeds, split=split, trials=trials, ablation=ablation, work=work, progress=progress
+        )
+
+
+def _work(session: Session, total: int, planned: Planned) -> Summary:
+    """Run one study under a bar, and say at once if it fails: the comparison goes on without it."""
+    common.messages().print(f"study {planned.number} of {planned.of}: {planned.spec.name}", markup=False)
+    try:
+        with TrialBars() as bars:
+            bars.follow(session.study, session.spec.objective, total)
+            session.merger.progress = bars.phase
+            return session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
+    except RunError as error:
+        common.messages().print(f"{planned.spec.name} failed, going on: {error}", markup=False, soft_wrap=True)
+        raise
+
+
+def _tell(found: Comparison, *, ablation: bool, form: str) -> None:
+    from dfmerge_studies.report import renderings
+    from dfmerge_studies.report.comparison import standings
+    from dfmerge_studies.study.variants import ABLATION
+
+    table = standings(found, found.splits[-1])
+    labels = ABLATION if ablation else {}
+    if form == "json":
+        common.print_json(renderings.standings_json(table, found))
+    elif form == "csv":
+        typer.echo(renderings.standings_csv(table), nl=False)
+    elif form == "latex":
+        typer.echo(renderings.standings_latex(table, labels), nl=False)
+    else:
+        title = f"{found.study}: {table.split} accuracy in percent"
+        out = common.output()
+        if not out.is_terminal:
+            out.width = _WIDE
+        out.print(renderings.standings_table(table, labels, title=title))
+        for note in renderings.notes(table):
+            out.print(note, markup=False)

@@ -1,0 +1,235 @@
+"""A comparison's table as text for the terminal, JSON, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from dfmerge_studies.report.comparison import MEAN, OURS, SIGNIFICANT, Cell, Standing, Standings
+from dfmerge_studies.study.comparison import Comparison
+
+_STYLES = {1: "bold", 2: "underline"}
+_LATEX = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
+CSV_COLUMNS = (
+    "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
+    "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error",
+)  # fmt: skip
+
+
+def standings_table(found: Standings, labels: Mapping[str, str], *, title: str) -> Table:
+    """Scores in points (of 100) for the terminal: the best of every column bold, the second underlined.
+
+    The spread over seeds stands at the mean only, so that many tasks fit; the other forms have it for every task.
+
+    Args:
+        found: the numbers.
+        labels: what to call a row instead of by its method's name.
+        title: of the table.
+    """
+    spreads, starred = len(found.seeds) > 1, any(row.star for row in found.rows)
+    columns = ["", *found.tasks, MEAN, *([""] if spreads else []), "largest drop", "trials", "seconds"]
+    lines = []
+    for row in found.rows:
+        cells = [Text(_label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
+        for column in (*found.tasks, MEAN):
+            mean, std = _numbers(row, column) or ("-", "")
+            cells.append(Text(mean, style=_STYLES.get(found.ranks[column].get(row.method, 0), "")))
+        if spreads:
+            cells.append(Text(f"± {std}" if std else "").append("*" if row.star else " " if starred else ""))
+        drop = "-" if row.drop is None else f"{row.drop[1]:+.1f} {row.drop[0]}"
+        drop = "failed" if row.errors and not row.cells else drop
+        lines.append([*cells, Text(drop), Text(_trials(row)), Text(_seconds(row))])
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for number, name in enumerate(columns):
+        # Names fold where the terminal is narrow; numbers are never cut.
+        width = max(len(name), *(len(line[number]) for line in lines)) if number else None
+        table.add_column(name, justify="right" if number else "left", min_width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def notes(found: Standings) -> list[str]:
+    """What the table does not say by itself, one line each.
+
+    Args:
+        found: the numbers.
+    """
+    seeds = len(found.seeds)
+    if seeds > 1:
+        lines = [f"mean and standard deviation over {seeds} seeds, {found.seeds[0]} to {found.seeds[-1]}"]
+    else:
+        lines = [f"seed {found.seeds[0]} only: no spread and no test, which more --seeds give"]
+    if any(row.p is not None for row in found.rows):
+        test = f"paired one-sided t-test of the means over {seeds} seeds, p < {SIGNIFICANT}"
+        starred = any(row.star for row in found.rows)
+        lines.append(f"* {OURS} is better ({test})" if starred else f"{OURS} is better than no row ({test})")
+    lines.append("largest drop: points that the worst task loses against its own expert")
+    lines.append("trials and seconds: per seed; Fishers from the cache cost no time")
+    return lines
+
+
+def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
+    """The table for `--json`; scores stay 0..1.
+
+    Args:
+        found: the numbers.
+        comparison: what they were made from.
+    """
+    return {
+        "study": found.study,
+        "split": found.split,
+        "seeds": list(found.seeds),
+        "storage": comparison.storage,
+        "interrupted": comparison.interrupted,
+        "rows": [_row_json(found, row) for row in found.rows],
+    }
+
+
+def standings_csv(found: Standings) -> str:
+    """One line per row and task, and one per row for the mean; scores stay 0..1, in full precision.
+
+    Args:
+        found: the numbers.
+    """
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in found.rows:
+        for task in (*found.tasks, MEAN):
+            cell = row.cells.get(task)
+            writer.writerow(
+                {
+                    "split": found.split,
+                    "method": row.method,
+                    "merged": int(row.compete),
+                    "task": task,
+                    "mean": cell.mean if cell else None,
+                    "std": cell.std if cell else None,
+                    "seeds": _seeds(row),
+                    "rank": found.ranks[task].get(row.method),
+                    "p": row.p,
+                    "star": int(row.star),
+                    "drop_points": row.drop[1] if row.drop else None,
+                    "drop_task": row.drop[0] if row.drop else None,
+                    "trials": fmean(entry.trials for entry in row.entries) if row.entries else None,
+                    "seconds": fmean(entry.seconds for entry in row.entries) if row.entries else None,
+                    **{f"fishers_{kind}": count for kind, count in _fishers(row).items() if row.entries},
+                    "error": " | ".join(row.errors),
+                }
+            )
+    return out.getvalue()
+
+
+def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
+    r"""A tabular for a paper: `\textbf` the best, `\underline` the second, a star as in the terminal's table.
+
+    Args:
+        found: the numbers.
+        labels: what to call a row instead of by its method's name.
+    """
+    columns = [*found.tasks, MEAN, "largest drop", "trials"]
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        *(f"% {_escape(note)}" for note in notes(found)),
+        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"\toprule",
+        " & ".join(["", *map(_escape, columns)]) + r" \\",
+        r"\midrule",
+    ]
+    for before, row in zip([None, *found.rows], found.rows, strict=False):
+        if before is not None and row.compete != before.compete:
+            lines.append(r"\midrule")
+        cells = [_escape(_label(row, labels, len(found.seeds)))]
+        cells += [_latex_cell(found, row, column) for column in (*found.tasks, MEAN)]
+        cells.append("--" if row.drop is None else f"${row.drop[1]:+.1f}$ {_escape(row.drop[0])}")
+        cells.append(_trials(row).replace("-", "--"))
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
+    mean = row.cells.get(MEAN)
+    return {
+        "method": row.method,
+        "merged": row.compete,
+        "seeds": _seeds(row),
+        "tasks": {task: _cell_json(row.cells[task]) for task in found.tasks if task in row.cells},
+        "mean": mean.mean if mean else None,
+        "std": mean.std if mean else None,
+        "ranks": {column: ranks[row.method] for column, ranks in found.ranks.items() if row.method in ranks},
+        "p": row.p,
+        "star": row.star,
+        "drop": {"task": row.drop[0], "points": row.drop[1]} if row.drop else None,
+        "trials": fmean(entry.trials for entry in row.entries) if row.entries else None,
+        "seconds": fmean(entry.seconds for entry in row.entries) if row.entries else None,
+        "fishers": _fishers(row) if row.entries else None,
+        "studies": [
+            {
+                "study": entry.study,
+                "seed": entry.seed,
+                "trial": entry.trial,
+                "coefficients": dict(entry.coefficients),
+                "tasks": dict(entry.scores[found.split]),
+            }
+            for entry in row.entries
+        ],
+        "errors": list(row.errors),
+    }
+
+
+def _cell_json(cell: Cell) -> dict[str, float | None]:
+    return {"mean": cell.mean, "std": cell.std}
+
+
+def _seeds(row: Standing) -> int:
+    """How many seeds the numbers rest on."""
+    return len(row.entries) if row.compete else len(row.by_seed)
+
+
+def _fishers(row: Standing) -> dict[str, int]:
+    return {kind: sum(entry.fishers[kind] for entry in row.entries) for kind in ("computed", "cached")}
+
+
+def _label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
+    name = labels.get(row.method, row.method)
+    return f"{name} ({len(row.entries)} of {seeds} seeds)" if row.errors and row.entries else name
+
+
+def _numbers(row: Standing, column: str) -> tuple[str, str] | None:
+    """Mean and standard deviation in points; no deviation for what no seed can change."""
+    cell = row.cells.get(column)
+    if cell is None:
+        return None
+    spread = cell.std is not None and (row.compete or cell.std > 0)
+    return f"{100 * cell.mean:.1f}", f"{100 * (cell.std or 0):.1f}" if spread else ""
+
+
+def _latex_cell(found: Standings, row: Standing, column: str) -> str:
+    numbers = _numbers(row, column)
+    if numbers is None:
+        return "--"
+    value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % numbers[0]
+    star = "$^{*}$" if column == MEAN and row.star else ""
+    return value + star + (rf" {{\scriptsize $\pm$ {numbers[1]}}}" if numbers[1] else "")
+
+
+def _trials(row: Standing) -> str:
+    counts = sorted({entry.trials for entry in row.entries})
+    return "-".join(str(count) for count in (counts[:1] + counts[1:][-1:])) or "-"
+
+
+def _seconds(row: Standing) -> str:
+    return f"{fmean(entry.seconds for entry in row.entries):.1f}" if row.entries else "-"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([_%#&${}])", r"\\\1", text)
