@@ -48,6 +48,20 @@ class RunError(DFMergeError):
     exit_code = 1
 
 
+def out_of_memory(error: BaseException) -> RunError | None:
+    """The error to show where memory ran out, on any device; None for an error of another kind.
+
+    Args:
+        error: what was raised.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for torch's own without importing it
+    words = ("not enough memory", "can't allocate memory")  # torch on a CPU raises no type of its own
+    lacking = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    if not kinds & {"MemoryError", "OutOfMemoryError"} and not lacking:
+        return None
+    return RunError("out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16")
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str | None:
     """A question that names the nearest of the known names, None where none is near.
 

@@ -12,7 +12,10 @@ from typing import Annotated
 import typer
 
 from dfmerge_studies.cli import cache, compare, inspect, models, run, workers
-from dfmerge_studies.errors import DFMergeError
+from dfmerge_studies.errors import DFMergeError, InputError
+from dfmerge_studies.ranks import launched, launched_rank
+
+SHARED = frozenset({"run", "merge", "fisher", "evaluate", "export"})  # commands whose work launched processes share
 
 app = typer.Typer(
     help="Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies.",
@@ -61,12 +64,19 @@ def _tell_usage(error: typer.BadParameter) -> int:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (anywhere on the line).")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies."""
+    command = context.invoked_subcommand
+    if launched() > 1 and command not in SHARED:
+        raise InputError(
+            f"{command} is work for one process, but a launcher started {launched()}",
+            mend="Start it without accelerate launch or torchrun",
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
     except DFMergeError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        rank = launched_rank()  # one that follows another has only errors of its own to tell
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

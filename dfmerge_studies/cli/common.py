@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.ranks import Ranks
     from dfmerge_studies.spec import StudySpec
 
 SpecArgument = Annotated[
@@ -73,7 +75,9 @@ def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, 
     Raises:
         InputError: the first problem.
     """
-    if storage:
+    from dfmerge_studies.ranks import launched_rank
+
+    if storage and launched_rank() == 0:
         from dfmerge_studies.storage import check_url, resolve_url
 
         check_url(resolve_url(spec.storage_url, spec.workdir), create=create)
@@ -81,6 +85,27 @@ def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, 
         from dfmerge_studies.objective.preflight import check_inputs
 
         check_inputs(spec)
+
+
+def join_ranks(spec: StudySpec) -> Ranks:
+    """Join the processes that a launcher started together with this one; one process by itself is one rank.
+
+    Only the leader returns.  The others work for it, print nothing, and end when it does.
+
+    Args:
+        spec: names the device.
+    """
+    from dfmerge_studies.ranks import SOLO, Group, launched
+
+    if launched() == 1:
+        return SOLO
+    quiet_libraries()
+    group = Group(spec.device)
+    atexit.register(group.leave)  # however the command ends, the others end with it
+    if not group.leader:
+        group.follow()
+        raise typer.Exit(0)
+    return group
 
 
 def again(file: Path | None, *, storage: str | None, overrides: list[str] | None) -> str:

@@ -51,7 +51,8 @@ def merge(
 
         row = METHODS[settings.method]
         check_drop_rate(row, drop_rate, "--drop-rate")
-        merger = Merger(load_problem(settings, progress=progress), row, spec_cache(settings), progress=progress)
+        problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
+        merger = Merger(problem, row, spec_cache(settings), progress=progress)
         digest, outcome = export_merge(merger, settings, Merged(row.name, point, drop_rate), out, force=force)
     result = {
         "out": str(out),
@@ -97,7 +98,7 @@ def fisher(
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.study.session import spec_cache
 
-        problem = load_problem(settings, progress=progress)
+        problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         method = METHODS[settings.method]  # which may prescribe an estimator
         method = method if method.estimator else METHODS["df-merge"]
         merger = Merger(problem, method, spec_cache(settings), progress=progress)
@@ -142,7 +143,7 @@ def evaluate(
         common.quiet_libraries()
         from dfmerge_studies.objective.evaluate import evaluate_model
 
-        tasks = evaluate_model(settings, model, split, progress=progress)
+        tasks = evaluate_model(settings, model, split, progress=progress, ranks=common.join_ranks(settings))
     mean = sum(float(entry["score"]) for entry in tasks.values()) / len(tasks)
     if json:
         common.print_json({"model": model, "split": split, "tasks": tasks, "mean": mean})
@@ -180,8 +181,9 @@ def export(
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.study.session import find_trial, open_study, stored_study
 
+        ranks = common.join_ranks(settings)
         found = find_trial(stored_study(settings), settings, trial)
-        session = open_study(settings, progress=progress)
+        session = open_study(settings, progress=progress, ranks=ranks)
         exported = export_trial(session, found, out, force=force, shard_size=shard_size)
     result = {"out": str(out), "study": settings.name, "trial": found.number, **exported}
     if json:

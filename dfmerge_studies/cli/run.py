@@ -11,6 +11,7 @@ from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.cli.workers import is_complete, run_pool, total_of
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.ranks import launched
 
 if TYPE_CHECKING:
     import optuna
@@ -40,6 +41,12 @@ def run(
         raise InputError(
             "--trials and --add cannot be used together", where="--add", mend="Give the total, or what to add to it"
         )
+    if workers > 1 and launched() > 1:
+        raise InputError(
+            f"--workers cannot be used in a group of {launched()} launched processes, which are one worker together",
+            where="--workers",
+            mend="Leave it out, or start run without accelerate launch or torchrun",
+        )
     settings = common.load_spec(
         spec,
         overrides,
@@ -64,7 +71,8 @@ def run(
         progress("starting", 0, 1)
         from dfmerge_studies.study.session import open_study
 
-        session = open_study(settings, splits=splits, progress=progress)
+        ranks = common.join_ranks(settings)
+        session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
     total = trials
     if add is not None:
         total = session.total() + add

@@ -30,6 +30,7 @@ from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.capture import Capture
 from dfmerge_studies.importance.nodes import NodeCapture, spread
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
 from dfmerge_studies.tasks.scoring import (
@@ -102,6 +103,7 @@ def diagonal_fisher(
     autocast: torch.dtype | None = None,
     compact: bool = False,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
 ) -> FisherResult:
     """Diagonal Fisher information, the mean over the inputs.
 
@@ -118,6 +120,7 @@ def diagonal_fisher(
         autocast: run the model in mixed precision of this dtype.
         compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
         progress: called with the number of inputs done since the last call.
+        ranks: processes that share the inputs; the values are right on the leader, and of no use on the others.
 
     Raises:
         InputError: no inputs, a missing label, an unknown estimator or name, or a module that cannot be handled.
@@ -125,24 +128,34 @@ def diagonal_fisher(
     """
     if not examples:
         raise InputError("there are no inputs to compute the Fisher information from", mend="Check samples and limit")
-    result = fisher_sum(
-        model,
-        kind,
-        examples,
-        pad_id=pad_id,
-        names=names,
-        estimator=estimator,
-        draws=sampling_draws(len(examples), generator) if _draws(estimator) else None,
-        row_budget=row_budget,
-        accumulate_dtype=accumulate_dtype,
-        autocast=autocast,
-        progress=progress,
-    )
-    for total in result.values.values():
-        total.div_(result.samples)
-    if compact:
-        return result
-    return FisherResult(whole(model, result.values, estimator=estimator, names=names), result.samples)
+    draws = sampling_draws(len(examples), generator) if _draws(estimator) else None
+    share = ranks.shares([_rows_times_tokens(example, kind) for example in examples])[ranks.rank]
+    result = FisherResult({}, 0)
+
+    def compute() -> int:
+        nonlocal result
+        result = fisher_sum(
+            model,
+            kind,
+            [examples[i] for i in share],
+            pad_id=pad_id,
+            names=names,
+            estimator=estimator,
+            draws=draws[share] if draws is not None else None,
+            row_budget=row_budget,
+            accumulate_dtype=accumulate_dtype,
+            autocast=autocast,
+            progress=progress,
+            ranks=ranks,
+        )
+        return result.samples
+
+    samples = sum(ranks.agreed(compute))
+    values = result.values
+    ranks.sum_on_leader_(values[name] for name in sorted(values))
+    for total in values.values():
+        total.div_(samples)
+    return FisherResult(values if compact else whole(model, values, estimator=estimator, names=names), samples)
 
 
 def whole(
@@ -196,6 +209,7 @@ def fisher_sum(
     accumulate_dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
 ) -> FisherResult:
     """Sums instead of means, for inputs that are shared out: add `values` and `samples` of the shares, then divide.
 
@@ -213,6 +227,7 @@ def fisher_sum(
         accumulate_dtype: precision of products and sums.
         autocast: run the model in mixed precision of this dtype.
         progress: called with the number of inputs done since the last call.
+        ranks: whose held signals are looked at between chunks; nothing is added up over them here.
 
     Raises:
         InputError: a missing label, an unknown estimator or name, draws that do not match the inputs, or a module that
@@ -241,6 +256,7 @@ def fisher_sum(
     chunk_of = {Kind.TEXT_TO_TEXT: _text_to_text, Kind.CAUSAL: _causal, Kind.CLASSIFICATION: _classification}[kind]
     with capture.attached(), torch.no_grad():
         for chunk in length_batches(examples, kind, row_budget, _rows_times_tokens):
+            ranks.check()
             with autocasting(model, autocast):
                 chunk_of(job, capture, chunk)
                 capture.end_chunk()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,13 +29,26 @@ from dfmerge_studies.objective.problem import (
     silent,
 )
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
 
 
+@dataclass(frozen=True)
+class _Evaluate:
+    """`evaluate_model` on the other ranks."""
+
+    spec: StudySpec
+    reference: str
+    split: str
+
+    def __call__(self, memory: dict[str, Any]) -> None:
+        evaluate_model(self.spec, self.reference, self.split, ranks=memory["ranks"])
+
+
 def evaluate_model(
-    spec: StudySpec, reference: str, split: str, *, progress: Progress = silent
+    spec: StudySpec, reference: str, split: str, *, progress: Progress = silent, ranks: Ranks = SOLO
 ) -> dict[str, dict[str, float | int | str]]:
     """Scores of a model on every task of a spec.
 
@@ -44,6 +59,7 @@ def evaluate_model(
         reference: directory (relative to the working directory), Hub id, or adapter on the spec's base.
         split: "validation" or "test".
         progress: told how far it is.
+        ranks: processes that share the inputs.
 
     Returns:
         Per task: `score` in 0..1, `metric`, and `n`, the number of inputs.
@@ -51,9 +67,17 @@ def evaluate_model(
     Raises:
         InputError: the model cannot be loaded or does not fit the tasks.
     """
+    return ranks.everywhere(
+        _Evaluate(spec, reference, split), lambda: _evaluate(spec, reference, split, progress, ranks)
+    )
+
+
+def _evaluate(
+    spec: StudySpec, reference: str, split: str, progress: Progress, ranks: Ranks
+) -> dict[str, dict[str, float | int | str]]:
     found = find_checkpoints(spec)
     checkpoint = resolve(reference, root=Path.cwd(), where="--model", trust_remote_code=spec.trust_remote_code)
-    dtype, device = getattr(torch, spec.dtype), choose_device(spec)
+    dtype, device = getattr(torch, spec.dtype), choose_device(spec, ranks)
     progress("loading", 0, 1)
     if checkpoint.is_adapter:
         model, missing = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype), frozenset[str]()
@@ -84,6 +108,7 @@ def evaluate_model(
             pad_id=padding_id(tokenizer),
             token_budget=spec.token_budget,
             progress=counted(progress, f"{task}: {split}", len(examples)),
+            ranks=ranks,
         )
         score = accuracy(predict(losses), examples)
         results[task] = {"score": score, "metric": settings.metric, "n": len(examples)}

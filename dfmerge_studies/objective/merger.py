@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
-from dfmerge_studies.errors import RunError
+from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
 from dfmerge_studies.importance.fisher import Estimator, diagonal_fisher, whole
 from dfmerge_studies.importance.nodes import masks_of
@@ -25,12 +27,16 @@ from dfmerge_studies.methods import (
     coefficient_range,
     importance_coefficient,
 )
+from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.problem import Problem, Progress, counted, silent
 from dfmerge_studies.params import float_parameters
-from dfmerge_studies.spec import check_coefficients
+from dfmerge_studies.spec import StudySpec, check_coefficients
 from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.transforms import Prepared
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -39,11 +45,45 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error):
+        lacking = out_of_memory(error)
+        if lacking is None:
             raise
-        raise RunError(
-            "out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16"
-        ) from error
+        raise lacking from error
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of a merger's method on the other ranks, with what tells its problem from the one that was loaded."""
+
+    spec: StudySpec
+    indices: dict[str, list[int]]
+    method: str
+    name: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self, memory: dict[str, Any]) -> None:
+        if memory.get("merger", (None, None))[0] != (self.spec, self.indices, self.method):
+            problem = derive_problem(memory["problem"], self.spec, indices=self.indices)
+            merger = Merger(problem, METHODS[self.method], None)
+            memory["merger"] = (self.spec, self.indices, self.method), merger  # one: each may hold task vectors
+        getattr(memory["merger"][1], self.name)(*self.arguments, **self.keywords)
+
+
+def _everywhere(function: Callable[Concatenate[Merger, P], R]) -> Callable[Concatenate[Merger, P], R]:
+    """What is called on the leader is called on every rank, so that all have the same weights in their model."""
+
+    @functools.wraps(function)
+    def call(self: Merger, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        problem = self.problem
+        if problem.ranks.size == 1:
+            return function(self, *arguments, **keywords)
+        command = _Call(
+            problem.spec, problem.fisher_indices(), self.method.name, function.__name__, arguments, keywords
+        )
+        return problem.ranks.everywhere(command, lambda: function(self, *arguments, **keywords))
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -101,6 +141,7 @@ class Merger:
         self.progress = progress
         self.estimator = check_importance(problem, method)
 
+    @_everywhere
     def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
         """Merge at the given coefficients and score every task's validation inputs.
 
@@ -117,6 +158,7 @@ class Merger:
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
         return Outcome(tasks, seconds, merged.computed, merged.cached)
 
+    @_everywhere
     @memory_errors()
     def merge_(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
         """Write the merged weights into the resident model, without scoring them.
@@ -151,6 +193,7 @@ class Merger:
         seconds["merge"] += time.perf_counter() - start
         return Outcome({}, seconds, computed, cached)
 
+    @_everywhere
     @memory_errors()
     def importance(
         self, index: int, coefficient: float, *, names: Sequence[str] | None = None
@@ -167,10 +210,11 @@ class Merger:
         Returns:
             The values by parameter name, and whether they came from the cache.
         """
-        resident = self.problem.resident
+        resident, ranks = self.problem.resident, self.problem.ranks
         names = list(resident.names if names is None else names)
         key = self.fisher_key(index, coefficient, names)
-        stored = self.cache.get(key) if self.cache is not None else None
+        cache = self.cache  # the leader's; what it has or lacks, all have or lack
+        stored = ranks.from_leader(lambda: cache.get(key) if cache is not None else None)
         if stored is not None:
             return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
         resident.load_scaled_(index, coefficient)
@@ -190,15 +234,22 @@ class Merger:
                 row_budget=self.problem.spec.importance.row_budget,
                 compact=True,
                 progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
+                ranks=ranks,
             )
             for name, value in result.values.items():
                 values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
         # What is used now and what the cache gives later must be the same, or resuming would change the study.
         dtype = getattr(torch, self.problem.spec.importance.dtype)
-        rounded = {name: value.to(dtype) for name, value in values.items()}
-        if self.cache is not None:
-            self.cache.put(key, rounded)
-        return self._by_parameter(rounded, names), False
+
+        def keep() -> dict[str, Tensor]:
+            rounded = {name: value.to(dtype) for name, value in values.items()}
+            if cache is not None:
+                cache.put(key, rounded)
+            return rounded
+
+        kept = ranks.from_leader(keep)
+        assert kept is not None
+        return self._by_parameter(kept, names), False
 
     def fisher_key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
         """Identity of a Fisher.
@@ -236,6 +287,7 @@ class Merger:
             dtype=settings.dtype,
         )
 
+    @_everywhere
     def scores(self, split: str) -> dict[str, float]:
         """Score of the model as it stands on every task.
 
@@ -247,6 +299,7 @@ class Merger:
         """
         return {task: self.score(task, split) for task in self.problem.tasks}
 
+    @_everywhere
     @memory_errors()
     def score(self, task: str, split: str) -> float:
         """Score of the model as it stands on one task, 0..1.
@@ -264,9 +317,11 @@ class Merger:
             pad_id=self.problem.pad_id,
             token_budget=self.problem.spec.token_budget,
             progress=counted(self.progress, f"{task}: {split}", len(examples)),
+            ranks=self.problem.ranks,
         )
         return accuracy(predict(losses), examples)
 
+    @_everywhere
     def expert_scores(self, split: str) -> dict[str, float]:
         """Score of every task's own expert on it, by task; tasks without one are left out.
 
@@ -280,6 +335,7 @@ class Merger:
                 scores[expert.task] = self.score(expert.task, split)
         return scores
 
+    @_everywhere
     def base_scores(self, split: str) -> dict[str, float]:
         """Score of the base on every task, under the task's head where there are heads.
 

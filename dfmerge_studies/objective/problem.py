@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, head_classes, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.preflight import read_indices
+from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
@@ -109,6 +110,7 @@ class Problem:
         expert_digests: identity of every expert.
         reference_scores: what base, experts and other whole models score, by row and split, as far as it is known.
         known_digests: of the data, by split, as far as they are known.
+        ranks: the processes that have all this loaded and share the work.
     """
 
     spec: StudySpec
@@ -118,6 +120,7 @@ class Problem:
     pad_id: int
     base_digest: str
     expert_digests: dict[str, str]
+    ranks: Ranks = SOLO
     reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -195,23 +198,77 @@ def find_checkpoints(spec: StudySpec) -> Checkpoints:
     return Checkpoints(base, experts, kind)
 
 
+@dataclass(frozen=True)
+class _Load:
+    """`load_problem` on the other ranks."""
+
+    spec: StudySpec
+    indices: Mapping[str, list[int]] | None
+    splits: Sequence[str]
+
+    def __call__(self, memory: dict[str, Any]) -> None:
+        memory["problem"] = load_problem(self.spec, indices=self.indices, splits=self.splits, ranks=memory["ranks"])
+        memory.pop("merger", None)
+
+
 def load_problem(
-    spec: StudySpec, *, indices: Mapping[str, list[int]] | None = None, progress: Progress = silent
+    spec: StudySpec,
+    *,
+    indices: Mapping[str, list[int]] | None = None,
+    splits: Sequence[str] = (),
+    progress: Progress = silent,
+    ranks: Ranks = SOLO,
 ) -> Problem:
     """Load models and validation data of a spec.
 
     Args:
         spec: what to load.
         indices: Fisher inputs that a study has already fixed; otherwise the spec's own, otherwise a seeded draw.
+        splits: what is read now, besides "validation"; other splits are read when they are first asked for.
         progress: told of each step.
+        ranks: processes that load the same and share the work.
 
     Raises:
         InputError: anything that does not fit, before anything is computed.
     """
+
+    def load() -> Problem:
+        problem = _load_problem(spec, indices, progress, ranks)
+        for split in splits:
+            for task in spec.tasks:
+                problem.examples(task, split)
+        _check_alike(problem, splits)
+        return problem
+
+    return ranks.everywhere(_Load(spec, indices, splits), load)
+
+
+def _check_alike(problem: Problem, splits: Sequence[str]) -> None:
+    """Refuse ranks, on other machines perhaps, that have other models or data under the same names."""
+    if problem.ranks.size == 1:
+        return
+
+    def identity() -> dict[str, str]:
+        data = {f"{split} data of {t}": d for split in splits for t, d in problem.data_digests(split).items()}
+        return {"base": problem.base_digest, **problem.expert_digests, **data}
+
+    first, *others = problem.ranks.agreed(identity)
+    for rank, other in enumerate(others, 1):
+        different = [name for name in first if other.get(name) != first[name]]
+        if different:
+            raise InputError(
+                f"rank {rank} has another {', another '.join(different)} than rank 0",
+                mend="Give every machine the same files",
+            )
+
+
+def _load_problem(
+    spec: StudySpec, indices: Mapping[str, list[int]] | None, progress: Progress, ranks: Ranks
+) -> Problem:
     steps = len(spec.experts) + 2 + len(spec.tasks)
     progress("checking files", 0, steps)
     checkpoints = find_checkpoints(spec)
-    device, dtype = choose_device(spec), getattr(torch, spec.dtype)
+    device, dtype = choose_device(spec, ranks), getattr(torch, spec.dtype)
     digests = {name: model_digest(checkpoint) for name, checkpoint in checkpoints.experts.items()}
     base_digest = model_digest(checkpoints.base)
     wanted = indices or read_indices(spec)
@@ -240,18 +297,21 @@ def load_problem(
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher, everything)
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests)
+    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests, ranks)
 
 
-def choose_device(spec: StudySpec) -> torch.device:
+def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:
     """The device that a spec means.
 
     Args:
         spec: names a device, or "auto" (CUDA where there is one, else the CPU).
+        ranks: several ranks have a device each, which their launcher decided.
 
     Raises:
         InputError: it is not there.
     """
+    if ranks.device is not None:
+        return ranks.device
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(spec.device)

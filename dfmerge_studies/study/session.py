@@ -21,6 +21,7 @@ from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
+from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import (
@@ -196,7 +197,9 @@ class Session:
         path, row = find_model(self.spec, reference)
 
         def compute() -> dict[str, float]:
-            entries = evaluate_model(self.spec, str(path), split, progress=self.merger.progress)
+            entries = evaluate_model(
+                self.spec, str(path), split, progress=self.merger.progress, ranks=self.problem.ranks
+            )
             return {task: float(entry["score"]) for task, entry in entries.items()}
 
         return self.scores.shared(row, split, compute)
@@ -291,6 +294,7 @@ def open_study(
     problem: Problem | None = None,
     splits: Sequence[str] = ("validation",),
     progress: Progress = silent,
+    ranks: Ranks = SOLO,
 ) -> Session:
     """Create the study that a spec names, or join it.
 
@@ -301,6 +305,7 @@ def open_study(
         problem: models and data that are loaded already, of a spec with the same models and data.
         splits: what will be scored; each is read now, since a bad test split should not wait for the last trial.
         progress: told how far loading is.
+        ranks: processes that share the work of a trial; only their leader calls this.
 
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
@@ -318,7 +323,7 @@ def open_study(
     if stored is not None and spec.importance.indices is None:
         indices = stored.user_attrs.get(provenance.INDICES)
     if problem is None:
-        problem = load_problem(spec, indices=indices, progress=progress)
+        problem = load_problem(spec, indices=indices, splits=splits, progress=progress, ranks=ranks)
     else:
         problem = derive_problem(problem, spec, indices=indices)
     for split in splits:

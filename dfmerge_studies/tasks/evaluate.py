@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import can_fold, forward_losses
 
@@ -86,6 +87,7 @@ def choice_losses(
     token_budget: int = TOKEN_BUDGET,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
 ) -> list[list[float]]:
     """Losses of all choices of all inputs, in the order of `examples`.
 
@@ -97,6 +99,7 @@ def choice_losses(
         token_budget: tokens of one batch, the bound on memory.
         autocast: run the model in mixed precision of this dtype.
         progress: called with the number of inputs done since the last call.
+        ranks: processes that share the inputs; every one of them gets all losses.
 
     Returns:
         One list per input: a loss per choice, or per class.
@@ -104,17 +107,46 @@ def choice_losses(
     Raises:
         RunError: a loss is not finite; the message names the row.
     """
+
+    def compute(share: Sequence[int]) -> list[list[float]]:
+        return _own_losses(model, kind, examples, share, pad_id, token_budget, autocast, progress, ranks)
+
+    shares = ranks.shares([token_cost(example, kind) for example in examples])
+    found = ranks.agreed(lambda: compute(shares[ranks.rank]))
     results: list[list[float]] = [[] for _ in examples]
+    for share, part in zip(shares, found, strict=True):
+        if len(share) != len(part):
+            raise GroupError("the processes do not have the same number of inputs", mend="Give all the same data")
+        for i, losses in zip(share, part, strict=True):
+            results[i] = losses
+    return results
+
+
+def _own_losses(
+    model: nn.Module,
+    kind: Kind,
+    examples: Sequence[Encoded],
+    share: Sequence[int],
+    pad_id: int,
+    token_budget: int,
+    autocast: torch.dtype | None,
+    progress: Callable[[int], None] | None,
+    ranks: Ranks,
+) -> list[list[float]]:
+    """Losses of this rank's share, in its order."""
+    mine = [examples[i] for i in share]
+    results: list[list[float]] = [[] for _ in mine]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode():
-            folded = _folding_is_right(model, kind, examples, pad_id, autocast)
-            for batch in length_batches(examples, kind, token_budget):
-                chosen = [examples[i] for i in batch]
+            folded = _folding_is_right(model, kind, examples, pad_id, autocast)  # of all: ranks must do the same
+            for batch in length_batches(mine, kind, token_budget):
+                ranks.check()
+                chosen = [mine[i] for i in batch]
                 table = forward_losses(model, kind, chosen, pad_id=pad_id, autocast=autocast, folded=folded)
                 for i, losses in zip(batch, table.tolist(), strict=True):
-                    results[i] = _checked(examples[i], losses)
+                    results[i] = _checked(mine[i], losses)
                 if progress is not None:
                     progress(len(batch))
     finally:

@@ -1,0 +1,261 @@
+"""Several real processes as one worker: the same results as one process, and faults that end in good order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from optuna.trial import TrialState
+from safetensors.torch import load_file
+
+from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.merger import Merger
+from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.ranks import Ranks, launched
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.loop import results
+from dfmerge_studies.study.session import Session, open_study, stored_study
+from tests.project import Project, cli_environment, make_project
+from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
+
+CHILD = Path(__file__).with_name("ranks_child.py")
+ROOT = CHILD.parents[1]
+SIZES = {"t5": 13, "gpt2": 7, "bert": 1}  # validation rows: odd numbers, and fewer than ranks
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")  # which finds a free port by itself
+
+
+def launch(*command: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=cli_environment(PYTHONPATH=str(ROOT), **environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    output, errors = process.communicate(timeout=400)
+    return process.returncode, output, errors
+
+
+def trials(session: Session) -> list[Any]:
+    return [[t.params, t.values, t.user_attrs["tasks"], t.user_attrs["fishers"]] for t in results(session.study)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What two processes found in projects of all three kinds."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for family, rows in SIZES.items():
+        make_project(folder / family, family, rows=rows, samples=5, trials=4)
+    code, output, errors = done(
+        launch(*TORCHRUN, str(CHILD), json.dumps({"folder": str(folder), "families": list(SIZES)}), folder=folder)
+    )
+    assert code == 0, (output, errors)
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("family", SIZES)
+def test_fishers_of_two_ranks_are_those_of_one_process(
+    two: tuple[Path, dict[str, Any]], family: str, estimator: str
+) -> None:
+    folder = two[0] / family
+    spec = StudySpec.from_yaml(folder / "spec.yaml")
+    problem = load_problem(with_estimator(spec, estimator))
+    values, _ = Merger(problem, METHODS["df-merge"], None).importance(0, 0.7)
+    found = load_file(folder / f"{estimator}.safetensors")
+    assert found.keys() == values.keys()
+    difference = sum(float((found[name].double() - values[name].double()).square().sum()) for name in values)
+    norm = sum(float(value.double().square().sum()) for value in values.values())
+    assert norm > 0
+    assert (difference / norm) ** 0.5 < 1e-6  # sums in float32, in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SIZES)
+def test_a_study_on_two_ranks_has_the_trials_and_scores_of_one_process(
+    two: tuple[Path, dict[str, Any]], family: str
+) -> None:
+    folder, found = two[0] / family, two[1][family]
+    spec = StudySpec.from_yaml(folder / "spec.yaml").derive(storage="sqlite:///one.db", cache=".one")
+    session = open_study(spec)
+    session.run()
+    best = session.best()
+    assert best is not None
+    assert found["trials"] == json.loads(json.dumps(trials(session)))
+    assert found["test"] == session.trial_scores(best, "test")
+    assert found["experts"] == session.reference_scores("experts", "test")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SIZES)
+def test_all_ranks_end_with_the_same_weights_bit_by_bit(two: tuple[Path, dict[str, Any]], family: str) -> None:
+    folder, found = two[0] / family, two[1][family]["weights"]
+    dynamic, *uniform = found
+    assert dynamic[0] == dynamic[1]
+    problem = load_problem(StudySpec.from_yaml(folder / "spec.yaml"))
+    Merger(problem, METHODS["gta"], None).merge_(POINT)
+    assert uniform[0] == [weights(problem)] * 2  # without a Fisher there is no rounding either
+    derived = derive_problem(problem, reseeded(problem.spec))
+    Merger(derived, METHODS["dare"], None).merge_(POINT, 0.3)
+    assert uniform[1] == [weights(problem)] * 2
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_raised_on_all_with_its_message(two: tuple[Path, dict[str, Any]]) -> None:
+    found = two[1]["faults"]
+    assert "rank 1 has another red than rank 0" in found["other"]
+    assert "rank 1: KeyError: 'a defect'" in found["defect"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_fails_the_trial_and_not_the_study(two: tuple[Path, dict[str, Any]]) -> None:
+    found = two[1]["faults"]
+    assert len(found["failed"]) == 1
+    assert found["failed"][0].startswith("rank 1: out of memory")
+    assert found["complete"] == 4
+
+
+def test_shares_hold_every_input_once_and_cost_about_the_same() -> None:
+    ranks = Ranks()
+    costs = [(7 * i) % 23 + 1 for i in range(50)]
+    assert ranks.shares(costs) == [list(range(50))]
+    ranks.size = 3
+    shares = ranks.shares(costs)
+    assert sorted(i for share in shares for i in share) == list(range(50))
+    sums = [sum(costs[i] for i in share) for share in shares]
+    assert max(sums) - min(sums) <= max(costs)
+    assert ranks.shares([5, 9]) == [[1], [0], []]
+
+
+def test_one_process_is_no_group_and_does_not_import_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # some clusters set it for every job
+    assert launched() == 1
+    code = "import sys, dfmerge_studies.ranks; sys.exit('accelerate' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_launched_processes_cannot_share_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    assert (
+        "status is work for one process, but a launcher started 2" in project.cli("status", "spec.yaml", check=2).stderr
+    )
+    refused = project.cli("run", "spec.yaml", "--workers", "2", check=2)
+    assert "--workers cannot be used in a group of 2 launched processes" in refused.stderr
+    refused = project.cli("run", "spec.yaml", "--device", "mps", check=2)
+    assert "2 processes cannot share the one device 'mps'" in refused.stderr
+
+
+# Faults of whole processes, through the command line
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """A project, and the trials of its study in one process."""
+    project = make_project(tmp_path_factory.mktemp("faults") / "p", rows=12, samples=4, trials=6)
+    spec = StudySpec.from_yaml(project.file).derive(storage="sqlite:///one.db", cache=None)
+    session = open_study(spec)
+    session.run()
+    return project.folder, trials(session)
+
+
+def fresh(folder: Path, storage: str) -> StudySpec:
+    """The project's spec with a database of its own."""
+    spec = StudySpec.from_yaml(folder / "spec.yaml").derive(storage=f"sqlite:///{storage}", cache=None)
+    (folder / f"{storage}.yaml").write_text(json.dumps(spec.model_dump(mode="json")))
+    return spec
+
+
+def after_first_trial(process: subprocess.Popen[str], act: Callable[[], None]) -> tuple[int, str]:
+    """Wait until a trial is told of, do something, and wait for the end."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "/6  trial" in line:
+            act()
+            break
+    code, _, errors = done(process)
+    return code, "".join(lines) + errors
+
+
+def of_rank(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise AssertionError("no such rank")
+
+
+def check_handed_back(spec: StudySpec) -> None:
+    study = stored_study(spec)
+    assert 1 <= len(results(study)) < 6
+    assert not study.get_trials(states=(TrialState.RUNNING,))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_with_a_message_and_running_again_completes_the_study(
+    uninterrupted: tuple[Path, list[Any]],
+) -> None:
+    folder, expected = uninterrupted
+    spec = fresh(folder, "killed.db")
+    process = launch(*TORCHRUN, "-m", "dfmerge_studies", "run", "killed.db.yaml", folder=folder)
+    code, errors = after_first_trial(process, lambda: of_rank(process, 1).kill())
+    assert code != 0
+    assert "one of the 2 processes died or does not answer" in errors or "interrupted" in errors
+    check_handed_back(spec)
+    session = open_study(spec)
+    session.run()
+    assert [t[:3] for t in trials(session)] == [t[:3] for t in expected]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_launch_goes_on(
+    uninterrupted: tuple[Path, list[Any]],
+) -> None:
+    folder, expected = uninterrupted
+    spec = fresh(folder, "term.db")
+    process = launch(*TORCHRUN, "-m", "dfmerge_studies", "run", "term.db.yaml", folder=folder)
+    code, errors = after_first_trial(process, process.terminate)
+    assert code != 0
+    assert "trial" in errors
+    check_handed_back(spec)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    again = launch(
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"),
+        *("-m", "dfmerge_studies", "run", "term.db.yaml", "--json"),
+        folder=folder,
+    )
+    code, output, errors = done(again)
+    assert code == 0, errors
+    assert json.loads(output)["trials"]["complete"] == 6
+    assert [t[:3] for t in trials(open_study(spec))] == [t[:3] for t in expected]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_run_after_the_time_limit(uninterrupted: tuple[Path, list[Any]]) -> None:
+    folder, _ = uninterrupted
+    spec = fresh(folder, "hung.db")
+    process = launch(
+        *TORCHRUN, "-m", "dfmerge_studies", "run", "hung.db.yaml", folder=folder, DFMERGE_RANK_TIMEOUT="20"
+    )
+    code, errors = after_first_trial(process, lambda: os.kill(of_rank(process, 1).pid, signal.SIGSTOP))
+    assert code != 0
+    assert "one of the 2 processes died or does not answer" in errors
+    check_handed_back(spec)
