@@ -36,7 +36,8 @@ Command = Callable[[dict[str, Any]], object]  # a picklable call; it is handed w
 TIMEOUT = "DFMERGE_RANK_TIMEOUT"  # environment: seconds to wait for a rank that works on its share
 TIMEOUT_SECONDS = 1800.0
 _IDLE = timedelta(days=30)  # the leader may wait for other workers, or for a database, as long as it likes
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TWICE = (signal.SIGINT, signal.SIGTERM)  # a second one acts at once
+_SIGNALS = (*_TWICE, signal.SIGUSR1)
 
 
 class GroupError(DFMergeError):
@@ -160,7 +161,7 @@ class _Report:
 
 
 class _HeldSignals:
-    """Holds back the first SIGINT or SIGTERM; a second one acts at once.  In the main thread only."""
+    """Holds back the first SIGINT or SIGTERM, and every SIGUSR1.  In the main thread only."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -182,7 +183,7 @@ class _HeldSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in _SIGNALS:
+        for each in _TWICE:
             signal.signal(each, signal.SIG_DFL)
 
 

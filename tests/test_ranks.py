@@ -224,7 +224,7 @@ def test_a_killed_rank_ends_the_run_with_a_message_and_running_again_completes_t
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_launch_goes_on(
+def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_on_two_machines_goes_on(
     uninterrupted: tuple[Path, list[Any]],
 ) -> None:
     folder, expected = uninterrupted
@@ -237,13 +237,23 @@ def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_launch_goes
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    again = launch(
-        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", f"--main_process_port={port}"),
-        *("-m", "dfmerge_studies", "run", "term.db.yaml", "--json"),
-        folder=folder,
+    shared = (
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=2",
+        "--mixed_precision=no",
     )
-    code, output, errors = done(again)
-    assert code == 0, errors
+    machines = [
+        launch(
+            *(*shared, f"--machine_rank={rank}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"),
+            *("-m", "dfmerge_studies", "run", "term.db.yaml", "--json"),
+            folder=folder,
+        )
+        for rank in range(2)
+    ]
+    (code, output, errors), (second, nothing, more) = map(done, machines)
+    assert (code, second, nothing) == (0, 0, ""), (errors, more)
     assert json.loads(output)["trials"]["complete"] == 6
     assert [t[:3] for t in trials(open_study(spec))] == [t[:3] for t in expected]
 

@@ -160,13 +160,16 @@ def progress_bar() -> Iterator[Progress]:
     """A bar on standard error for work in named phases; nothing remains of it, and nothing is shown to a file."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from dfmerge_studies.ranks import launched_rank
+
+    watched = sys.stderr.isatty() and launched_rank() == 0
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=messages(), transient=True, disable=not sys.stderr.isatty()) as bars:
+    with Progress(*columns, console=messages(), transient=True, disable=not watched) as bars:
         shown = bars.add_task("loading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
