@@ -30,6 +30,7 @@ from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimat
 
 CHILD = Path(__file__).with_name("ranks_child.py")
 ROOT = CHILD.parents[1]
+pytestmark = pytest.mark.timeout(1800)  # a dozen starts of torch, perhaps on a busy machine
 SIZES = {"t5": 13, "gpt2": 7, "bert": 1}  # validation rows: odd numbers, and fewer than ranks
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")  # which finds a free port by itself
 
@@ -46,7 +47,7 @@ def launch(*command: str, folder: Path, **environment: str) -> subprocess.Popen[
 
 
 def done(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    output, errors = process.communicate(timeout=400)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
 
 
