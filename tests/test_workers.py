@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -18,6 +20,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dfmerge_studies.errors import RunError
+from dfmerge_studies.report.pace import pace
 from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.storage import join_study, load_study, open_storage
 from dfmerge_studies.study.attributes import counts, results
@@ -25,6 +28,8 @@ from dfmerge_studies.study.pool import MAX_RESTARTS, Notice, Orders, Pool, devic
 from tests.project import Project, cli_environment
 from tests.servers import STORAGES
 from tests.test_faults import Place, _wait_for
+
+DAY = datetime(2026, 1, 1)
 
 
 def start(project: Project, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -251,3 +256,45 @@ def test_each_worker_gets_its_share_of_the_cores_and_a_gpu_of_its_own(monkeypatc
     assert [device_of("auto", index, 2) for index in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device_of("auto", 1, 1) == device_of("auto", 1, 0) == "auto"
     assert device_of("cuda:1", 0, 2) == "cuda:1"
+
+
+def test_the_pace_of_a_study_leaves_pauses_out_and_counts_parallel_time_once() -> None:
+    def trial(place: int, begin: int, end: int | None) -> optuna.trial.FrozenTrial:
+        made = optuna.trial.create_trial(
+            state=TrialState.RUNNING if end is None else TrialState.COMPLETE,
+            value=None if end is None else 0.0,
+            user_attrs={"place": place},
+        )
+        made.datetime_start = DAY + timedelta(seconds=begin)
+        made.datetime_complete = None if end is None else DAY + timedelta(seconds=end)
+        return made
+
+    # Two workers for a minute, four trials of thirty seconds; a day's pause; one worker, two trials of a minute.
+    spans = [(0, 30), (0, 30), (30, 60), (30, 60), (86400, 86460), (86460, 86520)]
+    trials = [trial(place, *span) for place, span in enumerate(spans)]
+    assert pace(trials, target=9, workers=0) == {
+        "trials_per_hour": {"overall": 120.0, "recent": 120.0},
+        "seconds_left": None,
+    }
+    assert pace([*trials, trial(6, 86520, None)], target=9, workers=1)["seconds_left"] == 90.0
+    assert pace(trials, target=6, workers=0)["seconds_left"] == 0.0
+    assert pace([], target=6, workers=1) == {"trials_per_hour": {"overall": None, "recent": None}, "seconds_left": None}
+
+
+def test_status_names_the_workers_and_watch_prints_a_line_for_every_change(tmp_path: Path, project: Project) -> None:
+    process = start(project, "--trials", "6", "--no-test")
+    deadline = time.monotonic() + 300
+    seen: list[dict[str, Any]] = []
+    while time.monotonic() < deadline and not seen and process.poll() is None:
+        done = project.cli("status", "spec.yaml", "--json", check=None)
+        if done.returncode == 0:
+            seen = [worker for worker in json.loads(done.stdout)["workers_alive"] if worker["current"] is not None]
+    watched = project.cli("status", "spec.yaml", "--watch", "--every", "0.1").stdout.splitlines()
+    process.communicate(timeout=300)
+    assert seen
+    assert seen[0]["pid"] == process.pid
+    assert watched[-1].startswith("colours: 6 of 6 complete")
+    assert len(set(watched)) == len(watched)
+    last = json.loads(project.cli("status", "spec.yaml", "--watch", "--json").stdout)
+    assert last["workers_alive"] == []
+    assert last["seconds_left"] == 0
