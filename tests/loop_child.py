@@ -44,8 +44,17 @@ def study_of(settings: dict[str, Any]) -> optuna.Study:
     return join_study(storage, "s", directions=directions, sampler=sampler)
 
 
-def main() -> None:
-    settings = json.loads(sys.argv[1])
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes: what a full disk does, without the rights to make one."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def work_as_told(settings: dict[str, Any]) -> None:
+    """One call of `work`, and the end of this process."""
+    loop.PATIENCE_SECONDS = settings.get("patience", loop.PATIENCE_SECONDS)
     log = Path(settings["log"])
     calls = 0
 
@@ -93,6 +102,8 @@ def main() -> None:
     try:
         study = study_of(settings)
         enqueue(study, SPACE, settings.get("points", []))
+        if settings.get("file_limit"):
+            limit_files(settings["file_limit"])
         outbox = Path(settings["outbox"]) if settings.get("outbox") else None
         summary = work(study, SPACE, evaluate, target=settings["target"], outbox=outbox, on_event=on_event)
     except DFMergeError as error:
@@ -103,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work_as_told(json.loads(sys.argv[1]))

@@ -3,77 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from dfmerge_studies.study.loop import counts, recover, results
-from tests.loop_child import study_of
-
-CHILD = Path(__file__).with_name("loop_child.py")
-ROOT = CHILD.parents[1]
-POINTS = [{"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, {"a": 0.5, "b": 0.5, "c": 0.5}, {"a": 0.0, "b": 1.0, "c": 0.25}]
-
-
-class Place:
-    """A folder with a database, an outbox and a log of evaluations, and the settings of workers there."""
-
-    def __init__(self, folder: Path, storage: str = "sqlite:///{}/s.db", **settings: Any) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.seconds = 0.0
-        self.settings = {
-            "url": storage.format(folder),
-            "log": f"{folder}/log",
-            "outbox": f"{folder}/outbox",
-            "target": 10,
-            "points": POINTS,
-            **settings,
-        }
-
-    def start(self, **settings: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
-        return subprocess.Popen(
-            [sys.executable, str(CHILD), json.dumps({**self.settings, **settings})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def run(self, code: int = 0, **settings: Any) -> list[list[Any]]:
-        """Run a worker to its end; return its events."""
-        process = self.start(**settings)
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == code, (output, errors)
-        return [json.loads(line) for line in output.splitlines()]
-
-    def study(self) -> optuna.Study:
-        return study_of(self.settings)
-
-    def rows(self) -> list[tuple[Any, ...]]:
-        return [(t.params, t.values, t.constraints, t.user_attrs["tasks"]) for t in results(self.study())]
-
-    def evaluations(self) -> list[list[Any]]:
-        return [json.loads(line) for line in Path(self.settings["log"]).read_text().splitlines()]
-
-    def check_whole(self) -> None:
-        """The total is exact, no place is empty or taken twice, nothing runs or waits, nothing is left to apply."""
-        total = self.settings["target"]
-        now = counts(self.study())
-        assert now == {"complete": total, "running": 0, "waiting": 0, "failed": 0, "pruned": 0}
-        assert [t.user_attrs["place"] for t in results(self.study())] == list(range(total))
-        assert not list((self.folder / "outbox").glob("*.json"))
+from tests.place import POINTS, Place
 
 
 @pytest.fixture(scope="module", params=["random", "gp"])
@@ -215,26 +156,6 @@ def test_a_grid_shared_by_several_processes_is_exhausted_exactly(tmp_path: Path)
     points = [json.dumps(t.params, sort_keys=True) for t in results(place.study())]
     assert len(points) == len(set(points)) == 12
     assert counts(place.study())["complete"] == 12
-
-
-def test_a_worker_that_slept_past_its_grace_finds_its_trial_taken_and_goes_on(tmp_path: Path) -> None:
-    place = Place(tmp_path / "s", target=3, heartbeat=1, grace=2)
-    sleeper = place.start(hang_at_call=1, hang_seconds=0.5)
-    _wait_for(sleeper, "hanging")
-    sleeper.send_signal(signal.SIGSTOP)
-    try:
-        for _ in range(600):
-            if recover(place.study()):
-                break
-            time.sleep(0.1)
-        place.run(target=2)
-    finally:
-        sleeper.send_signal(signal.SIGCONT)
-    output, errors = sleeper.communicate(timeout=60)
-    assert sleeper.returncode == 0, errors
-    kinds = [json.loads(line)[0] for line in output.splitlines()]
-    assert kinds == ["superseded", "started", "completed", "summary"]
-    place.check_whole()
 
 
 def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored(tmp_path: Path) -> None:

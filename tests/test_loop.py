@@ -21,6 +21,7 @@ from dfmerge_studies.search import Space, grid_rows, make_sampler
 from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.loop import Event, TrialResult, counts, enqueue, results, work
+from dfmerge_studies.study.outbox import Outbox
 from dfmerge_studies.study.owner import is_dead, working
 from tests.servers import STORAGES
 
@@ -376,8 +377,6 @@ def test_a_result_of_another_database_with_a_study_of_the_same_name_is_left_alon
         sampler = make_sampler("random", seed=0, study_name="s", space=SPACE)
         storage = open_storage(f"sqlite:///{tmp_path}/{name}.db")
         studies.append(join_study(storage, "s", directions=["maximize"], sampler=sampler))
-    from dfmerge_studies.study.recovery import Outbox
-
     work(studies[0], SPACE, evaluate, target=1)
     kept = Outbox(outbox, studies[0]).write(0, {"worker": "w"}, TrialResult((5.0,)))
     work(studies[1], SPACE, evaluate, target=1, outbox=outbox)
@@ -387,8 +386,6 @@ def test_a_result_of_another_database_with_a_study_of_the_same_name_is_left_alon
 
 
 def test_a_damaged_file_in_the_outbox_is_set_aside(study: optuna.Study, tmp_path: Path) -> None:
-    from dfmerge_studies.study.recovery import Outbox
-
     kept = Outbox(tmp_path, study).write(0, {"worker": "w"}, TrialResult((5.0,)))
     assert kept is not None
     kept.write_text(kept.read_text()[:20])

@@ -29,7 +29,7 @@ from dfmerge_studies.storage import (
     safe_url,
     storage_errors,
 )
-from tests.servers import STORAGES
+from tests.servers import ROOT, STORAGES
 
 needs_permissions = pytest.mark.skipif(
     getattr(os, "geteuid", lambda: 1)() == 0, reason="the superuser may write everywhere"
@@ -106,7 +106,7 @@ def _join_and_take(url: str, start: Any, found: Any) -> None:
 
 
 def test_processes_that_join_an_empty_storage_at_once_all_start_and_share_the_queue(url: str) -> None:
-    context, workers, queued = multiprocessing.get_context("spawn"), 4, 12
+    context, workers, queued = multiprocessing.get_context("spawn"), 6, 12
     start, found = context.Barrier(workers + 1), context.Queue()
     processes = [context.Process(target=_join_and_take, args=(url, start, found)) for _ in range(workers)]
     for process in processes:
@@ -159,6 +159,18 @@ def test_sqlite_uses_a_write_ahead_log_and_immediate_transactions(tmp_path: Path
         with pytest.raises(sqlite3.OperationalError, match="locked"):  # though nothing has been written yet
             other.execute("BEGIN IMMEDIATE")
         other.close()
+
+
+def test_opening_a_database_again_does_not_cut_this_process_off_from_what_others_write(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    study = join_study(open_storage(url), "s", directions=["maximize"])
+    open_storage(url)  # as `run` does; closing any descriptor of the file would drop the locks of the first
+    code = "import sys; from tests.test_storage import join_study, open_storage; "
+    code += "join_study(open_storage(sys.argv[1]), 's', directions=['maximize']).enqueue_trial({'x': 0.5})"
+    for count in (1, 2):
+        subprocess.run([sys.executable, "-c", code, url], check=True, cwd=ROOT, timeout=300)
+        assert (tmp_path / "s.db-wal").exists()
+        assert len(study.trials) == count
 
 
 def test_sqlite_paths_may_hold_braces_percents_and_spaces(tmp_path: Path) -> None:
@@ -273,6 +285,16 @@ def test_a_journal_whose_last_line_was_cut_short_opens_without_that_line(tmp_pat
     assert all(json.loads(line) for line in path.read_bytes().splitlines())
 
 
+def test_a_line_that_another_process_wrote_in_part_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    url, path = f"journal:///{tmp_path}/s.log", tmp_path / "s.log"
+    study = join_study(open_storage(url), "s", directions=["maximize"])
+    with path.open("ab") as file:  # another worker, killed while it wrote; this one has the file open already
+        file.write(b'{"op_code": 4, "wor' + b"x" * 100_000)
+    study.tell(study.ask(), 1.0)
+    assert [t.value for t in load_study(open_storage(url), "s").trials] == [1.0]
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     for text in ("hello\n", "[1]\n", "3\n", '{"x": 1}\n'):
         (tmp_path / "s.log").write_text(text)
@@ -333,9 +355,9 @@ def test_database_errors_become_run_errors_without_the_password() -> None:
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.skipif(importlib.util.find_spec("psycopg") is not None, reason="psycopg is installed")
 @pytest.mark.parametrize("scheme", ["postgresql+psycopg", "postgresql", "postgres"])
-def test_postgres_without_psycopg_names_the_extra(scheme: str) -> None:
+def test_postgres_without_psycopg_names_the_extra(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # Python's own way to make an import fail
     with pytest.raises(InputError, match=r"\[postgres\]") as caught:
         open_storage(f"{scheme}://u:ge{{heim@h/d")
     assert "heim" not in str(caught.value)
@@ -348,7 +370,7 @@ def test_a_postgres_that_does_not_answer_is_a_run_error_without_the_password() -
     assert "heim" not in str(caught.value)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("grpc") is not None, reason="grpcio is installed")
-def test_the_storage_proxy_without_grpc_names_what_is_missing() -> None:
+def test_the_storage_proxy_without_grpc_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(InputError, match="grpcio"):
         open_storage("grpc://localhost:13000")

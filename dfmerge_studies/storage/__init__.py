@@ -10,18 +10,28 @@ plain transactions two workers can take the same waiting trial.  No password eve
 """
 
 from dfmerge_studies.storage.engines import check_url, open_storage
-from dfmerge_studies.storage.failures import is_damaged, root_text, storage_errors
+from dfmerge_studies.storage.failures import (
+    DATABASE_ERRORS,
+    STORAGE_FAILURES,
+    is_damaged,
+    may_pass,
+    root_text,
+    storage_errors,
+)
 from dfmerge_studies.storage.files import network_file_system
 from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study
 from dfmerge_studies.storage.urls import resolve_url, safe_url
 
 __all__ = [
+    "DATABASE_ERRORS",
+    "STORAGE_FAILURES",
     "check_name",
     "check_url",
     "found_study",
     "is_damaged",
     "join_study",
     "load_study",
+    "may_pass",
     "network_file_system",
     "open_storage",
     "resolve_url",

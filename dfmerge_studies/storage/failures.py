@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy import exc
@@ -13,7 +15,30 @@ from sqlalchemy.engine import make_url
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage.urls import safe_url
 
-_STORAGE_ERRORS = (exc.SQLAlchemyError, StorageInternalError)
+
+def _rpc_errors() -> tuple[type[Exception], ...]:
+    if importlib.util.find_spec("grpc") is None:
+        return ()
+    import grpc
+
+    error: type[Exception] = grpc.RpcError
+    return (error,)
+
+
+DATABASE_ERRORS: tuple[type[Exception], ...] = (exc.SQLAlchemyError, StorageInternalError, *_rpc_errors())
+# A journal is a file.
+STORAGE_FAILURES: tuple[type[Exception], ...] = (*DATABASE_ERRORS, OSError)
+
+# PendingRollbackError: a connection was lost between two statements of one transaction.
+_PASSING = (
+    exc.OperationalError,
+    exc.InterfaceError,
+    exc.InternalError,
+    exc.PendingRollbackError,
+    exc.TimeoutError,
+    OSError,
+    *_rpc_errors(),
+)
 
 
 @contextlib.contextmanager
@@ -25,7 +50,7 @@ def storage_errors(url: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except _STORAGE_ERRORS as error:
+    except DATABASE_ERRORS as error:
         raise _translated(error, url) from None  # the chain would print the database's own text, URL included
 
 
@@ -52,8 +77,21 @@ def is_damaged(error: BaseException) -> bool:
     return isinstance(root, sqlite3.DatabaseError) and ("not a database" in text or "malformed" in text)
 
 
+def may_pass(error: BaseException) -> bool:
+    """Tell whether a failure of the storage may be over in a moment: a restarted server, a lost connection.
+
+    Args:
+        error: of Optuna, SQLAlchemy, the driver or the proxy.
+    """
+    return isinstance(_cause(error), _PASSING) and not is_damaged(error)
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+
+
 def _root(error: BaseException) -> BaseException:
-    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    cause = _cause(error)
     return getattr(cause, "orig", None) or cause
 
 
@@ -61,7 +99,10 @@ def root_text(error: BaseException) -> str:
     """Return what the database driver said, in one line, without SQLAlchemy's statement and parameters.
 
     Args:
-        error: of Optuna, SQLAlchemy or the driver.
+        error: of Optuna, SQLAlchemy, the driver or the proxy.
     """
-    root = _root(error)
-    return " ".join(str(root).split()) or type(root).__name__
+    root: Any = _root(error)
+    details = root.details() if isinstance(root, _rpc_errors()) and hasattr(root, "details") else None
+    # What the server of a proxy lets through ends with the statement, its parameters and a link.
+    text = str(root) if details is None else f"storage proxy: {details}".partition("[SQL:")[0]
+    return " ".join(text.split()) or type(root).__name__

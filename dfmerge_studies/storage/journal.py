@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from optuna.storages import BaseStorage
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.engine import URL
 
 from dfmerge_studies.errors import InputError
@@ -24,9 +27,6 @@ def open_journal(url: URL, create: bool) -> BaseStorage:
     Raises:
         InputError: the file is something else, or cannot be written.
     """
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-
     if not url.database:
         raise InputError("the URL names no file", where=str(url), mend="Use journal:///FILE")
     path = Path(url.database).absolute()
@@ -35,7 +35,58 @@ def open_journal(url: URL, create: bool) -> BaseStorage:
     if path.exists() and path.stat().st_size:
         _check_journal(path)
         _cut_partial_line(path, lock)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    return JournalStorage(_WholeLines(path, lock))
+
+
+class _WholeLines(JournalFileBackend):
+    """A journal that gains whole lines or nothing, though a disk is full or another process died while writing."""
+
+    def __init__(self, path: Path, lock: JournalFileSymlinkLock) -> None:
+        super().__init__(str(path), lock_obj=lock)
+        self._path = path
+        self._guard = lock
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write entries at the end.
+
+        Args:
+            logs: the entries.
+
+        Raises:
+            StorageInternalError: the file cannot be written; it is as it was.
+        """
+        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        self._guard.acquire()
+        try:
+            with self._path.open("rb+", buffering=0) as file:
+                size = _whole_size(file)
+                try:
+                    file.truncate(size)
+                    file.seek(size)
+                    rest = memoryview(text.encode())
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            raise StorageInternalError("the journal cannot be written") from error
+        finally:
+            self._guard.release()
+
+
+def _whole_size(file: BinaryIO | io.FileIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def _check_journal(path: Path) -> None:
@@ -57,7 +108,7 @@ def _cut_partial_line(path: Path, lock: Any) -> None:
     try:
         if not _complete(path):
             with path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
+                file.truncate(_whole_size(file))
     finally:
         lock.release()
 

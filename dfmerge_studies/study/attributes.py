@@ -10,18 +10,22 @@
     error         why the trial failed for good
     beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
 
-A FAIL trial is a failure only if it has an error (or crashed once too often).  Every other FAIL is vacated: its place
-is free, or taken by a retry.  Optuna's private names are used here and in `search.py` and nowhere else.
+A FAIL trial is a failure only if it has an error (or crashed once too often) and nobody has put it back in the queue.
+Every other FAIL is vacated: its place is free, or taken by a retry.  Optuna's private names are used here and in
+`search.py` and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.storages._rdb.models import TrialHeartbeatModel
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import select
 
 from dfmerge_studies.search import DROPPED, FIXED, PLACE, RETRY_OF, place_of
 
@@ -115,9 +119,10 @@ def duplicates(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         trials: trials of one study, in the order of their numbers.
     """
     seen: set[tuple[tuple[str, float], ...]] = set()
-    found = []
+    found, trials = [], list(trials)
+    repeated = _repeated(trials)
     for trial in trials:
-        point = None if is_vacated(trial) else point_of(trial)
+        point = None if is_vacated(trial) or trial.number in repeated else point_of(trial)
         if point is None:
             continue
         key = tuple(sorted(point.items()))
@@ -133,9 +138,31 @@ def holders(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     Args:
         trials: all trials of a study, in the order of their numbers.
     """
-    kept = [trial for trial in trials if not is_vacated(trial)]
+    trials = list(trials)
+    repeated = _repeated(trials)
+    kept = [trial for trial in trials if not is_vacated(trial) and trial.number not in repeated]
     extra = {trial.number for trial in duplicates(kept)}
     return [trial for trial in kept if trial.number not in extra]
+
+
+def failures(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the failures that nobody has put back in the queue.
+
+    Args:
+        trials: all trials of a study.
+    """
+    trials = list(trials)
+    repeated = _repeated(trials)
+    return [trial for trial in trials if is_failure(trial) and trial.number not in repeated]
+
+
+def _repeated(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that another one stands for now."""
+    return {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs and not _dropped(trial)}
+
+
+def _dropped(trial: FrozenTrial) -> bool:
+    return DROPPED in trial.user_attrs
 
 
 def free_place(trials: Iterable[FrozenTrial]) -> int:
@@ -221,6 +248,37 @@ def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         trials: trials of a study.
     """
     return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
+
+
+def silent_ids(study: optuna.Study) -> set[int]:
+    """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats.
+
+    Args:
+        study: the study to look at.
+    """
+    storage: Any = storage_of(study)
+    interval = getattr(storage, "get_heartbeat_interval", None)
+    if interval is None or interval() is None:
+        return set()
+    return set(storage._get_stale_trial_ids(study_id_of(study)))
+
+
+def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
+    """When a running trial last gave a sign of life, None if that is not known; in the local time of the storage.
+
+    Args:
+        study: the trial's study.
+        trial: a running trial.
+    """
+    if BEAT in trial.user_attrs:
+        return datetime.fromtimestamp(float(trial.user_attrs[BEAT]))
+    engine = getattr(getattr(storage_of(study), "_backend", None), "engine", None)
+    if engine is None:
+        return trial.datetime_start
+    with engine.connect() as connection:
+        asked = select(TrialHeartbeatModel.heartbeat).where(TrialHeartbeatModel.trial_id == id_of(trial))
+        found: datetime | None = connection.execute(asked).scalar()
+    return found or trial.datetime_start
 
 
 def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:

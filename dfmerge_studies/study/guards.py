@@ -11,9 +11,9 @@ from types import FrameType
 from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.exceptions import UpdateFinishedTrialError
 
+from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES
 from dfmerge_studies.study import attributes as at
 
 _BEAT_SECONDS = 30.0
@@ -85,7 +85,7 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
     over = threading.Event()
 
     def beat() -> float:
-        with contextlib.suppress(SQLAlchemyError, StorageInternalError, UpdateFinishedTrialError, OSError):
+        with contextlib.suppress(*STORAGE_FAILURES, UpdateFinishedTrialError):
             return _beat(study, trial_id)
         return _BEAT_SECONDS
 
@@ -94,7 +94,7 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
     def run() -> None:
         while not over.wait(interval):
             beat()
-        with contextlib.suppress(SQLAlchemyError):
+        with contextlib.suppress(*DATABASE_ERRORS):
             at.storage_of(study).remove_session()  # a database session belongs to the thread that opened it
 
     thread = threading.Thread(target=run, name=f"signs-of-life-{trial_id}", daemon=True)

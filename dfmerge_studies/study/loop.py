@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import random
 import time
@@ -26,17 +27,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.search import DROPPED, PLACE, GridExhausted, Space, place_of
-from dfmerge_studies.storage import root_text, storage_errors
+from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES, may_pass, root_text, storage_errors
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.attributes import counts, results
 from dfmerge_studies.study.guards import Interrupts, signs_of_life
+from dfmerge_studies.study.outbox import Outbox
 from dfmerge_studies.study.owner import working
 from dfmerge_studies.study.recovery import (
-    STORAGE_FAILURES,
     Event,
     EventKind,
     OnEvent,
-    Outbox,
     Superseded,
     TrialResult,
     fail,
@@ -49,9 +49,12 @@ from dfmerge_studies.study.recovery import (
 
 __all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "enqueue", "recover", "results", "work"]
 
+logger = logging.getLogger(__name__)
+
 MAX_FAILURES_IN_A_ROW = 3
 _WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
 _GLANCE = 0.2  # seconds after which a waiting worker notices a signal
+PATIENCE_SECONDS = 120.0  # how long a worker waits for a storage that does not answer
 
 Evaluate = Callable[[dict[str, float], int], TrialResult]
 
@@ -131,14 +134,33 @@ def work(
         What was done, and whether a signal ended it early.
 
     Raises:
-        RunError: three trials in a row failed, or the storage did not take a result.
+        RunError: three trials in a row failed, or the storage was away for longer than two minutes.
     """
-    with working() as owner, Interrupts() as interrupts, storage_errors():
-        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, owner, interrupts, raised)
-        worker.run()
+    with Interrupts() as interrupts, storage_errors():
+        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, interrupts, raised)
+        while True:
+            # A worker that lost its storage goes on as a new one: what it left is mended like what a dead one leaves.
+            with working() as owner:
+                try:
+                    worker.run(owner)
+                    break
+                except _LOST as error:
+                    if not worker.waits_after(error):
+                        if worker.undelivered is not None:
+                            raise worker.undelivered from None
+                        raise
         now = counts(study)
         early = interrupts.requested and now["complete"] + now["pruned"] < worker.target and not worker.exhausted
         return Summary(worker.completed, worker.failed, early, worker.exhausted, now)
+
+
+class _Undelivered(RunError):
+    """The storage did not take a result."""
+
+    passing = False  # whether the reason may be over in a moment
+
+
+_LOST: tuple[type[Exception], ...] = (*DATABASE_ERRORS, _Undelivered)
 
 
 class _Worker:
@@ -150,7 +172,6 @@ class _Worker:
         target: int,
         outbox: Outbox,
         on_event: OnEvent,
-        owner: dict[str, Any],
         interrupts: Interrupts,
         raised: Callable[[], int] | None,
     ) -> None:
@@ -160,7 +181,10 @@ class _Worker:
         self.target = target
         self.outbox = outbox
         self.on_event = on_event
-        self.owner = owner
+        self.owner: dict[str, Any] = {}
+        self.former: set[str] = set()  # what this worker was called before it lost the storage
+        self.away_since: float | None = None
+        self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
         self.interrupts = interrupts
         self.raised = raised
         self.storage = at.storage_of(study)
@@ -171,8 +195,12 @@ class _Worker:
         self.exhausted = False
         self.failures: list[str] = []  # in a row
 
-    def run(self) -> None:
+    def run(self, owner: dict[str, Any]) -> None:
+        self.owner = owner
         self.completed += self.outbox.apply(self.on_event)
+        for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if left.user_attrs.get(at.OWNER, {}).get("worker") in self.former:
+                fail(self.study, at.id_of(left), {at.INTERRUPTED: True})
         recover(self.study, on_event=self.on_event)
         self.completed += self.outbox.apply(self.on_event)
         while not self.interrupts.requested and not self.exhausted:
@@ -187,6 +215,21 @@ class _Worker:
                     mend="Mend the cause and run again: the study goes on with new coefficients",
                 )
 
+    def waits_after(self, error: Exception) -> bool:
+        """Wait a moment for a storage that failed; False if that is hopeless or long enough, or a signal came."""
+        passing = error.passing if isinstance(error, _Undelivered) else may_pass(error)
+        now = time.monotonic()
+        if self.away_since is None:
+            self.away_since = now
+        if isinstance(error, _Undelivered):
+            self.undelivered = error
+        if not passing or self.interrupts.requested or now - self.away_since >= PATIENCE_SECONDS:
+            return False
+        logger.warning("the study's storage does not answer; trying again (%s)", root_text(error))
+        self.former.add(self.owner["worker"])
+        time.sleep(random.uniform(0.5, 1.5))  # so that many workers do not come back at one moment
+        return True
+
     # Claiming a place
 
     def _claim(self) -> FrozenTrial | None:
@@ -195,6 +238,7 @@ class _Worker:
         while not self.interrupts.requested:
             recover(self.study, on_event=self.on_event)
             kept = at.holders(self.study.get_trials(deepcopy=False))
+            self.away_since = self.undelivered = None
             begun = at.started(kept)
             waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
             if len(begun) >= self.target:
@@ -301,11 +345,13 @@ class _Worker:
                 kept.unlink(missing_ok=True)
             raise
         except STORAGE_FAILURES as error:
-            raise RunError(
+            undelivered = _Undelivered(
                 f"the storage did not take the result of trial {trial.number}: {root_text(error)}",
                 where=self.study.study_name,
                 mend=f"It is kept in {kept}: run again to apply it" if kept else "Run again to repeat the trial",
-            ) from None
+            )
+            undelivered.passing = may_pass(error)
+            raise undelivered from None
         if kept is not None:
             kept.unlink(missing_ok=True)
         self.completed += 1

@@ -97,6 +97,17 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     ]
 
 
+def is_unfinished(study: optuna.Study) -> bool:
+    """Tell whether a study is what a first start leaves that was killed: empty, without a word of what it is about.
+
+    Args:
+        study: the study to look at.
+    """
+    if study.user_attrs.keys() - ATTRIBUTES or study.get_trials(deepcopy=False):
+        return False
+    return stored_science(study) is None
+
+
 def refuse_other_science(
     study_name: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any], where: str
 ) -> None:

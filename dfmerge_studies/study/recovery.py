@@ -1,37 +1,28 @@
-"""Nothing lost, nothing repeated: trials of dead workers, and results that did not reach the storage.
+"""Nothing lost, nothing repeated: trials of dead workers, and telling results to a storage that may be away.
 
-A worker can die at any moment.  Until its trial's result is in the outbox, the coefficients are put back in the queue;
-from then on, the result itself is applied at the next start.
+A worker can die at any moment.  Until its trial's result is in the outbox (see `outbox.py`), the coefficients are put
+back in the queue; from then on, the result itself is applied at the next start.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 import time
-import uuid
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.search import DROPPED, PLACE, RETRY_OF, place_of
-from dfmerge_studies.storage import is_damaged
+from dfmerge_studies.storage import STORAGE_FAILURES, is_damaged
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.owner import is_dead
 
 GRACE_SECONDS = 180.0
-STORAGE_FAILURES = (SQLAlchemyError, StorageInternalError, OSError)
 _TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -130,19 +121,43 @@ def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:
     Returns:
         The number of trials put back.
     """
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _is_orphan(study, trial):
-            marks: dict[str, Any] = {}
-            if at.crashes_of(trial) > at.MAX_RETRIES:
-                marks[at.ERROR] = f"its process died {at.crashes_of(trial)} times on these coefficients"
-            fail(study, at.id_of(trial), marks)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        optuna.storages.fail_stale_trials(study)
+    for trial in orphans(study):
+        marks: dict[str, Any] = {}
+        if at.crashes_of(trial) > at.MAX_RETRIES:
+            marks[at.ERROR] = f"its process died {at.crashes_of(trial)} times on these coefficients"
+        fail(study, at.id_of(trial), marks)
     return requeue(study, on_event)
 
 
-def _is_orphan(study: optuna.Study, trial: FrozenTrial) -> bool:
+def orphans(study: optuna.Study) -> list[FrozenTrial]:
+    """List the running trials whose worker is gone.
+
+    Args:
+        study: the study to look at.
+    """
+    silent = at.silent_ids(study)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if at.id_of(trial) in silent or _is_orphan(trial)]
+
+
+def retry_failures(study: optuna.Study) -> int:
+    """Put failed coefficients back in the queue, to be tried as if for the first time.
+
+    Args:
+        study: the study to look after.
+
+    Returns:
+        The number of trials put back.
+    """
+    back = [trial for trial in at.failures(study.get_trials(deepcopy=False)) if at.point_of(trial) is not None]
+    for trial in back:
+        study.enqueue_trial(
+            at.point_of(trial) or {}, user_attrs={PLACE: place_of(trial), RETRY_OF: trial.number, at.CRASHES: 0}
+        )
+    return len(back)
+
+
+def _is_orphan(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get(at.OWNER)
     verdict = is_dead(owner) if owner is not None else None
     if verdict is not None:
@@ -181,7 +196,7 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
 
     Raises:
         Superseded: the trial has ended meanwhile.
-        SQLAlchemyError, StorageInternalError, OSError: the storage failed at every try.
+        storage.STORAGE_FAILURES: the storage failed at every try.
     """
     storage = at.storage_of(study)
     for delay in (*_TELL_DELAYS, None):
@@ -204,129 +219,6 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
             if delay is None or is_damaged(error):
                 raise
             time.sleep(delay)
-
-
-class Outbox:
-    """A folder that keeps results from the moment they exist until the storage has them.
-
-    Args:
-        folder: created when the first result is written; None keeps nothing.
-        study: whose results; several studies may share the folder.
-    """
-
-    def __init__(self, folder: Path | None, study: optuna.Study) -> None:
-        self._folder = folder
-        self._study = study
-        self._prefix = hashlib.sha256(study.study_name.encode()).hexdigest()[:16]
-
-    def write(self, number: int, owner: Mapping[str, Any], result: TrialResult) -> Path | None:
-        """Keep a result.
-
-        Args:
-            number: Optuna's number of the trial.
-            owner: the process that ran it, as stored on the trial; its "worker" is part of the file's name.
-            result: what evaluating gave.
-
-        Returns:
-            Its file; None without a folder, or if it cannot be written (the storage may still take the result).
-        """
-        if self._folder is None:
-            return None
-        record = {
-            "number": number,
-            "owner": dict(owner),
-            "values": list(result.values),
-            "constraints": list(result.constraints),
-            "attributes": dict(result.attributes),
-        }
-        path = self._folder / f"{self._prefix}-{number}-{owner['worker']}.json"
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(record, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            return None
-        return path
-
-    def apply(self, on_event: OnEvent = ignore) -> int:
-        """Tell the study the results that earlier workers could not.
-
-        Args:
-            on_event: told "applied" of every result that the study took.
-
-        Returns:
-            The number of results that it took.
-
-        Raises:
-            SQLAlchemyError, StorageInternalError, OSError: the storage failed.
-        """
-        if self._folder is None or not self._folder.is_dir():
-            return 0
-        return sum(self._apply(path, on_event) for path in sorted(self._folder.glob(f"{self._prefix}-*.json")))
-
-    def _apply(self, path: Path, on_event: OnEvent) -> bool:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            number, owner = int(record["number"]), record["owner"]
-            result = TrialResult(tuple(record["values"]), record["attributes"], tuple(record["constraints"]))
-        except FileNotFoundError:
-            return False  # another worker has just applied it
-        except (ValueError, KeyError, TypeError):
-            path.replace(path.with_suffix(".damaged"))
-            return False
-        trials = self._study.get_trials(deepcopy=False)
-        known = number < len(trials) and trials[number].user_attrs.get(at.OWNER, {}).get("worker") == owner["worker"]
-        if not known or is_dead(owner) is False:
-            return False  # of another database with a study of this name, or its worker is about to tell it
-        trial = _latest(trials, trials[number])
-        if trial.state == TrialState.FAIL and at.owed([*trials]):
-            return False  # its successor is not in the queue yet: `requeue` comes first
-        if trial.state == TrialState.WAITING and not self._start(trial, owner):
-            return False  # another worker was faster
-        mine = at.storage_of(self._study).get_trial(at.id_of(trial))
-        ours = mine.state == TrialState.RUNNING and mine.user_attrs[at.OWNER]["worker"] == owner["worker"]
-        if ours:
-            try:
-                tell(self._study, at.id_of(trial), result)
-            except Superseded:
-                return False  # put back in the queue a moment ago: the next start applies the result to the retry
-        path.unlink(missing_ok=True)
-        if ours:
-            on_event(Event("applied", trial.number, place_of(trial), at.point_of(trial) or {}, result.values))
-        return ours
-
-    def _start(self, trial: FrozenTrial, owner: Mapping[str, Any]) -> bool:
-        """Take a waiting retry for the result at hand, and store its coefficients; False if it has been taken."""
-        storage, trial_id = at.storage_of(self._study), at.id_of(trial)
-        try:
-            at.mark(self._study, trial_id, {at.OWNER: dict(owner)})
-            if not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                return False
-            self._suggest(trial, trial_id)
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def _suggest(self, trial: FrozenTrial, trial_id: int) -> None:
-        live = optuna.Trial(self._study, trial_id)
-        earlier = self._study.get_trials(deepcopy=False)[int(trial.user_attrs[RETRY_OF])]
-        for name, distribution in earlier.distributions.items():
-            if isinstance(distribution, optuna.distributions.FloatDistribution):
-                live.suggest_float(name, distribution.low, distribution.high, step=distribution.step)
-
-
-def _latest(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> FrozenTrial:
-    """Follow the retries of a trial to the last one."""
-    after = {t.user_attrs[RETRY_OF]: t for t in trials if RETRY_OF in t.user_attrs and DROPPED not in t.user_attrs}
-    while trial.number in after:
-        trial = after[trial.number]
-    return trial
 
 
 def refuse_reserved(result: TrialResult) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import re
@@ -35,6 +34,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
+from dfmerge_studies.study.outbox import outbox_folder
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
@@ -132,7 +132,7 @@ class Session:
                 search_space(self.spec),
                 lambda point, place: self._trial(point, expert_scores),
                 target=total,
-                outbox=self._outbox(),
+                outbox=outbox_folder(self.spec.workdir, self.url, self.spec.name),
                 on_event=on_event,
                 raised=self.stored_target,
             )
@@ -282,11 +282,6 @@ class Session:
             return moved
         return {name: min(low + round((value - low) / step) * step, high) for name, value in moved.items()}
 
-    def _outbox(self) -> Path:
-        """Where results wait until the database has them; one folder per study and storage."""
-        identity = hashlib.sha256(f"{safe_url(self.url)}\n{self.spec.name}".encode()).hexdigest()[:16]
-        return self.spec.workdir / ".dfmerge" / "outbox" / identity
-
 
 def open_study(
     spec: StudySpec,
@@ -362,9 +357,7 @@ def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
         if spec.name not in optuna.get_all_study_names(storage):
             return None
         study = load_study(storage, spec.name)
-    # A first start that was killed between making the study and writing what it is about: as good as not there.
-    unfinished = provenance.stored_science(study) is None and not study.get_trials(deepcopy=False)
-    return None if unfinished and not study.user_attrs.keys() - provenance.ATTRIBUTES else study
+    return None if provenance.is_unfinished(study) else study
 
 
 def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:

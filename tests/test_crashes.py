@@ -1,0 +1,180 @@
+"""Workers killed at many random moments, servers that go away and come back, disks that are full."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dfmerge_studies.study.loop import counts, recover
+from tests.place import ROOT, Crowd, Place
+from tests.project import Project, cli_environment
+from tests.servers import PostgresServer, ProxyServer
+
+NewStorage = Callable[[str], str]
+DATABASES = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+def wait_for(process: subprocess.Popen[str], kind: str, times: int = 1) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        times -= json.loads(line)[0] == kind
+        if times == 0:
+            return
+    raise AssertionError(f"the worker ended before {kind}: {process.communicate()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DATABASES)
+def test_workers_killed_at_fifty_random_moments_lose_and_repeat_nothing(
+    kind: str, new_storage: NewStorage, tmp_path: Path
+) -> None:
+    place, moments = Place(tmp_path / "s", new_storage(kind), target=4, seconds=0.02), random.Random(0)
+    with Crowd(place, 3) as crowd:
+        begun = time.monotonic()
+        crowd.start().join()
+        life = time.monotonic() - begun  # of a worker that does four trials, on this machine as busy as it is
+        for _ in range(50):
+            crowd.fill()
+            time.sleep(moments.uniform(0, life / 2))
+            crowd.kill(moments)
+        crowd.fill()
+        crowd.wait()
+    place.check_whole(deaths=True)
+    lost = len(place.evaluations()) - counts(place.study())["complete"]
+    assert 0 < lost <= 50
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_workers_outlive_a_restart_of_postgres_and_lose_nothing(
+    mode: str, postgres: str, postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "s", postgres, target=24, seconds=0.05)
+    workers = [place.start() for _ in range(2)]
+    for worker in workers:
+        wait_for(worker, "completed", 2)
+    postgres_server.stop(mode)
+    time.sleep(1)
+    postgres_server.start()
+    for worker in workers:
+        output, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, (output, errors)
+    place.check_whole()
+
+
+@pytest.mark.postgres
+def test_a_worker_whose_postgres_stays_away_keeps_its_result_for_the_next_run(
+    postgres: str, postgres_server: PostgresServer, tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "s", postgres, target=4)
+    worker = place.start(hang_at_call=2, hang_seconds=3, patience=0)
+    wait_for(worker, "hanging")
+    postgres_server.stop()
+    try:
+        output, errors = worker.communicate(timeout=300)
+    finally:
+        postgres_server.start()
+    assert worker.returncode == 1
+    kind, message = json.loads(output.splitlines()[-1])
+    assert kind == "error"
+    assert "run again to apply it" in message
+    assert "Traceback" not in errors
+    assert [event[0] for event in place.run()].count("applied") == 1
+    place.check_whole()
+    assert len(place.evaluations()) == 4
+
+
+def test_workers_outlive_a_storage_proxy_that_is_killed_and_started_again(
+    new_proxy: Callable[[str], ProxyServer], tmp_path: Path
+) -> None:
+    proxy = new_proxy(f"sqlite:///{tmp_path}/proxy.db")
+    place = Place(tmp_path / "s", proxy.url, target=24, seconds=0.05)
+    workers = [place.start() for _ in range(2)]
+    for worker in workers:
+        wait_for(worker, "completed", 2)
+    proxy.kill()
+    time.sleep(1)
+    proxy.start()
+    for worker in workers:
+        output, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, (output, errors)
+    place.check_whole()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_result(
+    kind: str, new_storage: NewStorage, tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "s", new_storage(kind), target=8, patience=1)
+    place.run(target=2)
+    largest = max(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
+    worker = place.start(target=500, file_limit=largest + 20_000)
+    output, errors = worker.communicate(timeout=300)
+    assert worker.returncode == 1, (output, errors)
+    kind, message = json.loads(output.splitlines()[-1])
+    assert kind == "error"
+    assert any(words in message for words in ("full", "I/O error", "File too large"))
+    assert "Traceback" not in errors
+    finished = [json.loads(line)[0] for line in output.splitlines()].count("completed")
+    place.settings["target"] = counts(place.study())["complete"] + 4
+    events = [event[0] for event in place.run()]
+    place.check_whole()
+    # The result in flight was applied, or its trial repeated if not even the outbox could be written.
+    assert len(place.evaluations()) <= place.settings["target"] + 1 - events.count("applied")
+    assert counts(place.study())["complete"] >= 2 + finished
+
+
+def test_a_full_disk_leaves_nothing_of_an_export_and_the_next_one_succeeds(project: Project) -> None:
+    project.cli("run", "spec.yaml", "--trials", "1", "--no-test")
+    project.cli("export", "spec.yaml", "--out", "whole")
+    before = sorted(project.folder.iterdir())
+    size = (project.folder / "whole" / "model.safetensors").stat().st_size
+    code = (
+        "import sys; from tests.loop_child import limit_files; from dfmerge_studies.cli.app import main; "
+        f"limit_files({size - 1}); main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "export", "spec.yaml", "--out", "merged"],
+        cwd=project.folder,
+        env=cli_environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "merged: cannot be written" in done.stderr
+    assert "Free space" in done.stderr
+    assert sorted(project.folder.iterdir()) == before
+    project.cli("export", "spec.yaml", "--out", "merged")
+    assert (project.folder / "merged" / "model.safetensors").stat().st_size == size
+
+
+@pytest.mark.parametrize("kind", DATABASES)
+def test_a_worker_that_slept_past_its_grace_finds_its_trial_taken_and_goes_on(
+    kind: str, new_storage: NewStorage, tmp_path: Path
+) -> None:
+    place = Place(tmp_path / "s", new_storage(kind), target=3, heartbeat=1, grace=2)
+    sleeper = place.start(hang_at_call=1, hang_seconds=0.5)
+    wait_for(sleeper, "hanging")
+    sleeper.send_signal(signal.SIGSTOP)
+    try:
+        for _ in range(600):
+            if recover(place.study()):
+                break
+            time.sleep(0.1)
+        place.run(target=2)
+    finally:
+        sleeper.send_signal(signal.SIGCONT)
+    output, errors = sleeper.communicate(timeout=60)
+    assert sleeper.returncode == 0, errors
+    kinds = [json.loads(line)[0] for line in output.splitlines()]
+    assert kinds == ["superseded", "started", "completed", "summary"]
+    place.check_whole()
