@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 
-from dfmerge_studies.study.attributes import is_failure
+from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.loop import counts, results
 from tests.loop_child import objective, study_of, work_as_told
 
@@ -72,7 +72,7 @@ class Place:
         With `deaths`, coefficients on which four processes died may have become a failure, as they should.
         """
         total, study = self.settings["target"], self.study()
-        failures = [trial for trial in study.trials if is_failure(trial)]
+        failures = at.failures(study.trials)
         now = counts(study)
         assert now == {"complete": total, "running": 0, "waiting": 0, "failed": len(failures), "pruned": 0}
         assert not failures or (deaths and all("died 4 times" in t.user_attrs["error"] for t in failures))

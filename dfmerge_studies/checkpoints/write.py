@@ -68,6 +68,7 @@ def write_model(
         InputError: the directory exists.
         RunError: it cannot be written; nothing is left behind.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     check_target(out, force=force)
@@ -89,7 +90,7 @@ def write_model(
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         _move_into_place(temporary, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise RunError(
             f"cannot be written: {error}", where=str(out), mend="Free space or choose another place"
         ) from error
