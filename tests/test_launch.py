@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.project import Project, cli_environment
+from tests.servers import free_port
 from tests.test_workers import check_whole, study_of
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,8 @@ def test_the_script_for_several_nodes_builds_a_command_line_that_accelerate_take
         "SLURM_JOB_NUM_NODES": "1",
         "SLURM_JOB_NODELIST": "here",
         "SLURM_NODEID": "0",
-        "ACCELERATE_ARGUMENTS": "--cpu",
+        "PROCESSES_PER_NODE": "2",
+        "MAIN_PORT": str(free_port()),
     }
     process = launch(project, "slurm-accelerate.sbatch", "spec.yaml", "--trials", "2", "--json", **environment)
     output, errors = process.communicate(timeout=500)
