@@ -15,7 +15,7 @@ from dfmerge_studies.errors import InputError, RunError
 from tests.project import cli_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("run", "status", "list", "merge", "fisher", "evaluate", "export", "validate", "cache", "compare")
+COMMANDS = ("run", "status", "list", "merge", "fisher", "evaluate", "export", "validate", "cache", "compare", "report")
 
 
 def test_help_names_every_command_and_imports_nothing_heavy(project):

@@ -300,13 +300,26 @@ class Merger:
         return {task: self.score(task, split) for task in self.problem.tasks}
 
     @_everywhere
-    @memory_errors()
     def score(self, task: str, split: str) -> float:
         """Score of the model as it stands on one task, 0..1.
 
         Args:
             task: name of the task.
             split: "validation" or "test".
+        """
+        return accuracy(self.predictions(task, split), self.problem.examples(task, split))
+
+    @_everywhere
+    @memory_errors()
+    def predictions(self, task: str, split: str) -> list[int]:
+        """Answer of the model as it stands to every input of one task.
+
+        Args:
+            task: name of the task.
+            split: "validation" or "test".
+
+        Raises:
+            RunError: a loss is not finite.
         """
         examples = self.problem.examples(task, split)
         self.problem.resident.use_head_(task)
@@ -319,7 +332,7 @@ class Merger:
             progress=counted(self.progress, f"{task}: {split}", len(examples)),
             ranks=self.problem.ranks,
         )
-        return accuracy(predict(losses), examples)
+        return predict(losses)
 
     @_everywhere
     def expert_scores(self, split: str) -> dict[str, float]:

@@ -70,6 +70,18 @@ class KeptScores:
         return dict(known[row, split])
 
 
+def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: str) -> dict[str, float] | None:
+    """Scores that a study keeps, whatever the data is now.
+
+    Args:
+        study: from its storage.
+        row: "base", "experts", or a completed trial.
+        split: "validation" or "test".
+    """
+    kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
+    return dict(kept["scores"]) if kept is not None else None
+
+
 def trial_row(trial: FrozenTrial) -> str:
     """Under which name a trial's scores are kept.
 

@@ -1,0 +1,134 @@
+"""`report`: a study as a page and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfmerge_studies.cli import common
+from dfmerge_studies.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.spec import StudySpec
+
+FIGURES = ("scores", "comparison", "trajectory", "importance", "slices", "interpolation", "ratio", "landscape")
+PROBED = ("interpolation", "ratio", "landscape")  # need models the first time
+
+
+def report(
+    spec: common.SpecArgument = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where index.html and figures/ go.")] = Path(
+        "report"
+    ),
+    figures: Annotated[
+        str | None,
+        typer.Option(
+            "--figures",
+            metavar="a,b|all",
+            help=f"Which of {', '.join(FIGURES)}. By default all that the storage alone can give; "
+            f"{', '.join(PROBED)} are computed, with the models, only when named here, and kept in the study.",
+        ),
+    ] = None,
+    points: Annotated[int, typer.Option("--points", help="interpolation: models per expert, base included.")] = 11,
+    grid: Annotated[int, typer.Option("--grid", help="landscape: coefficients per expert.")] = 9,
+    pair: Annotated[
+        str | None, typer.Option("--pair", metavar="a,b", help="landscape: two experts; the first two by default.")
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option("--ratios", help="ratio: shares of the validation rows.")
+    ] = "0.05,0.1,0.2,0.3,0.5,0.7,1",
+    storage: common.StorageOption = None,
+    device: common.DeviceOption = None,
+    cache: common.CacheOption = None,
+    overrides: common.SetOption = None,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
+) -> None:
+    """Write a study's figures and one self-contained HTML page."""
+    names, shares = _names(figures), _shares(ratios)
+    settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
+    wanted = [name for name in names if name in PROBED] if figures is not None else []
+    common.check_early(settings, models=bool(wanted), storage=True, create=False)
+    common.quiet_libraries()
+    from dfmerge_studies.report.figures import Drawing, StudyView
+    from dfmerge_studies.report.figures import figures as drawings
+    from dfmerge_studies.report.page import check_out, study_page, write_report
+    from dfmerge_studies.storage import storage_errors
+    from dfmerge_studies.study.session import storage_url, stored_study
+
+    check_out(out, force=force)
+    study = stored_study(settings)
+    if wanted:
+        with common.progress_bar() as progress:
+            _compute(settings, wanted, points, grid, pair, shares, skip=figures == "all", progress=progress)
+    again = common.again(spec, storage=storage, overrides=overrides)
+    command = f"dfmerge run{again}\ndfmerge report{again}{f' --figures {figures}' if figures else ''} --out {out.name}"
+    with storage_errors(storage_url(settings)):
+        view = StudyView.of(study)
+        found = drawings(view, names)
+        written = write_report(out, study_page(view, command), found, force=force)
+    missing = {figure.name: figure.reason for figure in found if not isinstance(figure, Drawing)}
+    if json:
+        common.print_json({"study": view.name, **written, "missing": missing})
+        return
+    console = common.output()
+    console.print(f"{written['page']}: {len(found) - len(missing)} figures", markup=False)
+    for name, reason in missing.items():
+        console.print(f"  no {name}: {reason}", markup=False)
+
+
+def _compute(
+    spec: StudySpec,
+    wanted: list[str],
+    points: int,
+    grid: int,
+    pair: str | None,
+    ratios: list[float],
+    *,
+    skip: bool,
+    progress: Progress,
+) -> None:
+    """Merge and score what the wanted figures need and the study does not have yet.
+
+    With `skip`, what a study cannot have is passed over.
+    """
+    from dfmerge_studies.study.landscape import landscape
+    from dfmerge_studies.study.probes import interpolate, reselect
+    from dfmerge_studies.study.session import open_study
+
+    session = open_study(spec, progress=progress)
+    probes = {
+        "interpolation": lambda: interpolate(session, points, progress=progress),
+        "ratio": lambda: reselect(session, ratios, progress=progress),
+        "landscape": lambda: landscape(session, grid, pair=pair.split(",") if pair else None, progress=progress),
+    }
+    for name in wanted:
+        try:
+            probes[name]()
+        except InputError:
+            if not skip:
+                raise
+
+
+def _names(figures: str | None) -> list[str]:
+    if figures in (None, "all"):
+        return list(FIGURES)
+    names = [name.strip() for name in figures.split(",")]
+    for name in names:
+        if name not in FIGURES:
+            raise InputError(
+                f"there is no figure {name!r}",
+                where="--figures",
+                mend=did_you_mean(name, FIGURES) or f"Figures: {', '.join(FIGURES)}",
+            )
+    return names
+
+
+def _shares(ratios: str) -> list[float]:
+    try:
+        return [float(share) for share in ratios.split(",")]
+    except ValueError:
+        raise InputError(f"{ratios!r} is no list of numbers", where="--ratios", mend="For instance 0.1,0.5,1") from None

@@ -1,0 +1,139 @@
+"""How many validation rows the choice of a trial needs (after paper, Figure 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+
+from dfmerge_studies.report.figures.base import (
+    BLUE,
+    GREY,
+    Drawing,
+    Missing,
+    blank,
+    canvas,
+    layout_,
+    legend_,
+    percent,
+    tidy_,
+)
+from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.probes import RATIOS, stored_probe, why_not_reselect
+
+NAME, TITLE = "ratio", "Score against the share of the validation set"
+
+
+@dataclass(frozen=True)
+class Ratio(Drawing):
+    """Score of the chosen trial, over seeded draws of the rows.
+
+    Attributes:
+        measure: what a score is.
+        split: where the chosen trial is scored.
+        ratios: shares of the validation rows.
+        means: over draws, per ratio.
+        lows: the lowest draw.
+        highs: the highest draw.
+        draws: how many.
+    """
+
+    measure: str
+    split: str
+    ratios: list[float]
+    means: list[float]
+    lows: list[float]
+    highs: list[float]
+    draws: int
+
+    def plotly(self) -> go.Figure:
+        """The mean and the range."""
+        across = percent(self.ratios)
+        hidden = {"width": 0, "color": BLUE}
+        figure = go.Figure()
+        figure.add_scatter(
+            x=across, y=percent(self.highs), mode="lines", line=hidden, showlegend=False, hoverinfo="skip"
+        )
+        figure.add_scatter(
+            x=across,
+            y=percent(self.lows),
+            mode="lines",
+            line=hidden,
+            fill="tonexty",
+            fillcolor="rgba(0,114,178,0.18)",
+            name=f"range over {self.draws} draws",
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=across,
+            y=percent(self.means),
+            mode="lines+markers",
+            line={"color": BLUE, "width": 2},
+            name="mean over draws",
+            hovertemplate="%{x:.0f} % of the rows: %{y:.2f}",
+        )
+        if self.ratios[-1] == 1:
+            figure.add_hline(y=100 * self.means[-1], line={"color": GREY, "dash": "dash", "width": 1})
+        figure.update_xaxes(title_text="share of the validation rows, %", rangemode="tozero")
+        figure.update_yaxes(title_text=f"{self.measure} on {self.split}, %")
+        return layout_(figure, height=400)
+
+    def static(self) -> Figure:
+        """The same for a file."""
+        across = percent(self.ratios)
+        with canvas():
+            figure, axes = blank(size=(7.6, 3.8))
+            axes.fill_between(
+                across,
+                percent(self.lows),
+                percent(self.highs),
+                color=BLUE,
+                alpha=0.18,
+                linewidth=0,
+                label=f"range over {self.draws} draws",
+            )
+            axes.plot(across, percent(self.means), "o-", color=BLUE, linewidth=2, markersize=5, label="mean over draws")
+            if self.ratios[-1] == 1:
+                axes.axhline(100 * self.means[-1], color=GREY, linestyle="--", linewidth=1, label="all rows seen")
+            axes.set_xlim(left=0)
+            tidy_(axes, x="share of the validation rows, %", y=f"{self.measure} on {self.split}, %")
+            legend_(axes)
+        return figure
+
+
+def ratio(view: StudyView) -> Ratio | Missing:
+    """The figure, if it has been computed for the trials that there are.
+
+    Args:
+        view: the stored study.
+    """
+    reason = why_not_reselect(view.science.get("search.max_drop"), view.objective.kind, len(view.trials))
+    if reason is not None:
+        return Missing(NAME, TITLE, f"{reason[0].upper()}{reason[1:]}.")
+    found = stored_probe(view.study, RATIOS)
+    if found is None:
+        return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
+    if found["trials"] != sorted(trial.number for trial in view.trials):
+        return Missing(
+            NAME, TITLE, f"Computed before the latest trials: add {NAME} to --figures to bring it up to date."
+        )
+    by_ratio = [[found["scores"][str(draw[i])] for draw in found["chosen"]] for i in range(len(found["ratios"]))]
+    caption = (
+        f"{view.measure.capitalize()} on {found['split']} of the trial that would have been chosen had only a share of "
+        f"every task's validation rows been seen, over {len(found['chosen'])} seeded orders of the rows in which a "
+        f"larger share contains the smaller ones. The {len(found['trials'])} trials are the study's own, whose search "
+        "saw all rows: this is the effect on the choice, not on the search."
+    )
+    return Ratio(
+        NAME,
+        TITLE,
+        caption,
+        measure=view.measure,
+        split=found["split"],
+        ratios=found["ratios"],
+        means=[sum(values) / len(values) for values in by_ratio],
+        lows=[min(values) for values in by_ratio],
+        highs=[max(values) for values in by_ratio],
+        draws=len(found["chosen"]),
+    )

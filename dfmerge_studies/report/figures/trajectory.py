@@ -1,0 +1,235 @@
+"""The trajectory of a study: score per trial, the best so far, the coefficients under it (paper, Figures 4, 7-9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from optuna.trial import FrozenTrial
+from plotly.subplots import make_subplots
+
+from dfmerge_studies.methods import Coefficients
+from dfmerge_studies.report.figures.base import (
+    BLUE,
+    DARK,
+    Drawing,
+    Missing,
+    blank,
+    canvas,
+    colour,
+    dash,
+    label,
+    layout_,
+    legend_,
+    marker,
+    markup,
+    percent,
+    static_dash,
+    static_marker,
+    tidy_,
+)
+from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.search import FIXED, place_of
+from dfmerge_studies.study.value import best_trial, violation
+
+NAME, TITLE = "trajectory", "Optimisation trajectory"
+# How a trial's coefficients came about, in words, and its marker.
+KINDS = {"known": ("given point", "square"), "startup": ("random", "diamond"), "search": ("proposed", "circle")}
+
+
+@dataclass(frozen=True)
+class Trajectory(Drawing):
+    """Trials in the order of their places.
+
+    Attributes:
+        measure: what a score is.
+        places: ordinal of every trial.
+        numbers: Optuna's number of every trial.
+        scores: of every trial, 0..1.
+        kinds: how each trial's coefficients came about: a key of `KINDS`.
+        feasible: whether a trial keeps the study's constraints.
+        best: score of the trial that would be chosen after each.
+        coefficients: per expert, of every trial.
+        levels: value of other merges, drawn as level lines.
+    """
+
+    measure: str
+    places: list[int]
+    numbers: list[int]
+    scores: list[float]
+    kinds: list[str]
+    feasible: list[bool]
+    best: list[float]
+    coefficients: dict[str, list[float]]
+    levels: dict[str, float]
+
+    def _of_kind(self, kind: str) -> list[int]:
+        return [i for i, own in enumerate(self.kinds) if own == kind]
+
+    def plotly(self) -> go.Figure:
+        """Two panels over one axis of trials."""
+        figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
+        first, last = self.places[0], self.places[-1]
+        for position, (name, level) in enumerate(self.levels.items()):
+            shade, dashes = _level_looks(position)
+            style = {"color": shade, "width": 1.4, "dash": dashes}
+            figure.add_scatter(
+                x=[first, last], y=[100 * level] * 2, mode="lines", line=style, name=markup(name), row=1, col=1
+            )
+        figure.add_scatter(
+            x=self.places,
+            y=percent(self.best),
+            mode="lines",
+            line={"color": BLUE, "width": 2.5, "shape": "hv"},
+            name="best so far",
+            row=1,
+            col=1,
+        )
+        for kind, (words, symbol) in KINDS.items():
+            chosen = self._of_kind(kind)
+            if chosen:
+                figure.add_scatter(
+                    x=[self.places[i] for i in chosen],
+                    y=[100 * self.scores[i] for i in chosen],
+                    mode="markers",
+                    marker={
+                        "symbol": [symbol if self.feasible[i] else f"{symbol}-open" for i in chosen],
+                        "size": 8,
+                        "color": BLUE,
+                    },
+                    customdata=[self.numbers[i] for i in chosen],
+                    hovertemplate="trial %{customdata}: %{y:.2f}<extra></extra>",
+                    name=f"trial, {words}",
+                    row=1,
+                    col=1,
+                )
+        for position, (expert, values) in enumerate(self.coefficients.items()):
+            figure.add_scatter(
+                x=self.places,
+                y=values,
+                mode="lines+markers",
+                line={"color": colour(position), "width": 1.2, "dash": dash(position)},
+                marker={"symbol": marker(position), "size": 5},
+                name=markup(expert),
+                legend="legend2",
+                row=2,
+                col=1,
+            )
+        figure.update_yaxes(title_text=f"{self.measure}, %", row=1, col=1)
+        figure.update_yaxes(title_text="coefficient", row=2, col=1)
+        figure.update_xaxes(title_text="trial", row=2, col=1)
+        layout_(figure, height=560)
+        return figure.update_layout(
+            legend={"y": 1, "yanchor": "top"}, legend2={"y": 0.37, "yanchor": "top"}, hovermode="closest"
+        )
+
+    def static(self) -> Figure:
+        """The same for a file."""
+        with canvas():
+            figure, (top, bottom) = blank(2, 1, size=(8.6, 5.6), sharex=True, height_ratios=(3, 2))
+            top.plot(
+                self.places, percent(self.best), color=BLUE, linewidth=2, drawstyle="steps-post", label="best so far"
+            )
+            for kind, (words, symbol) in KINDS.items():
+                self._static_points(top, kind, f"trial, {words}", static_marker(symbol))
+            for position, (name, level) in enumerate(self.levels.items()):
+                shade, dashes = _level_looks(position)
+                top.axhline(100 * level, color=shade, linestyle=static_dash(dashes), linewidth=1.3, label=label(name))
+            for position, (expert, values) in enumerate(self.coefficients.items()):
+                bottom.plot(
+                    self.places,
+                    values,
+                    color=colour(position),
+                    linestyle=static_dash(dash(position)),
+                    marker=static_marker(marker(position)),
+                    markersize=3.5,
+                    linewidth=1,
+                    label=label(expert),
+                )
+            tidy_(top, y=f"{self.measure}, %")
+            tidy_(bottom, x="trial", y="coefficient")
+            bottom.xaxis.get_major_locator().set_params(integer=True)
+            legend_(top)
+            legend_(bottom)
+        return figure
+
+    def _static_points(self, axes, kind: str, words: str, symbol: str) -> None:  # type: ignore[no-untyped-def]
+        for feasible in (True, False):
+            chosen = [i for i in self._of_kind(kind) if self.feasible[i] == feasible]
+            if chosen:
+                axes.plot(
+                    [self.places[i] for i in chosen],
+                    [100 * self.scores[i] for i in chosen],
+                    symbol,
+                    color=BLUE,
+                    fillstyle="full" if feasible else "none",
+                    markersize=4.5,
+                    alpha=0.8,
+                    label=words if feasible else f"{words}, misses max_drop",
+                )
+
+
+def _level_looks(position: int) -> tuple[str, str]:
+    """Colour and dash of the n-th level line, other than those of the line of the study."""
+    shades = (DARK, "#A0522D", "#6A51A3", "#4D7C2A", "#B8860B")
+    return shades[position % len(shades)], ("dash", "dot", "dashdot")[position % 3]
+
+
+def trajectory(view: StudyView) -> Trajectory | Missing:
+    """The trajectory of a study.
+
+    Args:
+        view: the stored study.
+    """
+    if view.policy is Coefficients.FIXED:
+        return Missing(NAME, TITLE, f"{view.method} has fixed coefficients, so there is one merge and no search.")
+    if len(view.trials) < 2:
+        return Missing(NAME, TITLE, f"{len(view.trials)} completed trial: a trajectory needs at least two.")
+    best = []
+    for count in range(1, len(view.trials) + 1):
+        leader = best_trial(view.trials[:count], view.objective)
+        assert leader is not None
+        best.append(view.value(leader))
+    experts = view.scores("experts", "validation") or {}
+    levels = {method: _level(view, other) for method, other in view.baselines.items()}
+    if set(experts) == set(view.tasks):
+        levels = {"each task's own expert": view.worth(experts), **levels}
+    return Trajectory(
+        NAME,
+        TITLE,
+        _caption(view),
+        measure=view.measure,
+        places=[place_of(trial) for trial in view.trials],
+        numbers=[trial.number for trial in view.trials],
+        scores=[view.value(trial) for trial in view.trials],
+        kinds=[_kind(view, trial) for trial in view.trials],
+        feasible=[violation(trial) <= 0 for trial in view.trials],
+        best=best,
+        coefficients={name: [view.coefficients(t)[name] for t in view.trials] for name in view.experts},
+        levels=levels,
+    )
+
+
+def _level(view: StudyView, other: StudyView) -> float:
+    assert other.best is not None
+    return view.worth(other.trial_scores(other.best, "validation") or {})
+
+
+def _kind(view: StudyView, trial: FrozenTrial) -> str:
+    """Given, random, or proposed from what earlier trials scored."""
+    if FIXED in trial.system_attrs or view.policy is Coefficients.SHARED_GRID:
+        return "known"
+    random = view.science["search.sampler"] == "random"
+    return "startup" if random or place_of(trial) < max(1, int(view.science["search.startup_trials"])) else "search"
+
+
+def _caption(view: StudyView) -> str:
+    what = (
+        f"Top: {view.measure} on the validation inputs of the merge that each trial tried, and of the trial that would "
+        "have been chosen so far; level lines are the best merges of other methods in the same storage. Bottom: the "
+        "coefficients that the trial used."
+    )
+    if view.science.get("search.max_drop") is not None:
+        what += f" Hollow markers lose more than {view.science['search.max_drop']:g} points on some task."
+    return what

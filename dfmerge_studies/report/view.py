@@ -1,0 +1,185 @@
+"""What figures and pages may know of a study: all of it from the storage, without a spec file and without models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS, Coefficients
+from dfmerge_studies.spec import ObjectiveSettings
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.attributes import results, storage_of
+from dfmerge_studies.study.scores import stored_scores
+from dfmerge_studies.study.session import stored_spec_objective
+from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, mean_score, objective_values, trial_value
+from dfmerge_studies.study.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """A stored study, read only.
+
+    Attributes:
+        study: the Optuna study.
+        science: what it is about, as `provenance` stored it.
+        spec: the spec that created it, passwords masked.
+        trials: completed trials in the order of their places.
+    """
+
+    study: optuna.Study
+    science: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    trials: list[FrozenTrial]
+
+    @classmethod
+    def of(cls, study: optuna.Study) -> StudyView:
+        """Read a study.
+
+        Args:
+            study: from its storage.
+
+        Raises:
+            InputError: this program did not make it.
+        """
+        science = provenance.stored_science(study)
+        if science is None:
+            raise InputError(f"the study {study.study_name!r} was not made by this program")
+        return cls(study, science, study.user_attrs.get(provenance.SPEC, {}), results(study))
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return self.study.study_name
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.science["method"])
+
+    @property
+    def experts(self) -> dict[str, str | None]:
+        """Experts in their order, each with its task, None where it has none of its own."""
+        return dict(self.science["experts"])
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks."""
+        return list(self.science["tasks"])
+
+    @property
+    def policy(self) -> Coefficients:
+        """Who chooses the coefficients."""
+        method = METHODS.get(self.method)
+        return method.coefficients if method is not None else Coefficients.PER_EXPERT
+
+    @cached_property
+    def objective(self) -> ObjectiveSettings:
+        """What makes one trial better than another."""
+        return stored_spec_objective(self.study)
+
+    @cached_property
+    def best(self) -> FrozenTrial | None:
+        """The best completed trial."""
+        return best_trial(self.trials, self.objective)
+
+    @property
+    def measure(self) -> str:
+        """What a trial's value is, in words."""
+        words = {
+            "mean": "mean accuracy",
+            "weighted": "weighted mean accuracy",
+            "min": "accuracy on the worst task",
+            "pareto": "mean accuracy",
+        }
+        return words.get(self.objective.kind, self.objective.kind)
+
+    @cached_property
+    def baselines(self) -> dict[str, StudyView]:
+        """Studies NAME.VARIANT with a result, of the same storage and about the same weights and data, by VARIANT."""
+        return {
+            variant: views[self.seed]
+            for variant, views in self.variants.items()
+            if self.seed in views and views[self.seed] is not self and self._shares(views[self.seed], "data digest")
+        }
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return int(self.science.get("search.seed", 0))
+
+    @cached_property
+    def variants(self) -> dict[str, dict[int, StudyView]]:
+        """Studies NAME.VARIANT and NAME.VARIANT.seedS with a result and about the same weights, by VARIANT and seed.
+
+        The study itself is among them, as its method.
+        """
+        found: dict[str, dict[int, StudyView]] = {}
+        storage = storage_of(self.study)
+        for name in sorted(optuna.get_all_study_names(storage)):
+            label = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
+            if label == name or label not in VARIANTS:
+                continue
+            other = optuna.load_study(study_name=name, storage=storage)
+            if provenance.stored_science(other) is None:
+                continue
+            view = StudyView.of(other)
+            if view.best is not None and self._shares(view, "digest", but="data digest"):
+                found.setdefault(label, {})[view.seed] = view
+        if self.best is not None:
+            found.setdefault(self.method, {})[self.seed] = self
+        return found
+
+    def _shares(self, other: StudyView, what: str, but: str = "\n") -> bool:
+        """Whether the fields of both sciences whose names hold `what`, and not `but`, are equal."""
+        fields = [name for name in other.science if what in name and but not in name]
+        return all(self.science.get(name) == other.science[name] for name in fields)
+
+    def worth(self, scores: Mapping[str, float]) -> float:
+        """Value that task scores have under this study's objective; their mean for `pareto`.
+
+        Args:
+            scores: per task, 0..1.
+        """
+        values = objective_values(self.objective, scores)
+        return values[0] if len(values) == 1 else mean_score(scores)
+
+    def scores(self, row: str, split: str) -> dict[str, float] | None:
+        """Scores that the study keeps of the base or of the experts, if any.
+
+        Args:
+            row: "base" or "experts".
+            split: "validation" or "test".
+        """
+        return stored_scores(self.study, row, split)
+
+    def trial_scores(self, trial: FrozenTrial, split: str) -> dict[str, float] | None:
+        """Scores of a completed trial; on test only where they have been computed.
+
+        Args:
+            trial: a completed trial.
+            split: "validation" or "test".
+        """
+        return dict(trial.user_attrs[TASKS]) if split == "validation" else stored_scores(self.study, trial, split)
+
+    def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
+        """Coefficient per expert of a completed trial.
+
+        Args:
+            trial: a completed trial.
+        """
+        return dict(trial.user_attrs[COEFFICIENTS])
+
+    def value(self, trial: FrozenTrial) -> float:
+        """What a completed trial is worth, as one number.
+
+        Args:
+            trial: a completed trial.
+        """
+        return trial_value(trial)

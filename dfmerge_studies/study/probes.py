@@ -1,0 +1,224 @@
+"""Merges outside the search that figures need: lines from the base to the experts, and subsets of the validation rows.
+
+    lam        position on a line: theta_pre + lam * tau[i]
+    right[t]   per validation row of task t, whether a trial's merge answers it rightly
+    ratio      share of every task's validation rows that a choice of the best trial may see
+
+Everything is kept in the study, since validation data and weights cannot change within one; what was computed before an
+interruption is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.problem import Progress, silent
+from dfmerge_studies.study.loop import results
+from dfmerge_studies.study.scores import trial_row
+from dfmerge_studies.study.session import Session
+from dfmerge_studies.study.value import mean_score, objective_values
+from dfmerge_studies.tasks.sampling import seeded_generator
+
+PROBE = "dfmerge:probe"  # study attribute: what a probe found, by its name
+INTERPOLATION = "interpolation"
+RATIOS = "ratios"
+POINTS = 11
+DRAWS = 20
+DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+
+
+def stored_probe(study: optuna.Study, name: str) -> dict[str, Any] | None:
+    """What a probe found, if it has been made.
+
+    Args:
+        study: from its storage.
+        name: of the probe.
+    """
+    found = study.user_attrs.get(f"{PROBE}:{name}")
+    return dict(found) if found is not None else None
+
+
+def keep_probe(study: optuna.Study, name: str, found: Mapping[str, Any]) -> None:
+    """Write what a probe found.
+
+    Args:
+        study: the study.
+        name: of the probe.
+        found: JSON values.
+    """
+    study.set_user_attr(f"{PROBE}:{name}", dict(found))
+
+
+def interpolate(session: Session, points: int = POINTS, *, progress: Progress = silent) -> dict[str, Any]:
+    """Validation scores along theta_pre + lam * tau[i] for lam in 0..1, for each expert (paper, Figure 2).
+
+    Args:
+        session: an open study.
+        points: positions, both ends included.
+        progress: told of every model that is scored.
+
+    Returns:
+        `lambdas`, and `scores` as `{expert: [{task: score} per lambda]}`.
+
+    Raises:
+        InputError: fewer than two points.
+    """
+    if points < 2:
+        raise InputError(f"{points} points make no line", where="--points", mend="Give at least 2")
+    lambdas = [i / (points - 1) for i in range(points)]
+    found = stored_probe(session.study, INTERPOLATION)
+    if found is None or found["lambdas"] != lambdas:
+        found = {"lambdas": lambdas, "scores": {}}
+    base = session.reference_scores("base", "validation")
+    for index, expert in enumerate(session.problem.experts):
+        if expert in found["scores"]:
+            continue
+        line = [dict(base)]
+        for position, lam in enumerate(lambdas[1:], start=1):
+            progress(f"{expert}: interpolation", position, points)
+            session.problem.resident.load_scaled_(index, lam)
+            line.append(session.merger.scores("validation"))
+        found["scores"][expert] = line
+        keep_probe(session.study, INTERPOLATION, found)
+    return found
+
+
+def rows_right(session: Session, trial: FrozenTrial) -> dict[str, list[bool]]:
+    """Which validation rows a trial's merge answers rightly; merged again once and then kept in the study.
+
+    Args:
+        session: an open study.
+        trial: a completed trial.
+    """
+    name = f"rows:{trial_row(trial)}"
+    found = stored_probe(session.study, name)
+    if found is None:
+        session.merge_(trial)
+        right = {task: _right(session, task) for task in session.problem.tasks}
+        found = {task: {"rows": len(row), "bits": np.packbits(row).tobytes().hex()} for task, row in right.items()}
+        keep_probe(session.study, name, found)
+    return {task: _unpack(kept) for task, kept in found.items()}
+
+
+def _right(session: Session, task: str) -> list[bool]:
+    answers, examples = session.merger.predictions(task, "validation"), session.problem.examples(task, "validation")
+    return [answer == example.label for answer, example in zip(answers, examples, strict=True)]
+
+
+def _unpack(kept: Mapping[str, Any]) -> list[bool]:
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(kept["bits"]), dtype=np.uint8), count=kept["rows"])
+    return [bool(bit) for bit in bits]
+
+
+def nested_rows(total: int, ratios: Sequence[float], generator: np.random.Generator) -> list[list[int]]:
+    """Rows of each ratio from one random order, so that a larger ratio's rows contain a smaller one's.
+
+    Args:
+        total: rows that there are.
+        ratios: shares in (0, 1].
+        generator: source of the order.
+    """
+    order = [int(row) for row in generator.permutation(total)]
+    return [order[: max(1, round(ratio * total))] for ratio in ratios]
+
+
+def reselect(
+    session: Session,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
+    *,
+    draws: int = DRAWS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """How good the chosen trial is when the choice sees only a share of the validation rows (after paper, Figure 5).
+
+    The trials stay those of the study, which saw all rows while it searched; only the choice among them is made again,
+    over `draws` seeded orders of the rows, nested within an order.  So this is the effect on the choice, not the effect
+    on a search.
+
+    Args:
+        session: an open study without constraints.
+        ratios: shares of every task's validation rows, in (0, 1].
+        draws: orders of the rows.
+        progress: told of every trial that is merged again.
+
+    Returns:
+        `ratios`, `split` (test where all tasks have one, else validation), `chosen` (per draw, a trial's number per
+        ratio), `scores` (by trial number, its whole-split value), `trials` (numbers of those that could be chosen).
+
+    Raises:
+        InputError: a ratio is not a share, or the study has constraints or no trials.
+    """
+    ratios = sorted({float(ratio) for ratio in ratios})
+    if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+        raise InputError("a ratio must be above 0 and at most 1", where="--ratios", mend="For instance 0.1,0.5,1")
+    trials = results(session.study)
+    reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials))
+    if reason is not None:
+        raise InputError(reason, where="--figures", mend="Leave the figure `ratio` out")
+    split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
+    right = {}
+    for position, trial in enumerate(trials, start=1):
+        progress("rows of each trial", position, len(trials))
+        right[trial.number] = rows_right(session, trial)
+    chosen = [_choices(session, right, ratios, draw) for draw in range(draws)]
+    by_number = {trial.number: trial for trial in trials}
+    scores = {}
+    picked = sorted({number for choices in chosen for number in choices})
+    for position, number in enumerate(picked, start=1):
+        progress(f"{split} of chosen trials", position, len(picked))
+        scores[str(number)] = _worth(session, session.trial_scores(by_number[number], split))
+    found = {"ratios": ratios, "split": split, "chosen": chosen, "scores": scores, "trials": sorted(right)}
+    keep_probe(session.study, RATIOS, found)
+    return found
+
+
+def why_not_reselect(max_drop: float | None, objective: str, trials: int) -> str | None:
+    """Why a study has no choice to make again, None where it has.
+
+    Args:
+        max_drop: the study's constraint.
+        objective: its kind.
+        trials: how many have completed.
+    """
+    if max_drop is not None:
+        return "a choice under max_drop depends on more than the rows of the merges"
+    if objective not in ("mean", "weighted", "min", "pareto"):
+        return f"the objective {objective} does not score answers against labels"
+    if trials < 2:
+        return "there is nothing to choose between with fewer than two completed trials"
+    return None
+
+
+def _choices(
+    session: Session, right: Mapping[int, Mapping[str, Sequence[bool]]], ratios: Sequence[float], draw: int
+) -> list[int]:
+    """Number of the best trial per ratio, the earliest among equals, as `best_trial` chooses."""
+    seed, tasks = session.spec.search.seed, list(session.problem.tasks)
+    totals = {task: len(next(iter(right.values()))[task]) for task in tasks}
+    subsets = {
+        task: nested_rows(totals[task], ratios, seeded_generator(seed, "ratio", str(draw), task)) for task in tasks
+    }
+    chosen = []
+    for place in range(len(ratios)):
+        worth = {}
+        for number, rows in right.items():
+            shares = {
+                task: sum(rows[task][i] for i in subsets[task][place]) / len(subsets[task][place]) for task in tasks
+            }
+            worth[number] = (
+                _worth(session, shares),
+                min(shares.values()) if session.spec.objective.kind == "pareto" else 0,
+            )
+        chosen.append(max(worth, key=worth.__getitem__))
+    return chosen
+
+
+def _worth(session: Session, scores: Mapping[str, float]) -> float:
+    values = objective_values(session.spec.objective, scores)
+    return values[0] if len(values) == 1 else mean_score(scores)

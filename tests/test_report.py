@@ -1,0 +1,399 @@
+"""Reports: the numbers of every figure against other ways to them, the page, the files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import optuna
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from dfmerge_studies import StudySpec, merge, open_study
+from dfmerge_studies.report.figures import FIGURES, Drawing, Missing, StudyView, figures, plotly_figures
+from dfmerge_studies.report.page import render, study_page
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.landscape import landscape, plane_of
+from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, rows_right
+from dfmerge_studies.study.session import Session, stored_study
+from dfmerge_studies.study.value import mean_score
+from tests.project import EXPERTS, Project, make_project
+
+HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "$x^{$", "_hidden & \"quoted\" 'too'")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A classifier's project with a finished study and one baseline; tests that change it take a copy."""
+    project = make_project(tmp_path_factory.mktemp("report") / "project", "bert", rows=12, trials=5)
+    project.write(baselines=["averaging"])
+    project.cli("run", "spec.yaml")
+    return project
+
+
+@pytest.fixture
+def copied(done: Project, tmp_path: Path) -> Project:
+    shutil.copytree(done.folder, tmp_path / "copy")
+    return Project(tmp_path / "copy", done.family, dict(done.spec))
+
+
+@pytest.fixture
+def session(copied: Project) -> Session:
+    return open_study(StudySpec.from_yaml(copied.file))
+
+
+def view_of(project: Project, name: str = "colours") -> StudyView:
+    url = f"sqlite:///{project.folder}/colours.db"
+    return StudyView.of(optuna.load_study(study_name=name, storage=url))
+
+
+def by_name(view: StudyView) -> dict[str, Drawing | Missing]:
+    return {figure.name: figure for figure in figures(view)}
+
+
+def test_the_trajectory_is_that_of_the_trials(done):
+    view = view_of(done)
+    drawn = by_name(view)["trajectory"]
+    trials = sorted(view.study.trials, key=lambda trial: trial.number)
+    scores = [sum(trial.user_attrs["tasks"].values()) / 2 for trial in trials]
+    assert drawn.scores == pytest.approx(scores)
+    assert drawn.best == pytest.approx(list(accumulate(scores, max)))
+    assert drawn.coefficients == {name: [trial.params[name] for trial in trials] for name in EXPERTS}
+    assert drawn.kinds == ["known", "startup", "search", "search", "search"]
+    averaging = view_of(done, "colours.averaging").study.best_value
+    assert drawn.levels["averaging"] == pytest.approx(averaging)
+
+
+def test_the_bars_are_the_scores_that_the_commands_print(done):
+    drawn = by_name(view_of(done))["scores"]
+    printed = {row["name"]: row for row in done.json("run", "spec.yaml")["rows"]}
+    assert set(drawn.rows) == set(printed)
+    for name, row in printed.items():
+        for split in ("validation", "test"):
+            assert drawn.rows[name][split] == row[split]["tasks"]
+            assert drawn.value(name, split, "mean") == pytest.approx(row[split]["mean"])
+
+
+def test_importance_favours_the_coefficient_that_decides(tmp_path):
+    study = study_of(
+        {"science": {"experts": [["deaf", None], ["loud", None]]}}, lambda p: -((p["loud"] - 0.7) ** 2), 40
+    )
+    shares = by_name(StudyView.of(study))["importance"].shares
+    assert shares["loud"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_interpolation_runs_from_the_base_to_the_expert(session, copied):
+    found = interpolate(session, 3)
+    base, experts = (session.reference_scores(row, "validation") for row in ("base", "experts"))
+    assert found["lambdas"] == [0, 0.5, 1]
+    for expert in EXPERTS:
+        assert found["scores"][expert][0] == base
+        assert found["scores"][expert][-1][expert] == experts[expert]
+    copied.cli("merge", "spec.yaml", "--method", "gta", "--coefficients", "red=0.5,blue=0", "--out", "half")
+    half = copied.json("evaluate", "spec.yaml", "--model", copied.folder / "half")["tasks"]
+    assert found["scores"]["red"][1] == {task: scored["score"] for task, scored in half.items()}
+    drawn = by_name(StudyView.of(session.study))["interpolation"]
+    assert drawn.own["red"][1] == half["red"]["score"]
+    assert drawn.others["red"][1] == half["blue"]["score"]
+
+
+def weights(folder: Path) -> torch.Tensor:
+    """All shared weights of a model directory as one vector."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).base_model
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def test_the_plane_is_orthonormal_and_holds_base_and_experts(session):
+    plane = plane_of(session.problem.resident)
+    u, v = (torch.cat([axis[name].flatten() for name in plane.u]) for axis in (plane.u, plane.v))
+    assert [float(u @ u), float(v @ v), float(u @ v)] == pytest.approx([1, 1, 0], abs=1e-12)
+    root = session.spec.root
+    base = weights(root / "base")
+    for (x, y), expert in zip(plane.corners, EXPERTS, strict=True):
+        tau = weights(root / expert) - base
+        assert float(tau @ tau) ** 0.5 == pytest.approx((x**2 + y**2) ** 0.5, rel=1e-5)
+
+
+def test_a_point_of_the_landscape_is_the_merge_at_its_coefficients(session, copied):
+    found = landscape(session, 3)
+    point = dict.fromkeys(EXPERTS, 0.5)
+    base = weights(copied.folder / "base")
+    taus = torch.stack([weights(copied.folder / expert) - base for expert in EXPERTS], dim=1)
+    corners = torch.tensor(found["corners"], dtype=torch.float64).T
+    for method in ("gta", "df-merge"):
+        x, y, score = found["methods"][method]["1 1"]
+        assert score == pytest.approx(mean_score(merge(session.problem, point, method=method).tasks))
+        copied.cli("merge", "spec.yaml", "--method", method, "--coefficients", "0.5", "--out", method)
+        # The projection onto the span of both task vectors, by least squares, in the coordinates of their corners.
+        step = (weights(copied.folder / method) - base).unsqueeze(1)
+        shares = torch.linalg.lstsq(taus, step).solution
+        assert [x, y] == pytest.approx((corners @ shares).flatten().tolist(), rel=1e-3, abs=1e-4)
+    assert found["methods"]["gta"]["0 0"][:2] == pytest.approx([0, 0], abs=1e-6)
+    assert found["methods"]["gta"]["2 0"][:2] == pytest.approx(found["corners"][0], rel=1e-4, abs=1e-4)
+    assert found["best"]["number"] == session.best().number
+    drawn = by_name(StudyView.of(session.study))["landscape-1-2"]
+    assert drawn.scores["df-merge"][1][1] == found["methods"]["df-merge"]["1 1"][2]
+    _, _, surface = drawn.surface("gta")
+    assert np.nanmin(surface) >= drawn.range[0] - 1e-9
+    assert np.nanmax(surface) <= drawn.range[1] + 1e-9
+
+
+def test_two_of_three_experts_are_merged_alone(copied):
+    shutil.copytree(copied.folder / "blue", copied.folder / "green")
+    copied.write(name="three", experts={"red": "red", "green": {"model": "green", "task": "red"}, "blue": "blue"})
+    three = open_study(StudySpec.from_yaml(copied.file, ["storage=sqlite:///three.db"]))
+    found = landscape(three, 2, pair=("red", "blue"))
+    copied.write(name="two")
+    two = open_study(StudySpec.from_yaml(copied.file, ["storage=sqlite:///two.db"]))
+    assert found["methods"] == landscape(two, 2)["methods"]
+    assert "best" not in found
+
+
+def test_a_choice_on_all_rows_is_the_study_s_own(session):
+    found = reselect(session, [0.25, 1.0], draws=6)
+    best = session.best()
+    assert {choices[-1] for choices in found["chosen"]} == {best.number}
+    assert found["scores"][str(best.number)] == pytest.approx(mean_score(session.trial_scores(best, "test")))
+    for trial in session.study.trials:
+        right = rows_right(session, trial)
+        assert {task: sum(row) / len(row) for task, row in right.items()} == trial.user_attrs["tasks"]
+    drawn = by_name(StudyView.of(session.study))["ratio"]
+    assert drawn.means[-1] == drawn.lows[-1] == drawn.highs[-1] == found["scores"][str(best.number)]
+    assert found == reselect(session, [0.25, 1.0], draws=6)
+
+
+def test_larger_subsets_contain_the_smaller_ones():
+    subsets = nested_rows(50, [0.001, 0.1, 0.5, 1.0], np.random.default_rng(0))
+    assert [len(rows) for rows in subsets] == [1, 5, 25, 50]
+    assert all(set(small) < set(large) for small, large in pairwise(subsets))
+    assert sorted(subsets[-1]) == list(range(50))
+
+
+def test_what_was_computed_once_is_not_computed_again(session):
+    def work(progress):
+        return [
+            interpolate(session, 3, progress=progress),
+            landscape(session, 2, progress=progress),
+            reselect(session, [1.0], draws=2),
+        ]
+
+    first, again = [], []
+    found = work(lambda what, done, total: first.append(what))
+    assert first
+    assert work(lambda what, done, total: again.append(what)) == found
+    assert again == []
+
+
+class Loads(HTMLParser):
+    """Every address that a page would load, and the texts of its scripts of data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+        self.policy = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        values = dict(attrs)
+        self.found += [values[name] for name in ("src", "href", "srcset", "data", "action") if values.get(name)]
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.policy = values["content"]
+
+
+def test_the_page_needs_nothing_but_itself(copied):
+    written = copied.json("report", "spec.yaml", "--out", "report")
+    page = Path(copied.folder / written["page"]).read_text(encoding="utf-8")
+    loads = Loads()
+    loads.feed(page)
+    assert loads.found == []
+    assert "link" not in loads.tags
+    assert "default-src 'none'" in loads.policy
+    assert "http" not in loads.policy
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert page.count("Plotly.newPlot(`") == 1
+
+
+def test_every_figure_is_a_picture(copied):
+    written = copied.json("report", "spec.yaml", "--out", "report", "--figures", "all", "--grid", "2", "--points", "2")
+    assert set(written["missing"]) == {"comparison"}
+    names = {Path(file).stem for file in written["figures"]}
+    assert names == {*FIGURES, "landscape-1-2"} - {"landscape", "comparison"}
+    for file in map(copied.folder.joinpath, written["figures"]):
+        if file.suffix == ".png":
+            image = matplotlib.image.imread(file)
+            assert min(image.shape[:2]) > 100
+            assert image.std() > 0.01
+        elif file.suffix == ".svg":
+            root = ET.parse(file).getroot()
+            assert root.tag.endswith("svg")
+            assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
+        else:
+            assert json.loads(file.read_text())["caption"]
+    assert not list(copied.folder.rglob("*.tmp"))
+
+
+def test_a_report_needs_the_storage_only(copied):
+    for name in ("base", *EXPERTS):
+        shutil.rmtree(copied.folder / name)
+    for file in copied.folder.glob("*.jsonl"):
+        file.unlink()
+    written = copied.json("report", "spec.yaml", "--out", "report")
+    assert set(written["missing"]) == {"comparison", "interpolation", "ratio", "landscape"}
+    assert "add landscape to --figures" in written["missing"]["landscape"]
+    assert set(plotly_figures(view_of(copied).study)) == {"scores", "trajectory", "importance", "slices"}
+    failed = copied.cli("report", "spec.yaml", "--out", "other", "--figures", "landscape", check=2)
+    assert failed.stderr.count("\n") == 1
+    assert not (copied.folder / "other").exists()
+
+
+def test_bad_requests_are_refused_in_one_line(copied):
+    def refused(*arguments: str) -> str:
+        message = copied.cli("report", "spec.yaml", *arguments, check=2).stderr
+        assert message.count("\n") == 1
+        return message
+
+    (copied.folder / "site").mkdir()
+    (copied.folder / "site" / "index.html").write_text("mine")
+    assert "Did you mean 'landscape'" in refused("--figures", "landscap")
+    assert "not a report of this program" in refused("--out", "site")
+    assert (copied.folder / "site" / "index.html").read_text() == "mine"
+    assert "is a file" in refused("--out", "spec.yaml")
+    assert "is no list of numbers" in refused("--ratios", "a")
+    assert "at most 1" in refused("--figures", "ratio", "--ratios", "2")
+    assert "Did you mean 'blue'" in refused("--figures", "landscape", "--pair", "red,blu")
+    assert "no such storage" in refused("--set", "name=other")
+    copied.cli("report", "spec.yaml", "--out", "site", "--force")
+
+
+def test_a_second_report_replaces_the_first(copied):
+    first = copied.json("report", "spec.yaml", "--out", "report")
+    image = (copied.folder / first["figures"][1]).read_bytes()
+    assert copied.json("report", "spec.yaml", "--out", "report") == first
+    assert (copied.folder / first["figures"][1]).read_bytes() == image  # an SVG of the same data is the same file
+
+
+def study_of(changes: dict, value, trials: int) -> optuna.Study:
+    """A study in memory as another program run would have stored it, its scores a function of its coefficients."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize", study_name=changes.get("name"), storage=changes.get("storage"))
+    science = {
+        "method": "df-merge",
+        "experts": [["a", "a"], ["b", "b"]],
+        "tasks": ["a", "b"],
+        "search.sampler": "gp",
+        "search.startup_trials": 3,
+        "objective": {"kind": "mean"},
+        **changes.get("science", {}),
+    }
+    study.set_user_attr(provenance.SCIENCE, science)
+    study.set_user_attr(provenance.SPEC, changes.get("spec", {}))
+    names = [name for name, _ in science["experts"]]
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
+    for place, row in enumerate(np.random.default_rng(0).random((trials, len(names)))):
+        point = dict(zip(names, map(float, row), strict=True))
+        score = 0.5 + 0.5 * value(point)
+        attributes = {"place": place, "coefficients": point, "tasks": dict.fromkeys(science["tasks"], score)}
+        study.add_trial(
+            optuna.trial.create_trial(params=point, distributions=space, value=score, user_attrs=attributes)
+        )
+    return study
+
+
+def test_methods_over_seeds_are_means_with_their_spread():
+    storage = optuna.storages.InMemoryStorage()
+
+    def add(name: str, method: str, seed: int, height: float, **digests: str) -> optuna.Study:
+        science = {"method": method, "search.seed": seed, "base digest": "b", "data digest of a": f"{seed}", **digests}
+        changes = {"name": name, "science": science, "storage": storage}
+        return study_of(changes, lambda point: height * point["a"] ** 0, 3)
+
+    own = add("s", "df-merge", 0, 0.6)
+    for seed, height in ((1, 0.7), (2, 0.2)):
+        add(f"s.df-merge.seed{seed}", "df-merge", seed, height)
+    add("s.gta", "gta", 0, 0.4)
+    add("s.fisher", "fisher", 0, 0.4, **{"base digest": "another"})
+    add("s.other", "gta", 0, 0.4)
+    view = StudyView.of(own)
+    found = by_name(view)["comparison"]
+    assert {method: list(seeds) for method, seeds in found.scores.items()} == {"df-merge": [0, 1, 2], "gta": [0]}
+    assert found.spread("df-merge", "a") == pytest.approx((75, float(np.std([80, 85, 60], ddof=1))))
+    assert found.spread("gta", "mean") == pytest.approx((70, 0))
+    assert found.split == "validation"
+    assert set(view.baselines) == {"gta"}
+    assert len(found.static().axes[0].patches) == len(found.scores) * 3
+
+
+def test_hostile_names_do_no_harm():
+    science = {"experts": [[name, name] for name in HOSTILE], "tasks": list(HOSTILE)}
+    study = study_of(
+        {"name": HOSTILE[1], "science": science, "spec": {"base": HOSTILE[0]}}, lambda p: sum(p.values()) / 4, 6
+    )
+    for row in ("base", "experts"):
+        scores = {"data": {}, "scores": dict.fromkeys(HOSTILE, 0.5)}
+        study.set_user_attr(f"dfmerge:scores:{row}:validation", scores)
+    line = [dict.fromkeys(HOSTILE, 0.5)] * 2
+    study.set_user_attr("dfmerge:probe:interpolation", {"lambdas": [0, 1], "scores": dict.fromkeys(HOSTILE, line)})
+    cells = {f"{i} {j}": [float(i), float(j), 0.1 * (i + j)] for i in range(2) for j in range(2)}
+    pair = {
+        "experts": list(HOSTILE[:2]),
+        "tasks": list(HOSTILE[:2]),
+        "lambdas": [0.0, 1.0],
+        "corners": [[1, 0], [0, 1]],
+    }
+    study.set_user_attr("dfmerge:probe:landscape:0:1", {**pair, "methods": {"gta": cells, "df-merge": cells}})
+    view = StudyView.of(study)
+    found = figures(view)
+    drawn = [figure for figure in found if isinstance(figure, Drawing)]
+    assert len(drawn) == 6
+    for figure in drawn:
+        figure.static().savefig(Path("/dev/null"), format="svg")
+        text = json.dumps(json.loads(figure.plotly().to_json())["layout"]) + str(figure.plotly().data)
+        assert "<img" not in text.replace("&lt;", "")
+    page = render(study_page(view, f"dfmerge run {HOSTILE[0]}"), found)
+    assert not any(name in page for name in HOSTILE[:2])
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    data = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.DOTALL)
+    assert len(json.loads(data[1])) == 6
+
+
+@pytest.mark.parametrize(
+    ("science", "trials", "missing"),
+    [
+        ({"method": "averaging"}, 1, {"trajectory", "importance", "slices", "ratio"}),
+        ({"method": "task-arithmetic"}, 4, {"importance"}),
+        ({}, 0, {"scores", "trajectory", "importance", "slices", "ratio"}),
+        ({}, 1, {"trajectory", "importance", "slices", "ratio"}),
+        ({"search.max_drop": 3}, 4, {"ratio"}),
+        ({"experts": [["a", "a"]], "tasks": ["a"]}, 4, {"landscape"}),
+    ],
+)
+def test_a_figure_that_a_study_cannot_have_is_a_sentence(science, trials, missing):
+    view = StudyView.of(study_of({"science": science}, lambda point: point["a"], trials))
+    reasons = {f.name: f.reason for f in figures(view) if isinstance(f, Missing) and "Not computed" not in f.reason}
+    assert set(reasons) == {*missing, "comparison"}
+    assert all(reason[0].isupper() or reason.startswith(("averaging", "1", "0")) for reason in reasons.values())
+    assert all(reason.endswith(".") for reason in reasons.values())
+    assert "<h1>" in render(study_page(view, ""), figures(view))
+
+
+def test_a_pareto_study_is_drawn_by_its_mean(copied):
+    copied.write(name="front", objective="pareto")
+    copied.cli("run", "spec.yaml")
+    study = stored_study(StudySpec.from_yaml(copied.file))
+    found = by_name(StudyView.of(study))
+    assert found["trajectory"].scores == pytest.approx([sum(trial.values) / 2 for trial in study.trials])
+    assert isinstance(found["importance"], Drawing)
+    written = copied.json("report", "spec.yaml", "--out", "report", "--figures", "scores,ratio", "--ratios", "0.5,1")
+    assert written["missing"] == {}
