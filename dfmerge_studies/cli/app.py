@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dfmerge_studies.cli import cache, compare, inspect, models, repair, report, run, workers
+from dfmerge_studies.cli import cache, compare, dashboard, inspect, models, repair, report, run, workers
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.ranks import launched, launched_rank
 
@@ -37,6 +37,7 @@ app.command("compare")(compare.compare)
 app.command("validate")(inspect.validate)
 app.command("repair")(repair.repair)
 app.command("report")(report.report)
+app.command("dashboard")(dashboard.dashboard)
 app.add_typer(cache.app, name="cache")
 
 

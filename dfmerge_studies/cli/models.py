@@ -178,13 +178,16 @@ def export(
     common.check_early(settings, storage=True, create=False)
     with common.progress_bar() as progress:
         common.quiet_libraries()
+        from dfmerge_studies.report.card import CARD
         from dfmerge_studies.report.export import export_trial
+        from dfmerge_studies.report.notes import keep_card
         from dfmerge_studies.study.session import find_trial, open_study, stored_study
 
         ranks = common.join_ranks(settings)
         found = find_trial(stored_study(settings), settings, trial)
         session = open_study(settings, progress=progress, ranks=ranks)
         exported = export_trial(session, found, out, force=force, shard_size=shard_size)
+        keep_card(session.study, out / CARD, settings.workdir)
     result = {"out": str(out), "study": settings.name, "trial": found.number, **exported}
     if json:
         common.print_json(result)

@@ -1,0 +1,209 @@
+"""Our own words and figures in optuna-dashboard: notes on a study and its best trials, figures, model cards.
+
+All of it is stored with the study, so every dashboard on the storage shows it.  A note that somebody else has written
+is left alone.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.trial import FrozenTrial
+from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+
+from dfmerge_studies.report.figures import plotly_figures
+from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.attributes import id_of, results
+from dfmerge_studies.study.provenance import stored_science
+from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial, trial_value, violation
+
+BEST = 3  # trials that get a note
+_BUILT_IN = ("importance", "slices")  # the dashboard draws these itself
+_SIGNED = "*Written by dfmerge-studies; a note that you edit is yours and stays.*"
+_PUBLISHED = "dfmerge:published"  # study attribute: number of results that notes and figures show
+
+
+def publish(study: optuna.Study) -> bool:
+    """Bring a study's notes and figures up to its completed trials.
+
+    Args:
+        study: any study; one that this program did not make is left alone.
+
+    Returns:
+        Whether there was something new.
+    """
+    if stored_science(study) is None:
+        return False
+    done = len(results(study))
+    if study.user_attrs.get(_PUBLISHED) == done:
+        return False
+    view = StudyView.of(study)
+    _write_note(study, study_note(view))
+    for rank, trial in enumerate(_best_trials(view), start=1):
+        _write_note(optuna.Trial(study, id_of(trial)), trial_note(view, trial, rank))
+    for name, figure in plotly_figures(study).items():
+        if name not in _BUILT_IN:
+            figure.update_layout(height=None, width=None, autosize=True)  # the dashboard's panels have their own size
+            save_plotly_graph_object(study, figure, graph_object_id=f"dfmerge-{name}")
+    study.set_user_attr(_PUBLISHED, done)
+    return True
+
+
+def study_note(view: StudyView) -> str:
+    """What a study merges, how far it is, and how to export its winner, as Markdown.
+
+    Args:
+        view: the stored study.
+    """
+    spec, best = view.spec, view.best
+    lines = [
+        f"## {escape(view.name)}",
+        "",
+        f"Merges {len(view.experts)} fine-tuned models into one with **{escape(view.method)}**; "
+        f"{len(view.trials)} completed trials{_feasible(view)}.",
+        "",
+        *_table(
+            ["expert", "model", "task"],
+            [[name, _model(spec, name), task or "all tasks"] for name, task in view.experts.items()],
+        ),
+        f"Base: {escape(str(spec.get('base', '')))}",
+        "",
+    ]
+    if best is not None:
+        lines += [
+            f"**Best: trial {best.number}, {100 * trial_value(best):.2f}**",
+            "",
+            *_table(
+                ["expert", "coefficient"],
+                [[name, f"{value:.4g}"] for name, value in best.user_attrs[COEFFICIENTS].items()],
+            ),
+            "Export it with the spec that this study was made from:",
+            "",
+            "```sh",
+            "dfmerge export SPEC.yaml --out merged-model",
+            "```",
+            "",
+        ]
+    return "\n".join([*lines, _SIGNED])
+
+
+def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
+    """A trial's score per task, beside the experts', as Markdown.
+
+    Args:
+        view: the stored study.
+        trial: one of its completed trials.
+        rank: 1 for the best.
+    """
+    experts = view.scores("experts", "validation") or {}
+    rows = []
+    for task, score in trial.user_attrs[TASKS].items():
+        own = experts.get(task)
+        rows.append(
+            [
+                task,
+                f"{100 * score:.1f}",
+                "-" if own is None else f"{100 * own:.1f}",
+                "-" if own is None else f"{100 * (score - own):+.1f}",
+            ]
+        )
+    return "\n".join(
+        [
+            f"**Number {rank} of the study** (percent on the validation splits)",
+            "",
+            *_table(["task", "merged", "own expert", "difference"], rows),
+            *_constraint(view, trial),
+            "```sh",
+            f"dfmerge export SPEC.yaml --trial {trial.number} --out merged-model",
+            "```",
+            "",
+            _SIGNED,
+        ]
+    )
+
+
+def artifact_folder(workdir: Path) -> Path:
+    """Where the artifacts of a spec's studies are.
+
+    Args:
+        workdir: of the spec.
+    """
+    return workdir / ".dfmerge" / "artifacts"
+
+
+def keep_card(study: optuna.Study, card: Path, workdir: Path) -> str:
+    """Keep an exported model's card as an artifact of its study.
+
+    Args:
+        study: where the model is from.
+        card: the card's file.
+        workdir: of the spec.
+
+    Returns:
+        The artifact's id.
+    """
+    folder = artifact_folder(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return upload_artifact(artifact_store=FileSystemArtifactStore(folder), file_path=str(card), study_or_trial=study)
+
+
+def escape(text: str) -> str:
+    """A text that Markdown and HTML take as it is.
+
+    Args:
+        text: from outside.
+    """
+    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(" ".join(text.split())))
+
+
+def _best_trials(view: StudyView) -> list[FrozenTrial]:
+    left = list(view.trials)
+    chosen: list[FrozenTrial] = []
+    while left and len(chosen) < BEST:
+        best = best_trial(left, view.objective)
+        if best is None:
+            break
+        chosen.append(best)
+        left.remove(best)
+    return chosen
+
+
+def _feasible(view: StudyView) -> str:
+    allowed = view.spec.get("search", {}).get("max_drop")
+    if allowed is None:
+        return ""
+    kept = sum(violation(trial) == 0 for trial in view.trials)
+    return f", {kept} of them with every task within {allowed:g} points of its own expert"
+
+
+def _constraint(view: StudyView, trial: FrozenTrial) -> list[str]:
+    """Whether a trial keeps every task within `max_drop`: optuna-dashboard does not show constraints of Optuna 5."""
+    allowed = view.spec.get("search", {}).get("max_drop")
+    if allowed is None:
+        return []
+    worst = max(trial.user_attrs[DROPS].values(), default=0.0)
+    verdict = "kept" if violation(trial) == 0 else "violated"
+    return [f"Constraint {verdict}: largest drop {worst:.1f} points, allowed {allowed:g}.", ""]
+
+
+def _model(spec: Mapping[str, Any], expert: str) -> str:
+    entry = spec.get("experts", {}).get(expert, {})
+    return str(entry.get("model", "") if isinstance(entry, Mapping) else entry)
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header)]
+    body = [[escape(cell) for cell in row] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in (*lines, *body)] + [""]
+
+
+def _write_note(target: optuna.Study | optuna.Trial, text: str) -> None:
+    present = get_note(target)
+    if present != text and (not present or _SIGNED in present):
+        save_note(target, text)
