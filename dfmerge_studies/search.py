@@ -144,8 +144,7 @@ class _OrderedGP(GPSampler):
     """Optuna's GP sampler, shown the completed trials in the order of their places.
 
     A point that was put back in the queue completes under a later number; the sums inside the GP depend, in their last
-    bits, on the order of the rows.  This overrides the one private name of Optuna that we rely on for proposals, and is
-    where another acquisition replaces log-EI.
+    bits, on the order of the rows.  This overrides the one private name of Optuna that we rely on for proposals.
     """
 
     def _sample_relative_impl(
@@ -272,17 +271,25 @@ class SamplerSettings:
         space: what is searched.
         startup_trials: completed trials before the model proposes.
         grid: values by name, for the grid.
-        constrained: whether trials carry constraints: Optuna's GP notices by itself, other acquisitions must be told.
+        kappa: of `ucb`, weight of the deviation against the mean.
     """
 
     space: Space
     startup_trials: int = 10
     grid: Mapping[str, Sequence[float]] | None = None
-    constrained: bool = False
+    kappa: float = 2.576
 
 
 def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
     return _OrderedGP(seed=seed, n_startup_trials=max(1, settings.startup_trials), warn_independent_sampling=False)
+
+
+def _ucb(settings: SamplerSettings, seed: int) -> BaseSampler:
+    from dfmerge_studies.acquisitions import Steps, UCBSampler  # an extra
+
+    space = settings.space
+    steps = Steps(space.low, space.step, 1 + round((space.high - space.low) / space.step)) if space.step else None
+    return UCBSampler(kappa=settings.kappa, startup_trials=max(1, settings.startup_trials), seed=seed, steps=steps)
 
 
 def _random(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -294,7 +301,12 @@ def _grid(settings: SamplerSettings, seed: int) -> BaseSampler:
 
 
 # A sampler is a function from the settings and one trial's seed to a fresh Optuna sampler for that trial.
-SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {"gp": _gp, "random": _random, "grid": _grid}
+SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {
+    "gp": _gp,
+    "random": _random,
+    "grid": _grid,
+    "ucb": _ucb,
+}
 
 
 def grid_rows(space: Space, grid: Mapping[str, Sequence[float]] | None) -> list[dict[str, float]]:
@@ -328,7 +340,7 @@ def make_sampler(
     space: Space,
     startup_trials: int = 10,
     grid: Mapping[str, Sequence[float]] | None = None,
-    constrained: bool = False,
+    kappa: float = 2.576,
 ) -> BaseSampler:
     """Build the sampler of a study, of one objective or several.
 
@@ -339,7 +351,7 @@ def make_sampler(
         space: what is searched.
         startup_trials: completed trials before the Gaussian process proposes (at least 1).
         grid: values by name, for the grid sampler.
-        constrained: whether the study's trials carry constraints.
+        kappa: of `ucb`, weight of the deviation against the mean.
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
@@ -351,7 +363,7 @@ def make_sampler(
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
-    settings = SamplerSettings(space, startup_trials, grid, constrained)
+    settings = SamplerSettings(space, startup_trials, grid, kappa)
     row = SAMPLERS[name]
     row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
     return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

@@ -11,6 +11,8 @@ import os
 import pickle
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tests.models import save_model_directory
-from tests.project import Project
+from tests.project import Project, cli_environment
 
 Spoil = Callable[[Project], None]
 
@@ -221,6 +223,11 @@ LIGHT_CASES = [
     case("unknown-method", "run SPEC --method dfmerge", "method", "'dfmerge'", "'df-merge'"),
     case("unknown-sampler", "run SPEC --set search.sampler=tpe", "search.sampler", "'tpe'", "'gp'"),
     case("unknown-acquisition", "run SPEC --acquisition pi", "search.acquisition", "'pi'", "'ei'"),
+    case(
+        "ucb-of-random-points", "run SPEC --acquisition ucb --set search.sampler=random", "search", "needs sampler: gp"
+    ),
+    case("ucb-of-many-objectives", "run SPEC --acquisition ucb --set objective=pareto", "one objective", "use ei"),
+    case("kappa-below-zero", "run SPEC --set search.kappa=-1", "search.kappa", "-1", "greater than or equal to 0"),
     case("name-climbs", "run SPEC --set name=../x", "name", "'../x'", "letters"),
     case("hidden-name", "run SPEC --set name=.x", "name", "'.x'", "does not start with '.'"),
     case("empty-name", "run SPEC", "name", "''", "1 to 100", spoil=spec(name="")),
@@ -628,3 +635,28 @@ def test_validate_estimates_what_a_good_project_needs(project: Project) -> None:
     assert estimate["fisher_inputs"] == {"red": 6, "blue": 6}
     assert estimate["peak_bytes"] > 4 * estimate["parameters"]
     assert project.files() == before
+
+
+WITHOUT_BOTORCH = """
+import sys
+sys.modules["botorch"] = None  # as if it were not installed
+from dfmerge_studies.cli.app import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_ucb_without_its_extra_is_refused_by_name_before_anything_is_loaded(project: Project, command: str) -> None:
+    file = project.write(search={"acquisition": "ucb"})
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_BOTORCH, command, str(file)],
+        env=cli_environment(),
+        cwd=project.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    for words in ("search.acquisition", "acquisition: ucb needs botorch", "dfmerge-studies[ucb]"):
+        assert words in done.stderr + done.stdout
+    assert not list(project.folder.glob("*.db"))

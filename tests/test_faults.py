@@ -63,6 +63,17 @@ def test_a_run_killed_in_every_third_trial_equals_an_uninterrupted_one(uninterru
     cut.check_whole()
 
 
+@pytest.mark.slow
+def test_a_search_by_ucb_that_was_killed_twice_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, cut = (Place(tmp_path / name, sampler="ucb", constraints=1, target=8) for name in ("whole", "cut"))
+    whole.run()
+    for _ in range(2):
+        cut.run(-signal.SIGKILL, kill_at_call=3)
+    cut.run()
+    assert cut.rows() == whole.rows()
+    cut.check_whole()
+
+
 def test_a_result_that_was_not_told_before_the_kill_is_applied_and_not_computed_again(
     uninterrupted: Place, cut: Place
 ) -> None:

@@ -80,7 +80,7 @@ def test_trial_seeds_depend_on_each_of_their_parts_and_on_nothing_else() -> None
 
 
 def test_unknown_samplers_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="gp, random, grid"):
+    with pytest.raises(InputError, match="gp, random, grid, ucb"):
         make_sampler("tpe", seed=0, study_name="s", space=SPACE)
 
 
@@ -100,7 +100,7 @@ def _run(study: optuna.Study, trials: int) -> list[dict[str, float]]:
     return [trial.params for trial in study.trials]
 
 
-@pytest.mark.parametrize("name", ["gp", "random"])
+@pytest.mark.parametrize("name", ["gp", "random", "ucb"])
 def test_a_study_seen_by_a_new_sampler_at_every_trial_proposes_the_same_points(name: str) -> None:
     whole = _run(_study(name, startup_trials=4), 8)
     study = _study(name, startup_trials=4)
@@ -110,7 +110,7 @@ def test_a_study_seen_by_a_new_sampler_at_every_trial_proposes_the_same_points(n
     assert [trial.params for trial in study.trials] == whole
 
 
-@pytest.mark.parametrize("name", ["gp", "random"])
+@pytest.mark.parametrize("name", ["gp", "random", "ucb"])
 def test_another_seed_and_another_study_name_propose_other_points(name: str) -> None:
     one, two = _run(_study(name), 3), _run(_study(name, seed=1), 3)
     assert all(a != b for a, b in zip(one, two, strict=True))
@@ -125,14 +125,17 @@ def test_startup_points_spread_over_the_whole_space_and_over_both_axes() -> None
 
 
 def test_the_gaussian_process_finds_a_smooth_maximum_that_random_points_miss() -> None:
-    best = {name: max(_value(p) for p in _run(_study(name, startup_trials=5), 20)) for name in ("gp", "random")}
-    assert best["gp"] > -1e-3
-    assert best["gp"] > best["random"]
+    names = ("gp", "ucb", "random")
+    best = {name: max(_value(p) for p in _run(_study(name, startup_trials=5), 20)) for name in names}
+    for name in names[:2]:
+        assert best[name] > -1e-3
+        assert best[name] > best["random"]
 
 
-def test_the_gaussian_process_proposes_on_the_step() -> None:
+@pytest.mark.parametrize("name", ["gp", "ucb"])
+def test_the_gaussian_process_proposes_on_the_step(name: str) -> None:
     space = Space(("a", "b"), step=0.25)
-    sampler = make_sampler("gp", seed=0, study_name="s", space=space, startup_trials=3)
+    sampler = make_sampler(name, seed=0, study_name="s", space=space, startup_trials=3)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for _ in range(6):
         trial = study.ask(space.distributions())
@@ -160,8 +163,9 @@ def _settings() -> Any:
     return SamplerSettings(SPACE)
 
 
-def test_the_gaussian_process_sees_completed_trials_in_the_order_of_their_places() -> None:
-    sampler = make_sampler("gp", seed=0, study_name="s", space=SPACE, startup_trials=3)
+@pytest.mark.parametrize("name", ["gp", "ucb"])
+def test_the_gaussian_process_sees_completed_trials_in_the_order_of_their_places(name: str) -> None:
+    sampler = make_sampler(name, seed=0, study_name="s", space=SPACE, startup_trials=3)
     points = [{"a": 0.1, "b": 0.9}, {"a": 0.7, "b": 0.2}, {"a": 0.4, "b": 0.5}, {"a": 0.9, "b": 0.8}]
     proposals = []
     for order in ([0, 1, 2, 3], [2, 3, 1, 0]):
@@ -249,7 +253,8 @@ def test_a_grid_that_does_not_fit_the_space_is_refused(grid: Any) -> None:
         make_sampler("grid", seed=0, study_name="s", space=SPACE, grid=grid)
 
 
-def test_sampling_raises_no_warning() -> None:
+@pytest.mark.parametrize("name", ["gp", "ucb"])
+def test_sampling_raises_no_warning(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _run(_study("gp", startup_trials=2), 4)
+        _run(_study(name, startup_trials=2), 4)

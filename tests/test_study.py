@@ -248,6 +248,19 @@ def _filled(command: list[str], out: str) -> list[str]:
     return [{"SPEC.yaml": "spec.yaml", "DIR": out}.get(word, word) for word in command]
 
 
+@pytest.mark.slow
+def test_ucb_searches_with_step_and_constraint_and_its_kappa_is_part_of_the_study(project):
+    project.write(search={"trials": 6, "startup_trials": 3, "step": 0.25, "max_drop": 30})
+    printed = project.json("run", "spec.yaml", "--acquisition", "ucb", "--no-test")
+    assert printed["trials"]["complete"] == 6
+    points = [tuple(point.values()) for point, _, _ in completed(project)]
+    assert all(value % 0.25 == 0 for point in points for value in point)
+    assert not set(points[3:]) & set(points[:3])
+    refused = project.cli("run", "spec.yaml", "--acquisition", "ucb", "--set", "search.kappa=1", check=2)
+    assert "search.kappa: the study has 2.576, this run has 1.0" in refused.stderr
+    assert "search.acquisition" in project.cli("run", "spec.yaml", check=2).stderr
+
+
 def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):
     project.write(search={"trials": 5, "startup_trials": 2, "max_drop": 10})
     project.json("run", "spec.yaml")

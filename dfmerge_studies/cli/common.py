@@ -81,6 +81,9 @@ def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, 
         from dfmerge_studies.storage import check_url, resolve_url
 
         check_url(resolve_url(spec.storage_url, spec.workdir), create=create)
+        from dfmerge_studies.objective.preflight import check_extras
+
+        check_extras(spec)
     if models:
         from dfmerge_studies.objective.preflight import check_inputs
 

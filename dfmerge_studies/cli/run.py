@@ -28,7 +28,7 @@ def run(
     storage: common.StorageOption = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table, e.g. df-merge, gta.")] = None,
-    acquisition: Annotated[str | None, typer.Option("--acquisition", help="ei.")] = None,
+    acquisition: Annotated[str | None, typer.Option("--acquisition", help="ei or ucb.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this machine that share it.")] = 1,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,

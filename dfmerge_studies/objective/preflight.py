@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import check_data_files
+
+_UCB_NEEDS = ("botorch", "optuna_integration")
 
 
 def model_problems(spec: StudySpec) -> Iterator[InputError]:
@@ -40,6 +43,24 @@ def check_model(reference: str, *, root: Path, where: str) -> None:
         InputError: what is wrong.
     """
     check_files(resolve(reference, root=root, where=where))
+
+
+def check_extras(spec: StudySpec) -> None:
+    """Refuse a search that needs packages which are not installed.
+
+    Args:
+        spec: what to check.
+
+    Raises:
+        InputError: naming the extra that brings them.
+    """
+    missing = [name for name in _UCB_NEEDS if find_spec(name) is None]
+    if spec.search.acquisition == "ucb" and missing:
+        raise InputError(
+            f"acquisition: ucb needs {' and '.join(missing)}",
+            where=spec.where("search.acquisition"),
+            mend="pip install 'dfmerge-studies[ucb]', or use acquisition: ei",
+        )
 
 
 def check_inputs(spec: StudySpec) -> None:

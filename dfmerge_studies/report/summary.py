@@ -12,7 +12,8 @@ from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.attributes import counts_of, results_of
 from dfmerge_studies.study.loop import counts, results
-from dfmerge_studies.study.session import storage_url, stored_spec_objective, target_trials
+from dfmerge_studies.study.plan import target_trials
+from dfmerge_studies.study.session import storage_url, stored_spec_objective
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     DROP_RATE,

@@ -48,7 +48,10 @@ class SearchSettings(Settings):
     """How coefficients are proposed."""
 
     sampler: Literal["gp", "random"] = Field("gp", description="Gaussian process, or uniform draws")
-    acquisition: Literal["ei"] = Field("ei", description="expected improvement (Optuna's logEI)")
+    acquisition: Literal["ei", "ucb"] = Field(
+        "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
+    )
+    kappa: float = Field(2.576, ge=0, description="of ucb: weight of the deviation against the mean")
     trials: int = Field(60, gt=0, description="total that the study should reach, over all runs")
     startup_trials: int = Field(10, ge=0, description="random trials before the Gaussian process")
     bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
@@ -67,6 +70,12 @@ class SearchSettings(Settings):
         if not value[0] < value[1]:
             raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
         return value
+
+    @model_validator(mode="after")
+    def _ucb_has_a_model(self) -> SearchSettings:
+        if self.acquisition == "ucb" and self.sampler != "gp":
+            raise ValueError("acquisition: ucb needs sampler: gp")
+        return self
 
     @model_validator(mode="after")
     def _step_divides_the_range(self) -> SearchSettings:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from dfmerge_studies.spec.checks import check_references
 from dfmerge_studies.spec.fields import (
@@ -174,6 +174,12 @@ class StudySpec(Settings):
     @classmethod
     def _short_objective(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _ucb_has_one_objective(self) -> StudySpec:
+        if self.search.acquisition == "ucb" and self.objective.kind == "pareto":
+            raise ValueError("acquisition: ucb has one objective; use ei with objective: pareto")
+        return self
 
     @field_validator("device")
     @classmethod

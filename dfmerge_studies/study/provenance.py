@@ -49,6 +49,7 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "importance.dtype": importance.dtype,
         "search.sampler": search.sampler,
         "search.acquisition": search.acquisition,
+        **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
         "search.startup_trials": search.startup_trials,
         "search.bounds": list(search.bounds),
         "search.step": search.step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import FisherCache, open_cache
-from dfmerge_studies.methods import METHODS, SHARED, Coefficients, Method, expand, fixed_coefficients
+from dfmerge_studies.methods import METHODS, Coefficients, Method, expand
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
+from dfmerge_studies.objective.preflight import check_extras
 from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
 from dfmerge_studies.ranks import SOLO, Ranks
-from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import (
     found_study,
@@ -35,6 +34,7 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Event, Summary, TrialResult, enqueue, results, work
 from dfmerge_studies.study.outbox import outbox_folder
+from dfmerge_studies.study.plan import known_points, search_space, study_sampler, target_trials
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
@@ -62,33 +62,6 @@ def spec_cache(spec: StudySpec) -> FisherCache | None:
     """The spec's Fisher cache."""
     limit = parse_size(spec.cache_limit) if spec.cache_limit is not None else None
     return open_cache(spec.cache, spec.workdir, limit)
-
-
-def search_space(spec: StudySpec) -> Space:
-    """Which coefficients the study's trials have."""
-    low, high = spec.search.bounds
-    method = METHODS[spec.method]
-    if method.coefficients is Coefficients.SHARED_GRID:
-        ranges = {name: (min(values), max(values)) for name, values in method.grid.items()}
-        return Space(tuple(ranges), *ranges.pop(SHARED), own=ranges)
-    if method.coefficients is Coefficients.FIXED:
-        return Space(tuple(spec.experts))
-    return Space(tuple(spec.experts), low, high, spec.search.step)
-
-
-def target_trials(spec: StudySpec, stored: int = 0) -> int:
-    """Total that the study should reach: the spec's, or as many points as a method without a search has.
-
-    Args:
-        spec: the settings.
-        stored: a total that an earlier `--add` raised the study to.
-    """
-    method = METHODS[spec.method]
-    if method.coefficients is Coefficients.FIXED:
-        return 1
-    if method.coefficients is Coefficients.SHARED_GRID:
-        return math.prod(len(values) for values in method.grid.values())
-    return max(spec.search.trials, stored)
 
 
 @dataclass
@@ -125,7 +98,7 @@ class Session:
         with storage_errors(self.url):
             self._check_total(total)
             self.study.set_user_attr(provenance.TARGET, total)
-            self._enqueue_known_points()
+            enqueue(self.study, search_space(self.spec), known_points(self.spec))
             expert_scores = self.reference_scores("experts", "validation")
             return work(
                 self.study,
@@ -262,26 +235,6 @@ class Session:
                 "the study already has %d completed trials, more than the total of %d", len(results(self.study)), total
             )
 
-    def _enqueue_known_points(self) -> None:
-        """1/M first, then the points that the spec asks for; those that are there already are left alone."""
-        if self.method.coefficients is Coefficients.SHARED_GRID:
-            return
-        points: list[Mapping[str, float]] = [self._on_grid(fixed_coefficients(self.problem.experts))]
-        if self.method.coefficients is Coefficients.PER_EXPERT:
-            for given in self.spec.search.enqueue:
-                points.append(dict.fromkeys(self.problem.experts, given) if isinstance(given, float) else given)
-        enqueue(self.study, search_space(self.spec), points)
-
-    def _on_grid(self, point: Mapping[str, float]) -> dict[str, float]:
-        """1/M moved into the bounds and onto the grid, where the spec sets them so."""
-        (low, high), step = self.spec.search.bounds, self.spec.search.step
-        if self.method.coefficients is Coefficients.FIXED:
-            return dict(point)
-        moved = {name: min(max(value, low), high) for name, value in point.items()}
-        if step is None:
-            return moved
-        return {name: min(low + round((value - low) / step) * step, high) for name, value in moved.items()}
-
 
 def open_study(
     spec: StudySpec,
@@ -305,6 +258,7 @@ def open_study(
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
     """
+    check_extras(spec)
     url, method = storage_url(spec), METHODS[spec.method]
     search_space(spec)
     cache = spec_cache(spec)
@@ -328,7 +282,7 @@ def open_study(
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
     merger = Merger(problem, method, cache, progress=progress)
-    return Session(spec, method, problem, _join(spec, method, url, science, problem), merger, url)
+    return Session(spec, method, problem, _join(spec, url, science, problem), merger, url)
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:
@@ -360,11 +314,11 @@ def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
     return None if provenance.is_unfinished(study) else study
 
 
-def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
+def _join(spec: StudySpec, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
     with storage_errors(url):
         storage, kinds = open_storage(url), directions(spec.objective, list(spec.tasks))
         founder = found_study(storage, spec.name, directions=kinds)
-        study = join_study(storage, spec.name, directions=kinds, sampler=_sampler(spec, method))
+        study = join_study(storage, spec.name, directions=kinds, sampler=study_sampler(spec))
         if (None if founder else provenance.awaited_science(study)) is None:
             if study.get_trials(deepcopy=False):
                 provenance.refuse_other_science(spec.name, None, science, safe_url(url))
@@ -375,20 +329,6 @@ def _join(spec: StudySpec, method: Method, url: str, science: Mapping[str, Any],
             study.set_metric_names(_metric_names(spec))
         provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, safe_url(url))
     return study
-
-
-def _sampler(spec: StudySpec, method: Method) -> optuna.samplers.BaseSampler:
-    search = spec.search
-    name = "grid" if method.coefficients is Coefficients.SHARED_GRID else search.sampler
-    return make_sampler(
-        name,
-        seed=search.seed,
-        study_name=spec.name,
-        space=search_space(spec),
-        startup_trials=search.startup_trials,
-        grid=method.grid or None,
-        constrained=search.max_drop is not None,
-    )
 
 
 def _metric_names(spec: StudySpec) -> list[str]:

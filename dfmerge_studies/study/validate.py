@@ -12,7 +12,7 @@ from dfmerge_studies.importance.fisher import Estimator
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import METHODS, Importance
 from dfmerge_studies.objective.merger import check_importance
-from dfmerge_studies.objective.preflight import model_problems
+from dfmerge_studies.objective.preflight import check_extras, model_problems
 from dfmerge_studies.objective.problem import Problem, Progress, choose_device, load_problem, silent
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
@@ -94,10 +94,11 @@ def _available(problem: Problem) -> int:
 
 def _file_problems(spec: StudySpec) -> list[InputError]:
     problems = list(model_problems(spec))
-    try:
-        choose_device(spec)
-    except InputError as error:
-        problems.append(error)
+    for check in (choose_device, check_extras):
+        try:
+            check(spec)
+        except InputError as error:
+            problems.append(error)
     return problems
 
 

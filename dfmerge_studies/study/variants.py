@@ -44,6 +44,12 @@ VARIANTS: Mapping[str, Variant] = {
     for variant in (
         *(Variant(name, name) for name in METHODS),
         Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
+        Variant(
+            "df-merge-ucb",
+            "df-merge",
+            {"search": {"sampler": "gp", "acquisition": "ucb"}},
+            needs=("botorch", "optuna_integration"),
+        ),
         Variant(NO_SEARCH, "df-merge", first=True),
     )
 }
