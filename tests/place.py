@@ -31,6 +31,7 @@ class Place:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.seconds = 0.0
+        self.warnings = "error"
         self.settings = {
             "url": storage.format(folder),
             "log": f"{folder}/log",
@@ -41,7 +42,7 @@ class Place:
         }
 
     def start(self, **settings: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": self.warnings}
         return subprocess.Popen(
             [sys.executable, str(CHILD), json.dumps({**self.settings, **settings})],
             stdout=subprocess.PIPE,

@@ -212,6 +212,22 @@ LIGHT_CASES = [
         spoil=spec(experts__red__modle="red"),
     ),
     case("unknown-key-of-a-task", "run SPEC", "tasks.red.doc_to_txt", "'doc_to_text'", spoil=task(doc_to_txt="input")),
+    case(
+        "labels-needed", "run SPEC", "tasks.red.doc_to_target", "required", "agreement", spoil=task(doc_to_target=None)
+    ),
+    case(
+        "labels-needed-for-empirical",
+        "run SPEC --set objective=agreement --set importance.estimator=empirical",
+        "tasks.red.doc_to_target",
+        "required",
+        spoil=task(doc_to_target=None),
+    ),
+    case(
+        "agreement-with-nobody",
+        "run SPEC --set objective=agreement --set experts.red.task=null",
+        "tasks.red",
+        "no expert has this task",
+    ),
     case("unknown-key-of-search", "run SPEC --set search.trails=3", "search.trails", "Did you mean 'trials'?"),
     case("unknown-key-of-importance", "fisher SPEC --expert red --out f --set importance.sample=3", "'samples'"),
     case("unknown-key-far-off", "run SPEC --set search.zzz=3", "search.zzz", "Known fields", "startup_trials"),

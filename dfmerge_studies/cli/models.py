@@ -151,9 +151,8 @@ def evaluate(
     from dfmerge_studies.report.tables import Row, comparison_table
 
     scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
-    common.output().print(
-        comparison_table([Row(model, scores)], list(tasks), split, title=f"{split} accuracy in percent")
-    )
+    title = f"{split} {settings.metrics_text(split)} in percent"
+    common.output().print(comparison_table([Row(model, scores)], list(tasks), split, title=title))
 
 
 def export(

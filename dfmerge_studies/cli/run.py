@@ -163,12 +163,13 @@ def _tell(
 
     summary = study_summary(study, spec)
     if as_json:
-        common.print_json({**summary, "interrupted": not finished, "rows": rows_as_json(rows)})
+        metrics = {split: spec.metrics_text(split) for row in rows[:1] for split in row.scores}
+        common.print_json({**summary, "interrupted": not finished, "metrics": metrics, "rows": rows_as_json(rows)})
         return
     out, best = common.output(), summary["best"]
     trials = summary["trials"]
     for split in rows[0].scores if rows else ():
-        title = f"{summary['study']}: {split} accuracy in percent"
+        title = f"{summary['study']}: {split} {spec.metrics_text(split)} in percent"
         out.print(comparison_table(rows, list(spec.tasks), split, title=title))
     state = f"{trials['complete']} of {trials['target']} trials complete"
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")

@@ -40,9 +40,11 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
         rows = fisher_rows(spec, name, len(task.validation), wanted)
         splits = {**task.splits, "validation": limited_examples(spec, name, task.validation)}
         tasks[name] = TaskInputs(splits, [task.validation[row] for row in rows], task.validation)
-    other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={})
+    other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={}, expert_answers={})
     same = [split for split in ("validation", "test") if _rows(problem, split) == _rows(other, split)]
-    other.reference_scores.update({key: s for key, s in problem.reference_scores.items() if key[1] in same})
+    alike = [split for split in same if _metrics(problem.spec, split) == _metrics(spec, split)]
+    other.reference_scores.update({key: s for key, s in problem.reference_scores.items() if key[1] in alike})
+    other.expert_answers.update({key: a for key, a in problem.expert_answers.items() if key[1] in same})
     other.known_digests.update({split: d for split, d in problem.known_digests.items() if split in same})
     return other
 
@@ -62,6 +64,11 @@ def _loaded(spec: StudySpec) -> dict[str, object]:
 def _drawn_by(spec: StudySpec) -> tuple[object, ...]:
     """What of a spec decides the Fisher inputs."""
     return spec.search.seed, spec.importance.samples, spec.importance.indices
+
+
+def _metrics(spec: StudySpec, split: str) -> list[str]:
+    """What the scores of every task's inputs of a split are."""
+    return [spec.metric(task, split) for task in spec.tasks]
 
 
 def _rows(problem: Problem, split: str) -> list[list[int] | None]:

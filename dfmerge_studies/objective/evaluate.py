@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,7 +32,10 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind
-from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
+from dfmerge_studies.tasks.evaluate import accuracy, agreement, choice_losses, predict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -95,24 +98,36 @@ def _evaluate(
         )
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     results: dict[str, dict[str, float | int | str]] = {}
-    for task, settings in spec.tasks.items():
+    for task in spec.tasks:
         examples = encode_split(spec, task, split, model, tokenizer, found.kind)
         if split == "validation":
             examples = limited_examples(spec, task, examples)
         check_labels(spec, task, examples, heads)
         put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
+        metric, pad_id = spec.metric(task, split), padding_id(tokenizer)
+        advance = counted(progress, f"{task}: {split}", len(examples))
         losses = choice_losses(
-            model,
-            found.kind,
-            examples,
-            pad_id=padding_id(tokenizer),
-            token_budget=spec.token_budget,
-            progress=counted(progress, f"{task}: {split}", len(examples)),
-            ranks=ranks,
+            model, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, progress=advance, ranks=ranks
         )
-        score = accuracy(predict(losses), examples)
-        results[task] = {"score": score, "metric": settings.metric, "n": len(examples)}
+        if metric == "agreement":
+            expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
+            others = choice_losses(
+                expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
+            )
+            score = agreement(predict(losses), predict(others))
+        else:
+            score = accuracy(predict(losses), examples)
+        results[task] = {"score": score, "metric": metric, "n": len(examples)}
     return results
+
+
+def _load_expert(spec: StudySpec, task: str, found: Checkpoints, dtype: torch.dtype) -> PreTrainedModel:
+    """A task's own expert, whole and with its head."""
+    name = next(name for name, expert in spec.experts.items() if expert.task == task)
+    checkpoint = found.experts[name]
+    if checkpoint.is_adapter:
+        return load_adapter(checkpoint, found.base, found.model_class, dtype=dtype)
+    return load_model(checkpoint, found.model_class, dtype=dtype).model
 
 
 def _heads(

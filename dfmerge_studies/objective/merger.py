@@ -31,7 +31,7 @@ from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.problem import Problem, Progress, counted, silent
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.spec import StudySpec, check_coefficients
-from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
+from dfmerge_studies.tasks.evaluate import accuracy, agreement, choice_losses, predict
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.transforms import Prepared
 
@@ -152,6 +152,7 @@ class Merger:
         Raises:
             RunError: something is not finite, or memory ran out.
         """
+        self.ask_experts_("validation")
         merged = self.merge_(coefficients, drop_rate)
         start = time.perf_counter()
         tasks = self.scores("validation")
@@ -307,7 +308,26 @@ class Merger:
             task: name of the task.
             split: "validation" or "test".
         """
-        return accuracy(self.predictions(task, split), self.problem.examples(task, split))
+        answers = self.predictions(task, split)
+        if self.problem.spec.metric(task, split) == "agreement":
+            return agreement(answers, self.problem.expert_answers[task, split])
+        return accuracy(answers, self.problem.examples(task, split))
+
+    @_everywhere
+    def ask_experts_(self, split: str) -> None:
+        """Let each task's expert answer, where scores are agreement with it; overwrites the model the first time.
+
+        Args:
+            split: "validation" or "test".
+        """
+        known = self.problem.expert_answers
+        for index, expert in enumerate(self.problem.spec.experts.values()):
+            if expert.task is None or self.problem.spec.metric(expert.task, split) != "agreement":
+                continue
+            key = (expert.task, split)
+            if not all(self.problem.ranks.agreed(functools.partial(known.__contains__, key))):
+                self.problem.resident.load_scaled_(index, 1.0)
+                known[key] = self.predictions(*key)
 
     @_everywhere
     @memory_errors()
@@ -341,6 +361,7 @@ class Merger:
         Args:
             split: "validation" or "test".
         """
+        self.ask_experts_(split)
         scores = {}
         for index, (_, expert) in enumerate(self.problem.spec.experts.items()):
             if expert.task is not None and expert.task not in scores:
@@ -355,6 +376,7 @@ class Merger:
         Args:
             split: "validation" or "test".
         """
+        self.ask_experts_(split)
         self.problem.resident.load_base_()
         return self.scores(split)
 

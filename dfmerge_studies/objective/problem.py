@@ -110,6 +110,7 @@ class Problem:
         expert_digests: identity of every expert.
         reference_scores: what base, experts and other whole models score, by row and split, as far as it is known.
         known_digests: of the data, by split, as far as they are known.
+        expert_answers: what each task's own expert answers, by task and split, as far as it is known.
         ranks: the processes that have all this loaded and share the work.
     """
 
@@ -123,6 +124,7 @@ class Problem:
     ranks: Ranks = SOLO
     reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    expert_answers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -403,7 +405,8 @@ def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
     if name is None:
         mend = "Name one, or use --split validation" if split == "test" else "Name one"
         raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
-    return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file))
+    labelled = split == "test" or spec.needs_labels
+    return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file), labelled=labelled)
 
 
 def _encode(

@@ -90,7 +90,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
             dataset_config=task,  # results of one type, config and split would be thrown together
             dataset_name=task,
             dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
-            metric_type=spec.tasks[task].metric,
+            metric_type=spec.metric(task, split),
             metric_value=round(score, 4),
         )
         for split, scores in merged.scores.items()
@@ -100,7 +100,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         base_model=[_public(reference) for reference in (spec.base, *(e.model for e in spec.experts.values()))],
         library_name="transformers",
         tags=["merge", "model-merging", "df-merge", spec.method],
-        metrics=sorted({task.metric for task in spec.tasks.values()}),
+        metrics=sorted({spec.metric(t, s) for s in merged.scores or ("validation",) for t in spec.tasks}),
         model_name=spec.name,
         eval_results=results or None,
     )
@@ -174,7 +174,10 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
                 score = source.get(split, {}).get(task)
                 cells.append("-" if score is None else f"{100 * score:.1f}")
         lines.append(f"| {task} | {' | '.join(cells)} |")
-    lines += ["", "Accuracy in percent. Coefficients were chosen on the validation split.", ""]
+    what = "; ".join(f"{split}: {spec.metrics_text(split)}" for split in splits)
+    lines += ["", f"In percent; {what}. Coefficients were chosen on the validation split.", ""]
+    if any(spec.metric(task, split) == "agreement" for split in splits for task in spec.tasks):
+        lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
     return lines
 
 

@@ -43,6 +43,7 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
         "study": study.study_name,
         "method": spec.method,
         "trials": {"target": target, **counted},
+        "metric": spec.metrics_text("validation"),
         "best": _best(best, spec) if best is not None else None,
         "storage": safe_url(storage_url(spec)),
         "workers": sum(worker["current"] is not None for worker in alive),

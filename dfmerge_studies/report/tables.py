@@ -109,7 +109,7 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     if summary["trials_per_hour"]["overall"] is not None:
         table.add_row("speed", pace_text(summary))
     if best is not None:
-        table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f}")
+        table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f} ({summary['metric']})")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
         if "drop_rate" in best:
             table.add_row("drop rate", f"{best['drop_rate']:g}")

@@ -46,6 +46,7 @@ def check_references(spec: StudySpec) -> None:
             where=spec.where("tasks"),
             mend="Use one type",
         )
+    check_labels_needed(spec)
     _check_points(spec)
     _check_baselines(spec)
     for field, named in (
@@ -55,6 +56,31 @@ def check_references(spec: StudySpec) -> None:
         if isinstance(named, dict) and (odd := sorted(set(named) - set(spec.tasks))):
             raise InputError(
                 f"unknown task {odd[0]!r}", where=spec.where(field), mend=f"The tasks are {', '.join(spec.tasks)}"
+            )
+
+
+def check_labels_needed(spec: StudySpec) -> None:
+    """Refuse tasks that the objective cannot score: without a label, or for agreement without an expert.
+
+    Args:
+        spec: the spec.
+
+    Raises:
+        InputError: naming the task.
+    """
+    with_expert = {expert.task for expert in spec.experts.values()}
+    for name, task in spec.tasks.items():
+        if spec.needs_labels and task.doc_to_target is None:
+            raise InputError(
+                "this field is required",
+                where=spec.where(f"tasks.{name}.doc_to_target"),
+                mend="Add it; without labels use objective: agreement, and no estimator that needs them",
+            )
+        if spec.objective.kind == "agreement" and name not in with_expert:
+            raise InputError(
+                "no expert has this task, and objective: agreement compares with the task's expert",
+                where=spec.where(f"tasks.{name}"),
+                mend="Add an expert with this task, or remove the task",
             )
 
 

@@ -98,7 +98,10 @@ def is_multiple(value: float, step: float) -> bool:
 class ObjectiveSettings(Settings):
     """What makes one trial better than another."""
 
-    kind: Literal["mean", "weighted", "min", "pareto"] = Field("mean", description="how task scores become one value")
+    kind: Literal["mean", "weighted", "min", "pareto", "agreement"] = Field(
+        "mean",
+        description="how task scores become one value; agreement: the mean of scores without labels",
+    )
     weights: dict[str, float] | None = Field(None, description="per task, for `weighted`")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from dfmerge_studies.spec.checks import check_references
+from dfmerge_studies.spec.checks import check_labels_needed, check_references
 from dfmerge_studies.spec.fields import (
     NAME,
     ExpertSettings,
@@ -75,6 +75,34 @@ class StudySpec(Settings):
         """The storage as the spec writes it, or the default."""
         return self.storage or f"sqlite:///{self.name}.db"
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether validation inputs must have labels."""
+        return self.objective.kind != "agreement" or self.importance.estimator == "empirical"
+
+    def metric(self, task: str, split: str) -> str:
+        """What a score of a task is: its own metric, or "agreement" with the task's expert.
+
+        Args:
+            task: name of the task.
+            split: "validation" or "test"; only what is searched on is scored by agreement where there are labels.
+        """
+        settings = self.tasks[task]
+        agrees = self.objective.kind == "agreement" and (split == "validation" or settings.doc_to_target is None)
+        return "agreement" if agrees else settings.metric
+
+    def metrics_text(self, split: str) -> str:
+        """What the scores of a split are, in words.
+
+        Args:
+            split: "validation" or "test".
+        """
+        tasks = {task: self.metric(task, split) for task in self.tasks}
+        kinds = sorted(set(tasks.values()))
+        if len(kinds) == 1:
+            return kinds[0]
+        return ", ".join(f"{kind} of {' and '.join(t for t in tasks if tasks[t] == kind)}" for kind in kinds)
+
     def where(self, field: str) -> str:
         """File and field, for messages.
 
@@ -101,6 +129,7 @@ class StudySpec(Settings):
         except ValidationError as error:
             raise explain(error, self._file, _FIELDS_AT) from error
         copy._file, copy._workdir = self._file, self._workdir
+        check_labels_needed(copy)
         return copy
 
     @classmethod

@@ -188,6 +188,7 @@ class Session:
             return dict(trial.user_attrs[TASKS])
 
         def compute() -> dict[str, float]:
+            self.merger.ask_experts_(split)
             self.merge_(trial)
             return self.merger.scores(split)
 

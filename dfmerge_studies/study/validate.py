@@ -109,7 +109,8 @@ def _data_problems(spec: StudySpec) -> list[InputError]:
             if split is None:
                 continue
             try:
-                load_rows(name, task, split, root=spec.root, spec_file=str(spec.file))
+                labelled = split == task.test_split or spec.needs_labels
+                load_rows(name, task, split, root=spec.root, spec_file=str(spec.file), labelled=labelled)
             except InputError as error:
                 if error.args not in [known.args for known in problems]:  # a missing file fails every split
                     problems.append(error)

@@ -50,6 +50,7 @@ VARIANTS: Mapping[str, Variant] = {
             {"search": {"sampler": "gp", "acquisition": "ucb"}},
             needs=("botorch", "optuna_integration"),
         ),
+        Variant("df-merge-agreement", "df-merge", {"objective": {"kind": "agreement", "weights": None}}),
         Variant(NO_SEARCH, "df-merge", first=True),
     )
 }

@@ -32,17 +32,25 @@ class Row:
         text: the prompt or the text to classify.
         pair: second text, for classification of pairs.
         choices: the choices, in order; for classification the class names, or nothing.
-        label: index of the right one.
+        label: index of the right one, None where the data has no labels.
     """
 
     index: int
     text: str
     pair: str | None
     choices: tuple[str, ...]
-    label: int
+    label: int | None
 
 
-def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, root: Path, spec_file: str) -> list[Row]:
+def load_rows(
+    name: str,
+    task: ChoiceTask | ClassificationTask,
+    split: str,
+    *,
+    root: Path,
+    spec_file: str,
+    labelled: bool = True,
+) -> list[Row]:
     """Load a split and render prompts, choices and labels.
 
     Args:
@@ -51,6 +59,7 @@ def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, r
         split: name of the split.
         root: folder that local data files are relative to.
         spec_file: the spec, for messages.
+        labelled: whether the column of `doc_to_target` must be there; otherwise rows without it have no label.
 
     Raises:
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
@@ -61,7 +70,8 @@ def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, r
         raise _empty(split, where)
     columns = list(dataset.column_names)
     to_text = _renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
-    to_target = _renderer(task.doc_to_target, columns, f"{where}.doc_to_target")
+    target = task.doc_to_target if labelled or _is_there(task.doc_to_target, columns) else None
+    to_target = _renderer(target, columns, f"{where}.doc_to_target") if target is not None else None
     to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice")
     pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
     to_pair = _renderer(pair, columns, f"{where}.doc_to_text_pair") if pair is not None else None
@@ -73,7 +83,7 @@ def load_rows(name: str, task: ChoiceTask | ClassificationTask, split: str, *, r
             _text(to_text(document, index), f"{where}.doc_to_text", index),
             _text(to_pair(document, index), f"{where}.doc_to_text_pair", index) if to_pair else None,
             choices,
-            _label(to_target(document, index), choices, f"{where}.doc_to_target", split, index),
+            _label(to_target(document, index), choices, f"{where}.doc_to_target", split, index) if to_target else None,
         )
         rows.append(row)
     return rows
@@ -233,6 +243,11 @@ def _renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer
             ) from error
 
     return render
+
+
+def _is_there(source: str | int | None, columns: Sequence[str]) -> bool:
+    """Whether a source is anything but the name of a column that the data lacks."""
+    return not isinstance(source, str) or source in columns or "{{" in source or "{%" in source
 
 
 def _choice_renderer(

@@ -216,3 +216,19 @@ def accuracy(predictions: Sequence[int], examples: Sequence[Encoded]) -> float:
             raise InputError("the row has no label", where=f"row {example.index}", mend="Give doc_to_target")
     pairs = zip(predictions, examples, strict=True)
     return sum(prediction == example.label for prediction, example in pairs) / len(examples)
+
+
+def agreement(answers: Sequence[int], others: Sequence[int]) -> float:
+    """Share of the inputs on which two models answer alike, between 0 and 1.
+
+    Args:
+        answers: index of a choice or class per input.
+        others: those of the other model, in the same order.
+
+    Raises:
+        InputError: there is nothing to compare.
+        ValueError: there are not as many of one as of the other.
+    """
+    if not answers:
+        raise InputError("there are no examples to score", mend="Check the split and its limit")
+    return sum(one == other for one, other in zip(answers, others, strict=True)) / len(answers)

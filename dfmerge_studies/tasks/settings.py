@@ -14,7 +14,10 @@ class _Task(BaseModel):
         description="arguments of datasets.load_dataset; `path` is required, local files are relative to the spec"
     )
     doc_to_text: str = Field(description="the input: a column or a Jinja2 template")
-    doc_to_target: str | int = Field(description="the right choice, by index or by text: a column or a template")
+    doc_to_target: str | int | None = Field(
+        None,
+        description="the right choice, by index or by text: a column or a template; null: no labels",
+    )
     training_split: str | None = Field(None, description="split that scripts/finetune.py trains on; no study reads it")
     validation_split: str = Field(
         "validation", description="split that trials are scored on and Fisher inputs come from"
