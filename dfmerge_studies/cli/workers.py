@@ -46,7 +46,8 @@ def total_of(spec: StudySpec, trials: int | None, add: int | None) -> int:
     """
     from dfmerge_studies.methods import METHODS, Coefficients
     from dfmerge_studies.study import provenance
-    from dfmerge_studies.study.session import storage_url, stored_study_or_none, target_trials
+    from dfmerge_studies.study.plan import target_trials
+    from dfmerge_studies.study.session import storage_url, stored_study_or_none
 
     study = stored_study_or_none(spec, storage_url(spec))
     now = target_trials(spec, int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
@@ -62,7 +63,8 @@ def is_complete(spec: StudySpec, total: int) -> bool:
         total: of the study itself.
     """
     from dfmerge_studies.study.attributes import counts
-    from dfmerge_studies.study.session import storage_url, stored_study_or_none, target_trials
+    from dfmerge_studies.study.plan import target_trials
+    from dfmerge_studies.study.session import storage_url, stored_study_or_none
     from dfmerge_studies.study.variants import baseline_specs
 
     for each in (spec, *baseline_specs(spec)):
