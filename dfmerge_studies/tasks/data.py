@@ -127,6 +127,8 @@ def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str
     resolved = _resolve_files(arguments, root, where)
     files = resolved.get("data_files")
     _check_split(files, split, where)
+    if isinstance(files, dict):  # files of other splits may have other columns: labels, say
+        resolved["data_files"] = {part: files[part] for part in _split_names(split)}
     datasets.disable_progress_bars()
     try:
         with _silent_datasets(counted=str(arguments["path"]) not in _LOCAL_BUILDERS):
