@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +46,15 @@ def check_model(reference: str, *, root: Path, where: str) -> None:
     check_files(resolve(reference, root=root, where=where))
 
 
+def installed(module: str) -> bool:
+    """Whether a package can be imported.
+
+    Args:
+        module: its name; one that has been imported already need not have a spec any more.
+    """
+    return sys.modules.get(module) is not None or find_spec(module) is not None
+
+
 def check_extras(spec: StudySpec) -> None:
     """Refuse a search that needs packages which are not installed.
 
@@ -54,7 +64,7 @@ def check_extras(spec: StudySpec) -> None:
     Raises:
         InputError: naming the extra that brings them.
     """
-    missing = [name for name in _UCB_NEEDS if find_spec(name) is None]
+    missing = [name for name in _UCB_NEEDS if not installed(name)]
     if spec.search.acquisition == "ucb" and missing:
         raise InputError(
             f"acquisition: ucb needs {' and '.join(missing)}",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.preflight import installed
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.session import storage_url
@@ -35,7 +35,7 @@ class Variant:
     @property
     def installed(self) -> bool:
         """Whether everything that it needs can be imported."""
-        return all(find_spec(module) is not None for module in self.needs)
+        return all(map(installed, self.needs))
 
 
 NO_SEARCH = "df-merge-no-search"
