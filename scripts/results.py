@@ -18,6 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,24 +175,38 @@ def study(spec: Path, work: Path, options: argparse.Namespace) -> None:
     (work / "tables.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def samples(spec: Path, work: Path) -> None:
-    """df-merge with 300 Fisher inputs per task at the coefficients that 30 of them found, and at 1/M.
+def samples(spec: Path, work: Path, points: Sequence[Mapping[str, float]], counts: Sequence[int] = (30, 300)) -> None:
+    """df-merge at the same coefficients with few and with many Fisher inputs per task.
 
     Args:
         spec: the spec.
-        work: folder of compare.json; samples-300.json goes there.
+        work: folder for samples.json.
+        points: coefficients by expert.
+        counts: Fisher inputs per task; draws are nested.
+    """
+    from dfmerge_studies import Merger, StudySpec, load_problem
+    from dfmerge_studies.methods import METHODS as ROWS
+
+    settings, found = StudySpec.from_yaml(spec), []
+    for count in counts:
+        merger = Merger(load_problem(settings.derive(importance={"samples": count})), ROWS["df-merge"], None)
+        for point in points:
+            outcome = merger.run(point)
+            scores = {"validation": outcome.tasks, "test": merger.scores("test")}
+            found.append({"samples": count, "coefficients": point, "scores": scores, "seconds": outcome.seconds})
+            (work / "samples.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def searched_points(work: Path) -> list[dict[str, float]]:
+    """1/M, and what the searches of df-merge found.
+
+    Args:
+        work: folder of compare.json.
     """
     rows = json.loads((work / "compare.json").read_text(encoding="utf-8"))["rows"]
-    points = [one["coefficients"] for row in rows if row["method"] == "df-merge" for one in row["studies"]]
-    changes = {
-        "name": "minilm.samples300",
-        "storage": "sqlite:///minilm.db",
-        "importance.samples": 300,
-        "search.enqueue": points,
-        "search.trials": 1 + len(points),
-    }
-    sets = [part for key, value in changes.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    dfmerge("run", spec, *sets, "--json", out=work / "samples-300.json")
+    found = [one["coefficients"] for row in rows if row["method"] == "df-merge" for one in row["studies"]]
+    points = [dict.fromkeys(TASKS, 1 / len(TASKS)), *found]
+    return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
 def markdown(table: dict[str, Any]) -> list[str]:
@@ -213,7 +228,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
             mark = {1: "**", 2: "*"}.get(row["ranks"].get(column, 0), "")
             cells.append(f"{mark}{text}{mark}")
         cells.append("" if row["std"] is None or not row["merged"] else f"{100 * row['std']:.1f}")
-        cells.append(f"{row['drop']['points']:+.1f} {row['drop']['task']}" if row["drop"] else "")
+        cells.append(f"{row['drop']['points']:.1f} {row['drop']['task']}" if row["drop"] else "")
         cells.append("" if row["trials"] is None else f"{row['trials']:.0f}")
         cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
         name = row["method"] + (r" \*" if row["star"] else "")
@@ -228,7 +243,9 @@ def report(spec: Path, work: Path) -> None:
         spec: the spec.
         work: folder of the figures.
     """
-    dfmerge("report", spec, "--figures", "all", "--out", work / "report", "--force")
+    dfmerge(
+        "report", spec, "--figures", "all", "--pair", "trec,sst2", "--grid", "5", "--out", work / "report", "--force"
+    )
 
 
 def trials_needed(work: Path) -> None:
@@ -253,7 +270,7 @@ def trials_needed(work: Path) -> None:
             "best": best,
             "best at": 1 + values.index(best),
             "within half a point at": 1 + next(i for i, value in enumerate(values) if value >= best - 0.005),
-            **{f"best of {n}": max(values[:n]) for n in (1, 5, 10, 15, 20, 30) if n <= len(values)},
+            **{f"best of {n}": max(values[:n]) for n in (1, 5, 8, 12, 16, 20, 30) if n <= len(values)},
         }
     (work / "trials.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
@@ -284,14 +301,15 @@ def main() -> None:
         train(spec, work)
     if options.stage in ("studies", "all"):
         study(spec, work, options)
-        samples(spec, work)
+        samples(spec, work, searched_points(work))
         trials_needed(work)
     if options.stage in ("report", "all"):
         report(spec, work)
 
 
-METHODS = ["averaging", "task-arithmetic", "fisher", "gta", "df-merge-static", "df-merge"]
-ONCE: list[str] = []
+SEARCHED = ["gta", "df-merge-static", "df-merge-nodes", "df-merge"]
+METHODS = ["averaging", "task-arithmetic", "ties", "fisher", "fisher-nodes", *SEARCHED]
+ONCE = ["dare", "df-merge-ucb", "df-merge-agreement"]
 
 
 if __name__ == "__main__":

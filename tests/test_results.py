@@ -30,7 +30,7 @@ def test_the_spec_reads_the_data_folder_that_is_named(tmp_path: Path) -> None:
 def test_a_markdown_table_marks_the_best_the_second_and_what_df_merge_beats() -> None:
     def row(method: str, mean: float, rank: int | None, *, merged: bool = True, star: bool = False) -> dict:
         ranks = {} if rank is None else {"trec": rank, "mean": rank}
-        drop = {"task": "trec", "points": -1.25} if merged else None
+        drop = {"task": "trec", "points": 1.25} if merged else None
         return {
             "method": method,
             "merged": merged,
@@ -47,5 +47,5 @@ def test_a_markdown_table_marks_the_best_the_second_and_what_df_merge_beats() ->
     table = {"rows": [row("fine-tuned", 0.9, None, merged=False), row("gta", 0.7, 2, star=True), row("fisher", 0.8, 1)]}
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.markdown(table)]
     assert lines[2] == ["fine-tuned", "90.0", "", "", "", "", "90.0", "", "", "", ""]
-    assert lines[3] == [r"gta \*", "*70.0*", "", "", "", "", "*70.0*", "0.5", "-1.2 trec", "3", "1"]
+    assert lines[3] == [r"gta \*", "*70.0*", "", "", "", "", "*70.0*", "0.5", "1.2 trec", "3", "1"]
     assert lines[4][:2] == ["fisher", "**80.0**"]
