@@ -313,6 +313,18 @@ class Merger:
             return agreement(answers, self.problem.expert_answers[task, split])
         return accuracy(answers, self.problem.examples(task, split))
 
+    def right(self, task: str, split: str) -> list[bool]:
+        """Which inputs the model as it stands answers as the label has it, or for agreement as the task's expert does.
+
+        Args:
+            task: name of the task.
+            split: "validation" or "test".
+        """
+        answers, wanted = self.predictions(task, split), [e.label for e in self.problem.examples(task, split)]
+        if self.problem.spec.metric(task, split) == "agreement":
+            wanted = [*self.problem.expert_answers[task, split]]
+        return [answer == each for answer, each in zip(answers, wanted, strict=True)]
+
     @_everywhere
     def ask_experts_(self, split: str) -> None:
         """Let each task's expert answer, where scores are agreement with it; overwrites the model the first time.

@@ -156,7 +156,7 @@ def score_tables(view: StudyView) -> list[Section]:
             for row, values in table.items()
             if any(value is not None for value in values)
         ]
-        title = f"{split.capitalize()} accuracy in percent"
+        title = f"{split.capitalize()} {view.metric(split)} in percent"
         sections.append(Section(title, ["", *columns], rows, numbers=True))
     return sections
 

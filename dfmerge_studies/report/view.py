@@ -97,8 +97,19 @@ class StudyView:
             "weighted": "weighted mean accuracy",
             "min": "accuracy on the worst task",
             "pareto": "mean accuracy",
+            "agreement": "agreement with the experts",
         }
         return words.get(self.objective.kind, self.objective.kind)
+
+    def metric(self, split: str) -> str:
+        """What the scores of a split are: accuracy, or agreement with each task's expert.
+
+        Args:
+            split: "validation" or "test".
+        """
+        tasks = self.spec.get("tasks", {}).values()
+        labelled = split != "validation" and any(task.get("doc_to_target") is not None for task in tasks)
+        return "agreement" if self.objective.kind == "agreement" and not labelled else "accuracy"
 
     @cached_property
     def baselines(self) -> dict[str, StudyView]:

@@ -173,6 +173,7 @@ def landscape(
         for method in landscape_methods(session.method):
             cells = found["methods"].setdefault(method, {})
             merger = Merger(problem, METHODS[method], cache)
+            merger.ask_experts_("validation")
             for i, first in enumerate(wanted["lambdas"]):
                 row = {f"{i} {j}": (first, second) for j, second in enumerate(wanted["lambdas"])}
                 missing = {key: point for key, point in row.items() if key not in cells}

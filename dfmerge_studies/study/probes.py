@@ -76,6 +76,7 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
     if found is None or found["lambdas"] != lambdas:
         found = {"lambdas": lambdas, "scores": {}}
     base = session.reference_scores("base", "validation")
+    session.merger.ask_experts_("validation")
     for index, expert in enumerate(session.problem.experts):
         if expert in found["scores"]:
             continue
@@ -99,16 +100,12 @@ def rows_right(session: Session, trial: FrozenTrial) -> dict[str, list[bool]]:
     name = f"rows:{trial_row(trial)}"
     found = stored_probe(session.study, name)
     if found is None:
+        session.merger.ask_experts_("validation")
         session.merge_(trial)
-        right = {task: _right(session, task) for task in session.problem.tasks}
+        right = {task: session.merger.right(task, "validation") for task in session.problem.tasks}
         found = {task: {"rows": len(row), "bits": np.packbits(row).tobytes().hex()} for task, row in right.items()}
         keep_probe(session.study, name, found)
     return {task: _unpack(kept) for task, kept in found.items()}
-
-
-def _right(session: Session, task: str) -> list[bool]:
-    answers, examples = session.merger.predictions(task, "validation"), session.problem.examples(task, "validation")
-    return [answer == example.label for answer, example in zip(answers, examples, strict=True)]
 
 
 def _unpack(kept: Mapping[str, Any]) -> list[bool]:
