@@ -210,6 +210,7 @@ def test_the_ablation_takes_its_rows_from_the_same_studies(project):
         (["--methods", "gta,gta"], "named twice"),
         (["--methods", "nonsense"], "The methods are averaging"),
         (["--methods", ","], "no method is named"),
+        (["--methods", "df-merge-agreement", "--split", "validation"], "agreement and not accuracy"),
         (["--split", "training"], "Use validation or test"),
         (["--csv", "--json"], "cannot be used together"),
         (["--ablation", "--methods", "gta"], "--ablation"),

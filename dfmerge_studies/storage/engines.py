@@ -163,7 +163,7 @@ def _open_grpc(url: URL) -> BaseStorage:
         raise InputError(
             "the storage proxy needs the packages grpcio and protobuf, which are not installed",
             where=safe_url(str(url)),
-            mend="Install them: pip install grpcio protobuf",
+            mend="Install the extra: pip install 'dfmerge-studies[grpc]'",
         )
     if not url.host or not url.port:
         raise InputError("the URL names no host and port", where=safe_url(str(url)), mend="Use grpc://HOST:PORT")

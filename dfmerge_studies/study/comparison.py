@@ -189,7 +189,7 @@ def compare(
         RunError: base or experts cannot be scored, or the database is gone for good.
     """
     splits = check_split(spec, split)
-    variants = choose_variants(spec, methods, ablation=ablation)
+    variants = choose_variants(spec, methods, ablation=ablation, split=splits[-1])
     planned = plan(spec, variants, seeds)
     entries: list[Entry] = []
     references: dict[str, dict[int, Scores]] = {}

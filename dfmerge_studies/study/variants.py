@@ -58,6 +58,7 @@ VARIANTS: Mapping[str, Variant] = {
 # The ablation takes one thing at a time away from df-merge (the paper's Table 3): its rows are rows of the comparison.
 ABLATION: Mapping[str, str] = {
     "df-merge": "df-merge",
+    "df-merge-ucb": "UCB instead of EI (df-merge-ucb)",
     "df-merge-static": "static Fisher (df-merge-static)",
     "gta": "no Fisher (gta)",
     NO_SEARCH: "no search (1/M)",
@@ -65,20 +66,27 @@ ABLATION: Mapping[str, str] = {
 }
 
 
-def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False) -> list[Variant]:
+def choose_variants(
+    spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False, split: str = "test"
+) -> list[Variant]:
     """The variants of a comparison.
 
     Args:
         spec: what is compared on; a variant that is what the spec says anyway is left out unless it is named.
         names: which ones, in the order of the table; None for all that are installed and go with the spec.
         ablation: the rows of the ablation instead of all.
+        split: what will be shown; agreement on the validation split does not stand beside accuracies.
 
     Raises:
-        InputError: a name is unknown or given twice, or what it needs is not installed.
+        InputError: a name is unknown or given twice, what it needs is not installed, or its scores are of another kind.
     """
     if names is None:
         every = [VARIANTS[name] for name in (ABLATION if ablation else VARIANTS)]
-        return [v for v in every if v.installed and (ablation or not v.first) and _adds_a_row(spec, v)]
+        return [
+            v
+            for v in every
+            if v.installed and (ablation or not v.first) and _adds_a_row(spec, v) and _is_comparable(spec, v, split)
+        ]
     for name in names:
         if name not in VARIANTS:
             mend = did_you_mean(name, VARIANTS) or f"The methods are {', '.join(VARIANTS)}"
@@ -88,6 +96,12 @@ def choose_variants(spec: StudySpec, names: Sequence[str] | None, *, ablation: b
         if not VARIANTS[name].installed:
             missing = ", ".join(VARIANTS[name].needs)
             raise InputError(f"{name!r} needs {missing}", where="--methods", mend="Install it, or leave the method out")
+        if not _is_comparable(spec, VARIANTS[name], split):
+            raise InputError(
+                f"{name!r} has agreement and not accuracy on the validation split",
+                where="--methods",
+                mend="Use --split test, or leave the method out",
+            )
     if not names:
         raise InputError("no method is named", where="--methods", mend=f"The methods are {', '.join(VARIANTS)}")
     return [VARIANTS[name] for name in names]
@@ -130,6 +144,12 @@ def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, Stu
     plain = spec.derive(**shared, search={"seed": seed})
     changes = {**variant.changes, "search": {**variant.changes.get("search", {}), "seed": seed}}
     return plain, spec.derive(**shared, **changes)
+
+
+def _is_comparable(spec: StudySpec, variant: Variant, split: str) -> bool:
+    """Whether a variant's scores on a split are of the same kind as the others'."""
+    other = variant.changes.get("objective", {}).get("kind") == "agreement" != spec.objective.kind
+    return not other or split == "test"
 
 
 def _adds_a_row(spec: StudySpec, variant: Variant) -> bool:
