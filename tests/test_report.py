@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dfmerge_studies import StudySpec, merge, open_study
 from dfmerge_studies.report.figures import FIGURES, Drawing, Missing, StudyView, figures, plotly_figures
+from dfmerge_studies.report.figures.landscape import Landscape
 from dfmerge_studies.report.page import render, study_page
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.landscape import landscape, plane_of
@@ -145,6 +146,18 @@ def test_a_point_of_the_landscape_is_the_merge_at_its_coefficients(session, copi
     _, _, surface = drawn.surface("gta")
     assert np.nanmin(surface) >= drawn.range[0] - 1e-9
     assert np.nanmax(surface) <= drawn.range[1] + 1e-9
+
+
+def test_what_lies_outside_the_merges_of_a_landscape_is_not_drawn():
+    lambdas = [0.0, 0.5, 1.0]
+    x = [[a * (1 - 0.6 * b) for b in lambdas] for a in lambdas]  # the border bends inwards on both sides
+    y = [[b * (1 - 0.6 * a) for b in lambdas] for a in lambdas]
+    table = {"gta": [[a + b for b in lambdas] for a in lambdas]}
+    drawn = Landscape("n", "t", "c", ("a", "b"), lambdas, {"gta": x}, {"gta": y}, table, {"gta": {}})
+    across, up, surface = drawn.surface("gta")
+    middle = np.add.outer(np.abs(up - 0.46), np.abs(across - 0.46)) < 0.02  # inside the convex hull, outside the merges
+    assert np.isnan(surface[middle]).all()
+    assert np.isfinite(surface[np.searchsorted(up, 0.2), np.searchsorted(across, 0.2)])
 
 
 def test_two_of_three_experts_are_merged_alone(copied):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
+from matplotlib.path import Path as MatplotlibPath
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from scipy.interpolate import LinearNDInterpolator
@@ -59,7 +60,21 @@ class Landscape(Drawing):
         x, y = np.ravel(self.x[method]), np.ravel(self.y[method])
         across, up = np.linspace(x.min(), x.max(), _FINE), np.linspace(y.min(), y.max(), _FINE)
         between = LinearNDInterpolator(np.column_stack([x, y]), 100 * np.ravel(self.scores[method]))
-        return across, up, between(*np.meshgrid(across, up))
+        places = np.column_stack([grid.ravel() for grid in np.meshgrid(across, up)])
+        # The merges need not fill their convex hull: what is outside the grid's own border was never scored.
+        slack = 1e-3 * max(np.ptp(x), np.ptp(y))
+        border = MatplotlibPath(self._border(method))
+        inside = border.contains_points(places, radius=slack) | border.contains_points(places, radius=-slack)
+        return across, up, np.where(inside, between(places), np.nan).reshape(_FINE, _FINE)
+
+    def _border(self, method: str) -> list[tuple[float, float]]:
+        """Places of the merges around the grid, in order."""
+        last = len(self.lambdas) - 1
+        there, back = range(last), range(last, 0, -1)
+        around = (
+            [(i, 0) for i in there] + [(last, j) for j in there] + [(i, last) for i in back] + [(0, j) for j in back]
+        )
+        return [(self.x[method][i][j], self.y[method][i][j]) for i, j in around]
 
     def plotly(self) -> go.Figure:
         """One panel per method, in the same colours."""
