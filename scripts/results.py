@@ -54,7 +54,7 @@ RECIPES = {
     "sst2": Recipe(150),
     "mpqa": Recipe(150),
 }
-MULTI_TASK = Recipe(400, batch=40, every=100)
+MULTI_TASK = Recipe(200, batch=40, every=100)
 VALIDATION_ROWS = 300  # on which checkpoints are chosen
 
 
