@@ -294,6 +294,13 @@ LIGHT_CASES = [
     ),
     case("storage-unknown", "run SPEC --storage mysql://h/x", "mysql", "not supported", "sqlite:///FILE"),
     case("storage-no-url", "run SPEC --storage colours.db", "colours.db", "not a storage URL", "sqlite:///FILE"),
+    case(
+        "constraints-over-grpc",
+        "run SPEC --storage grpc://localhost:1 --set search.max_drop=3",
+        "search.max_drop",
+        "does not keep several constraints in order",
+        "the database itself",
+    ),
     case("storage-folder-missing", "run SPEC --storage sqlite:///there/x.db", "there", "does not exist", "Create it"),
     case("storage-is-a-folder", "run SPEC --storage sqlite:///base", "base", "folder, not a file", "Name a file"),
     case("password-in-the-open", "run SPEC --storage postgresql://h/x?password=hush", "password", "user:password@host"),

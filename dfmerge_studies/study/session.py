@@ -261,6 +261,12 @@ def open_study(
     """
     check_extras(spec)
     url, method = storage_url(spec), METHODS[spec.method]
+    if url.startswith("grpc://") and spec.search.max_drop is not None and len(spec.tasks) > 1:
+        raise InputError(
+            "Optuna's gRPC proxy does not keep several constraints in order, and the sampler would mix them up",
+            where=spec.where("search.max_drop"),
+            mend="Name the database itself as the storage, or leave max_drop out",
+        )
     search_space(spec)
     cache = spec_cache(spec)
     stored = stored_study_or_none(spec, url)
