@@ -146,3 +146,13 @@ class Crowd:
         for worker in ended:
             allowed = (0, 1, -9, -15) if worker in self.excused else (0, -9, -15)
             assert worker.exitcode in allowed, (worker.exitcode, self.output.read_text()[-2000:])
+
+
+def wait_for(process: subprocess.Popen[str], kind: str, times: int = 1) -> None:
+    """Read a worker's events until the given one has come so many times."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        times -= json.loads(line)[0] == kind
+        if times == 0:
+            return
+    raise AssertionError(f"the worker ended before {kind}: {process.communicate()}")

@@ -14,21 +14,12 @@ from pathlib import Path
 import pytest
 
 from dfmerge_studies.study.loop import counts, recover
-from tests.place import ROOT, Crowd, Place
+from tests.place import ROOT, Crowd, Place, wait_for
 from tests.project import Project, cli_environment
 from tests.servers import PostgresServer, ProxyServer
 
 NewStorage = Callable[[str], str]
 DATABASES = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-
-
-def wait_for(process: subprocess.Popen[str], kind: str, times: int = 1) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        times -= json.loads(line)[0] == kind
-        if times == 0:
-            return
-    raise AssertionError(f"the worker ended before {kind}: {process.communicate()}")
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import sqlite3
-import subprocess
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dfmerge_studies.study.loop import counts, recover, results
-from tests.place import POINTS, Place
+from tests.place import POINTS, Place, wait_for
 
 
 @pytest.fixture(scope="module", params=["random", "gp"])
@@ -93,7 +92,7 @@ def test_a_signal_in_mid_trial_ends_the_run_in_good_order_and_loses_nothing(
 ) -> None:
     for calls in (1, 3):
         process = cut.start(hang_at_call=calls)
-        _wait_for(process, "started", calls)
+        wait_for(process, "started", calls)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
@@ -107,24 +106,15 @@ def test_a_signal_in_mid_trial_ends_the_run_in_good_order_and_loses_nothing(
     cut.check_whole()
 
 
-def _wait_for(process: subprocess.Popen[str], kind: str, times: int = 1) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        times -= json.loads(line)[0] == kind
-        if times == 0:
-            return
-    raise AssertionError(f"the worker ended before {kind}: {process.communicate()}")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once_and_the_next_run_recovers(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     place = Place(tmp_path / "s", target=3)
     process = place.start(hang_at_call=2, stubborn=True)
-    _wait_for(process, "hanging")
+    wait_for(process, "hanging")
     process.send_signal(number)
-    _wait_for(process, "stubborn")
+    wait_for(process, "stubborn")
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == -number
@@ -172,7 +162,7 @@ def test_a_grid_shared_by_several_processes_is_exhausted_exactly(tmp_path: Path)
 def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=4)
     process = place.start(hang_at_call=3, hang_seconds=2)
-    _wait_for(process, "hanging")
+    wait_for(process, "hanging")
     path, copy = place.folder / "s.db", place.folder / "copy"
     with sqlite3.connect(path) as source, sqlite3.connect(copy) as target:
         source.backup(target)
