@@ -25,9 +25,9 @@ from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.storage import join_study, load_study, open_storage
 from dfmerge_studies.study.attributes import counts, results
 from dfmerge_studies.study.pool import MAX_RESTARTS, Notice, Orders, Pool, device_of, threads_each
+from tests.place import Place, wait_for
 from tests.project import Project, cli_environment
 from tests.servers import STORAGES
-from tests.test_faults import Place, _wait_for
 
 DAY = datetime(2026, 1, 1)
 
@@ -190,7 +190,7 @@ def test_workers_that_join_leave_and_die_reach_the_exact_total_on_every_storage(
     place = Place(tmp_path / "s", target=16, seconds=0.05)
     place.settings["url"] = new_storage(kind)
     first = [place.start(), place.start(), place.start(kill_at_call=2)]
-    _wait_for(first[0], "completed", 2)
+    wait_for(first[0], "completed", 2)
     late = [place.start(), place.start(target=20)]  # the last one raises the total while the others work
     first[1].send_signal(signal.SIGTERM)
     for process in (*first, *late):
@@ -203,7 +203,7 @@ def test_workers_that_join_leave_and_die_reach_the_exact_total_on_every_storage(
 def test_a_worker_that_finds_every_place_taken_waits_and_takes_up_the_trial_of_one_that_dies(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=2, points=[])
     holder = place.start(hang_at_call=2)
-    _wait_for(holder, "hanging")
+    wait_for(holder, "hanging")
     waiting = place.start()
     time.sleep(1)
     assert waiting.poll() is None
