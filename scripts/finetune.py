@@ -38,7 +38,8 @@ from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
 from dfmerge_studies.checkpoints.resident import head_names
 from dfmerge_studies.checkpoints.write import check_target, write_model
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean
-from dfmerge_studies.objective.problem import Checkpoints, encode_split, find_checkpoints, padding_id, read_split
+from dfmerge_studies.objective.inputs import encode_split, padding_id, read_split
+from dfmerge_studies.objective.problem import Checkpoints, find_checkpoints
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind

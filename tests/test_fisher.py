@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.fisher import (
     FisherResult,
-    class_directions,
     diagonal_fisher,
     fisher_sum,
     sampling_draws,
 )
+from dfmerge_studies.importance.passes import class_directions
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from tests.models import FAMILIES, make_examples, make_model
 

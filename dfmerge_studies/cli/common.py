@@ -19,7 +19,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.progress import Progress
     from dfmerge_studies.ranks import Ranks
     from dfmerge_studies.spec import StudySpec
 

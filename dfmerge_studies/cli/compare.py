@@ -13,7 +13,7 @@ from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.progress import Progress
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.comparison import Comparison, Planned
     from dfmerge_studies.study.loop import Summary

@@ -104,7 +104,7 @@ def fisher(
         merger = Merger(problem, method, spec_cache(settings), progress=progress)
         index, names = problem.experts.index(expert), merger.all_names()
         values, cached = merger.importance(index, coefficient, names=names)
-        key = merger.fisher_key(index, coefficient, names)
+        key = merger.importances.key(index, coefficient, names)
         samples = {task: len(problem.tasks[task].fisher) for task in key.indices}
         save_fisher(out, values, {**key_metadata(key), "expert": expert, "samples": str(sum(samples.values()))})
     result = {

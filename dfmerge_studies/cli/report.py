@@ -11,7 +11,7 @@ from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from dfmerge_studies.objective.problem import Progress
+    from dfmerge_studies.progress import Progress
     from dfmerge_studies.spec import StudySpec
 
 FIGURES = ("scores", "comparison", "trajectory", "importance", "slices", "interpolation", "ratio", "landscape")

@@ -16,19 +16,10 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.write import HEADS
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.problem import (
-    Checkpoints,
-    Progress,
-    check_labels,
-    choose_device,
-    counted,
-    encode_split,
-    find_checkpoints,
-    limited_examples,
-    padding_id,
-    silent,
-)
+from dfmerge_studies.objective.inputs import check_labels, encode_split, limited_examples, padding_id
+from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind

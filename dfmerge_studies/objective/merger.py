@@ -10,14 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
 from dfmerge_studies.errors import out_of_memory
-from dfmerge_studies.importance.cache import FisherCache, FisherKey
-from dfmerge_studies.importance.fisher import Estimator, diagonal_fisher, whole
-from dfmerge_studies.importance.nodes import masks_of
+from dfmerge_studies.importance.cache import FisherCache
 from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import (
     METHODS,
@@ -28,11 +24,13 @@ from dfmerge_studies.methods import (
     importance_coefficient,
 )
 from dfmerge_studies.objective.derive import derive_problem
-from dfmerge_studies.objective.problem import Problem, Progress, counted, silent
+from dfmerge_studies.objective.importances import Importances
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.spec import StudySpec, check_coefficients
 from dfmerge_studies.tasks.evaluate import accuracy, agreement, choice_losses, predict
-from dfmerge_studies.tasks.sampling import seeded_generator
+from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import Prepared
 
 P = ParamSpec("P")
@@ -103,22 +101,6 @@ class Outcome:
     cached: int = 0
 
 
-def check_importance(problem: Problem, method: Method) -> Estimator:
-    """The estimator of a method's importance, which must know the model's layers if it works by layers.
-
-    Args:
-        problem: the loaded spec.
-        method: row of the method table.
-
-    Raises:
-        InputError: naming the layers that it does not know.
-    """
-    estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
-    if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
-        masks_of(problem.resident.model)
-    return estimator
-
-
 class Merger:
     """Merges and scores inside the problem's resident model.
 
@@ -137,9 +119,8 @@ class Merger:
     ) -> None:
         self.problem = problem
         self.method = method
-        self.cache = cache
         self.progress = progress
-        self.estimator = check_importance(problem, method)
+        self.importances = Importances(problem, method, cache, progress=progress)
 
     @_everywhere
     def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
@@ -199,9 +180,7 @@ class Merger:
     def importance(
         self, index: int, coefficient: float, *, names: Sequence[str] | None = None
     ) -> tuple[dict[str, Tensor], bool]:
-        """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
-
-        An expert without a task of its own is weighed by the mean over all tasks.
+        """`Importances.at` on every rank.
 
         Args:
             index: position of the expert.
@@ -211,82 +190,7 @@ class Merger:
         Returns:
             The values by parameter name, and whether they came from the cache.
         """
-        resident, ranks = self.problem.resident, self.problem.ranks
-        names = list(resident.names if names is None else names)
-        key = self.fisher_key(index, coefficient, names)
-        cache = self.cache  # the leader's; what it has or lacks, all have or lack
-        stored = ranks.from_leader(lambda: cache.get(key) if cache is not None else None)
-        if stored is not None:
-            return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
-        resident.load_scaled_(index, coefficient)
-        tasks = self._fisher_tasks(index)
-        values: dict[str, Tensor] = {}
-        expert = self.problem.experts[index]
-        for task in tasks:
-            resident.use_head_(task)
-            result = diagonal_fisher(
-                resident.model,
-                self.problem.kind,
-                self.problem.tasks[task].fisher,
-                pad_id=self.problem.pad_id,
-                names=names,
-                estimator=self.estimator,
-                generator=self._generator("sampled", task),
-                row_budget=self.problem.spec.importance.row_budget,
-                compact=True,
-                progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
-                ranks=ranks,
-            )
-            for name, value in result.values.items():
-                values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
-        # What is used now and what the cache gives later must be the same, or resuming would change the study.
-        dtype = getattr(torch, self.problem.spec.importance.dtype)
-
-        def keep() -> dict[str, Tensor]:
-            rounded = {name: value.to(dtype) for name, value in values.items()}
-            if cache is not None:
-                cache.put(key, rounded)
-            return rounded
-
-        kept = ranks.from_leader(keep)
-        assert kept is not None
-        return self._by_parameter(kept, names), False
-
-    def fisher_key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
-        """Identity of a Fisher.
-
-        Args:
-            index: position of the expert.
-            coefficient: lambda.
-            names: parameters.
-        """
-        problem, settings = self.problem, self.problem.spec.importance
-        expert = problem.experts[index]
-        labelled = self.estimator is Estimator.EMPIRICAL
-        tasks = self._fisher_tasks(index)
-        inputs = {
-            task: [
-                ids_digest(
-                    [e.input_ids, e.choices, e.token_type_ids, e.label if labelled else None]
-                    for e in problem.tasks[task].fisher
-                ),
-                self._head_owner(task),
-            ]
-            for task in tasks
-        }
-        return FisherKey(
-            base=problem.base_digest,
-            expert=problem.expert_digests[expert],
-            expert_name=expert,
-            coefficient=float(coefficient).hex(),
-            estimator=self.estimator.value,
-            inputs=json_digest(inputs),
-            indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
-            seed=problem.spec.search.seed if self.estimator.draws else None,
-            parameters=json_digest(list(names)),
-            compute_dtype=problem.spec.dtype,
-            dtype=settings.dtype,
-        )
+        return self.importances.at(index, coefficient, names)
 
     @_everywhere
     def scores(self, split: str) -> dict[str, float]:
@@ -397,31 +301,11 @@ class Merger:
         heads = {name for head in self.problem.resident.heads.values() for name in head}
         return [name for name in float_parameters(self.problem.resident.model) if name not in heads]
 
-    def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Importances as the cache holds them, which is by mask for mask nodes, as those of parameters, in float32."""
-        values = {name: value.float() for name, value in stored.items()}
-        return whole(self.problem.resident.model, values, estimator=self.estimator, names=names)
-
-    def _fisher_tasks(self, index: int) -> list[str]:
-        task = self.problem.spec.experts[self.problem.experts[index]].task
-        return [task] if task is not None else list(self.problem.tasks)
-
-    def _head_owner(self, task: str) -> str | None:
-        """Digest of the expert whose head a task uses."""
-        if task not in self.problem.resident.heads:
-            return None
-        owners = (name for name, expert in self.problem.spec.experts.items() if expert.task == task)
-        return self.problem.expert_digests[next(owners)]
-
     @cached_property
     def _transformed(self) -> Prepared:
         """Phi, with what is the same in every trial computed once."""
-        return self.method.transform(self.problem.resident.task_vectors, self._generator)
-
-    def _generator(self, *labels: str) -> torch.Generator:
-        """Random numbers for a purpose: the same at every lambda, so that Fishers, say, differ by lambda alone."""
-        seed = seeded_generator(self.problem.spec.search.seed, *labels).integers(2**62)
-        return torch.Generator().manual_seed(int(seed))
+        generator = functools.partial(torch_generator, self.problem.spec.search.seed)
+        return self.method.transform(self.problem.resident.task_vectors, generator)
 
 
 def merge(

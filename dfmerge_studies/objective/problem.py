@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, model_digest
 from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
-from dfmerge_studies.checkpoints.resident import Resident, head_classes, load_resident
+from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.inputs import (
+    check_labels,
+    encode_read,
+    encode_split,
+    fisher_rows,
+    limited_examples,
+    padding_id,
+    read_split,
+)
 from dfmerge_studies.objective.preflight import read_indices
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
-from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing.
-
-    Args:
-        what: what is being done.
-        done: how much of it is done.
-        total: of how much.
-    """
-
-
-def counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    """A callback for "so many more are done" that tells how many are done of how many.
-
-    Args:
-        progress: who is told.
-        what: what is being done.
-        total: how many there are.
-    """
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(what, done, total)
-
-    progress(what, 0, total)
-    return advance
+    pass
 
 
 @dataclass(frozen=True)
@@ -294,7 +269,7 @@ def _load_problem(
                 where=spec.where(f"tasks.{name}"),
                 mend="Add an expert with this task, or remove the task",
             )
-        everything = _encode(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
+        everything = encode_read(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher, everything)
@@ -325,135 +300,3 @@ def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:
             mend="Use device: auto",
         )
     return device
-
-
-def limited_examples(spec: StudySpec, task: str, examples: Sequence[Encoded]) -> list[Encoded]:
-    """The validation inputs that the task's `limit` leaves, drawn with the study's seed.
-
-    Args:
-        spec: where limit and seed stand.
-        task: name of the task.
-        examples: all validation inputs.
-    """
-    generator = seeded_generator(spec.search.seed, "limit", task)
-    return [examples[row] for row in limited_rows(len(examples), spec.tasks[task].limit, generator)]
-
-
-def check_labels(
-    spec: StudySpec, task: str, examples: Sequence[Encoded], heads: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Refuse labels that a classification head has no class for.
-
-    Args:
-        spec: for messages.
-        task: name of the task.
-        examples: its inputs.
-        heads: parameters of the heads by task.
-
-    Raises:
-        InputError: naming the row.
-    """
-    if task not in heads:
-        return
-    classes = head_classes(heads[task])
-    for example in examples:
-        if example.label is not None and example.label >= classes:
-            raise InputError(
-                f"row {example.index}: label {example.label} is not among the {classes} classes of the expert's head",
-                where=spec.where(f"tasks.{task}.doc_to_target"),
-                mend="Correct the data, or name the expert that was trained on these classes",
-            )
-
-
-def encode_split(
-    spec: StudySpec,
-    task: str,
-    split: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: Kind,
-) -> list[Encoded]:
-    """Read and tokenise one split of a task.
-
-    Args:
-        spec: where the task is described.
-        task: its name.
-        split: "validation", "test" or "training".
-        model: whose limits and architecture count.
-        tokenizer: its tokenizer.
-        kind: how it answers.
-
-    Raises:
-        InputError: the split is not named, cannot be read, or does not fit the model.
-    """
-    return _encode(spec, task, read_split(spec, task, split), model, tokenizer, kind)
-
-
-def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
-    """Read one split of a task as text.
-
-    Args:
-        spec: where the task is described.
-        task: its name.
-        split: "validation", "test" or "training".
-
-    Raises:
-        InputError: the split is not named, or cannot be read.
-    """
-    settings = spec.tasks[task]
-    name: str | None = getattr(settings, f"{split}_split")
-    if name is None:
-        mend = "Name one, or use --split validation" if split == "test" else "Name one"
-        raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
-    labelled = split == "test" or spec.needs_labels
-    return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file), labelled=labelled)
-
-
-def _encode(
-    spec: StudySpec,
-    task: str,
-    rows: Sequence[Row],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: Kind,
-) -> list[Encoded]:
-    longest = longest_input(model.config, tokenizer)
-    return encode_rows(
-        rows, spec.tasks[task], kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length")
-    )
-
-
-def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
-    """The rows of the validation split that a task's importance is estimated on.
-
-    Args:
-        spec: where their number and the seed stand.
-        task: name of the task.
-        total: rows of the whole split.
-        wanted: rows by task; a task that is not among them, or None, gets a seeded draw.
-
-    Raises:
-        InputError: the rows that are wanted are not there.
-    """
-    if wanted is None or task not in wanted:
-        return draw_rows(total, spec.importance.samples, seeded_generator(spec.search.seed, "fisher", task))
-    rows = wanted[task]
-    bad = [row for row in rows if not 0 <= row < total]
-    if bad or not rows or len(set(rows)) < len(rows):
-        what = f"row {bad[0]} of a split with {total} rows" if bad else "rows missing or given twice"
-        raise InputError(
-            what, where=spec.where(f"importance.indices.{task}"), mend=f"Name different rows from 0 to {total - 1}"
-        )
-    return list(rows)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that pads batches; it is masked, so any will do where a tokenizer has none.
-
-    Args:
-        tokenizer: its padding token comes first, then its end of sequence, then id 0.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0

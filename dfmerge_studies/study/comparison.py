@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.objective.problem import Problem, Progress, silent
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.search import place_of
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url

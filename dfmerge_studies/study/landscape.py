@@ -25,7 +25,8 @@ from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.importance.cache import LocalCache
 from dfmerge_studies.methods import METHODS, Coefficients, Importance, Method
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import Problem, Progress, silent
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.probes import keep_probe, stored_probe
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import mean_score
@@ -167,7 +168,7 @@ def landscape(
     if found is None or any(found[key] != wanted[key] for key in ("experts", "tasks", "lambdas")):
         found = {**wanted, "methods": {}}
     with ExitStack() as stack:
-        cache = session.merger.cache
+        cache = session.merger.importances.cache
         if cache is None:  # every Fisher serves a whole row of the grid
             cache = LocalCache(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfmerge-"))))
         for method in landscape_methods(session.method):

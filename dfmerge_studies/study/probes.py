@@ -18,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.problem import Progress, silent
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.loop import results
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.session import Session

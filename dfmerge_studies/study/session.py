@@ -19,7 +19,8 @@ from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.preflight import check_extras
-from dfmerge_studies.objective.problem import Problem, Progress, load_problem, silent
+from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import (

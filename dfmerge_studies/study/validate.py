@@ -8,12 +8,13 @@ import psutil
 import torch
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.importance.fisher import Estimator
+from dfmerge_studies.importance.estimator import Estimator
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import METHODS, Importance
-from dfmerge_studies.objective.merger import check_importance
+from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.preflight import check_extras, model_problems
-from dfmerge_studies.objective.problem import Problem, Progress, choose_device, load_problem, silent
+from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dfmerge_studies.objective.problem import Progress, silent
+from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.guards import STOP
 from dfmerge_studies.study.loop import Event
 from dfmerge_studies.study.pool import Orders, device_of, threads_each

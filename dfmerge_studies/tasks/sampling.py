@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import torch
 
 
 def seeded_generator(seed: int, *labels: str) -> np.random.Generator:
@@ -16,6 +17,16 @@ def seeded_generator(seed: int, *labels: str) -> np.random.Generator:
     """
     text = "\x1f".join([str(seed), *labels])
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big"))
+
+
+def torch_generator(seed: int, *labels: str) -> torch.Generator:
+    """The same for torch, on the CPU.
+
+    Args:
+        seed: the study's seed.
+        labels: purpose of the draw.
+    """
+    return torch.Generator().manual_seed(int(seeded_generator(seed, *labels).integers(2**62)))
 
 
 def draw_rows(total: int, count: int, generator: np.random.Generator) -> list[int]:

@@ -1,0 +1,162 @@
+"""The importance of one expert's parameters at one coefficient: from the cache, or from its tasks' Fisher inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
+from dfmerge_studies.importance.cache import FisherCache, FisherKey
+from dfmerge_studies.importance.estimator import Estimator
+from dfmerge_studies.importance.fisher import diagonal_fisher, whole
+from dfmerge_studies.importance.nodes import masks_of
+from dfmerge_studies.methods import Importance, Method
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.progress import Progress, counted, silent
+from dfmerge_studies.tasks.sampling import torch_generator
+
+
+def check_importance(problem: Problem, method: Method) -> Estimator:
+    """The estimator of a method's importance, which must know the model's layers if it works by layers.
+
+    Args:
+        problem: the loaded spec.
+        method: row of the method table.
+
+    Raises:
+        InputError: naming the layers that it does not know.
+    """
+    estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
+    if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
+        masks_of(problem.resident.model)
+    return estimator
+
+
+class Importances:
+    """Importances of a problem's experts; those that are computed overwrite the resident model.
+
+    Args:
+        problem: the loaded spec.
+        method: row of the method table.
+        cache: where they are kept, or None.
+        progress: told how far one is.
+
+    Raises:
+        InputError: the method's importance cannot be estimated for this kind of model.
+    """
+
+    def __init__(
+        self, problem: Problem, method: Method, cache: FisherCache | None, *, progress: Progress = silent
+    ) -> None:
+        self.problem = problem
+        self.cache = cache
+        self.progress = progress
+        self.estimator = check_importance(problem, method)
+
+    def at(self, index: int, coefficient: float, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], bool]:
+        """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
+
+        An expert without a task of its own is weighed by the mean over all tasks.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            names: parameters; those on which an expert differs by default.
+
+        Returns:
+            The values by parameter name, and whether they came from the cache.
+        """
+        resident, ranks = self.problem.resident, self.problem.ranks
+        names = list(resident.names if names is None else names)
+        key = self.key(index, coefficient, names)
+        cache = self.cache  # the leader's; what it has or lacks, all have or lack
+        stored = ranks.from_leader(lambda: cache.get(key) if cache is not None else None)
+        if stored is not None:
+            return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
+        resident.load_scaled_(index, coefficient)
+        tasks = self._fisher_tasks(index)
+        values: dict[str, Tensor] = {}
+        expert = self.problem.experts[index]
+        for task in tasks:
+            resident.use_head_(task)
+            result = diagonal_fisher(
+                resident.model,
+                self.problem.kind,
+                self.problem.tasks[task].fisher,
+                pad_id=self.problem.pad_id,
+                names=names,
+                estimator=self.estimator,
+                generator=torch_generator(self.problem.spec.search.seed, "sampled", task),
+                row_budget=self.problem.spec.importance.row_budget,
+                compact=True,
+                progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
+                ranks=ranks,
+            )
+            for name, value in result.values.items():
+                values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
+        # What is used now and what the cache gives later must be the same, or resuming would change the study.
+        dtype = getattr(torch, self.problem.spec.importance.dtype)
+
+        def keep() -> dict[str, Tensor]:
+            rounded = {name: value.to(dtype) for name, value in values.items()}
+            if cache is not None:
+                cache.put(key, rounded)
+            return rounded
+
+        kept = ranks.from_leader(keep)
+        assert kept is not None
+        return self._by_parameter(kept, names), False
+
+    def key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
+        """Identity of a Fisher.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            names: parameters.
+        """
+        problem, settings = self.problem, self.problem.spec.importance
+        expert = problem.experts[index]
+        labelled = self.estimator is Estimator.EMPIRICAL
+        tasks = self._fisher_tasks(index)
+        inputs = {
+            task: [
+                ids_digest(
+                    [e.input_ids, e.choices, e.token_type_ids, e.label if labelled else None]
+                    for e in problem.tasks[task].fisher
+                ),
+                self._head_owner(task),
+            ]
+            for task in tasks
+        }
+        return FisherKey(
+            base=problem.base_digest,
+            expert=problem.expert_digests[expert],
+            expert_name=expert,
+            coefficient=float(coefficient).hex(),
+            estimator=self.estimator.value,
+            inputs=json_digest(inputs),
+            indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
+            seed=problem.spec.search.seed if self.estimator.draws else None,
+            parameters=json_digest(list(names)),
+            compute_dtype=problem.spec.dtype,
+            dtype=settings.dtype,
+        )
+
+    def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Importances as the cache holds them, which is by mask for mask nodes, as those of parameters, in float32."""
+        values = {name: value.float() for name, value in stored.items()}
+        return whole(self.problem.resident.model, values, estimator=self.estimator, names=names)
+
+    def _fisher_tasks(self, index: int) -> list[str]:
+        task = self.problem.spec.experts[self.problem.experts[index]].task
+        return [task] if task is not None else list(self.problem.tasks)
+
+    def _head_owner(self, task: str) -> str | None:
+        """Digest of the expert whose head a task uses."""
+        if task not in self.problem.resident.heads:
+            return None
+        owners = (name for name, expert in self.problem.spec.experts.items() if expert.task == task)
+        return self.problem.expert_digests[next(owners)]
