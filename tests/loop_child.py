@@ -20,7 +20,8 @@ from dfmerge_studies.errors import DFMergeError, RunError
 from dfmerge_studies.search import Space, make_sampler
 from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import loop
-from dfmerge_studies.study.loop import Event, TrialResult, enqueue, work
+from dfmerge_studies.study.loop import Event, TrialResult, work
+from dfmerge_studies.study.plan import enqueue
 
 SPACE = Space(("a", "b", "c"))
 

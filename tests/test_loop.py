@@ -20,9 +20,10 @@ from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.search import Space, grid_rows, make_sampler
 from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import attributes as at
-from dfmerge_studies.study.loop import Event, TrialResult, counts, enqueue, results, work
+from dfmerge_studies.study.loop import Event, TrialResult, counts, results, work
 from dfmerge_studies.study.outbox import Outbox
 from dfmerge_studies.study.owner import is_dead, working
+from dfmerge_studies.study.plan import enqueue
 from tests.servers import STORAGES
 
 SPACE = Space(("a", "b"))
@@ -324,11 +325,47 @@ def _started(pid: int) -> str | None:
     return _start_of(pid)
 
 
-def _foreign(study: optuna.Study, **attributes: Any) -> None:
+def _foreign(study: optuna.Study, *, place: int = 0, **attributes: Any) -> None:
     with working() as owner:
         foreign = {**owner, "host": "elsewhere"}
-    template = create_trial(state=TrialState.RUNNING, user_attrs={"place": 0, "owner": foreign, **attributes})
+    template = create_trial(state=TrialState.RUNNING, user_attrs={"place": place, "owner": foreign, **attributes})
     study.add_trial(template)
+
+
+def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_that_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def proposed(name: str, seconds: float | None) -> dict[str, float]:
+        """What a worker proposes beside a rival that stores its coefficients so much later, or never."""
+        sampler = make_sampler("gp", seed=0, study_name="s", space=SPACE, startup_trials=2)
+        storage = open_storage(f"sqlite:///{tmp_path}/{name}.db")
+        study = join_study(storage, "s", directions=["maximize"], sampler=sampler)
+        work(study, SPACE, evaluate, target=4)
+        _foreign(study, place=4, beat=time.time())
+        rival = at.id_of(study.get_trials()[-1])
+
+        def draw() -> None:
+            for axis, value in {"a": 1.0, "b": 0.0}.items():  # where the model would go
+                storage.set_trial_param(rival, axis, value, SPACE.distributions()[axis])
+            at.mark(study, rival, {"drawn": True})
+
+        if seconds is not None:
+            threading.Timer(seconds, draw).start()
+        points = list[dict[str, float]]()
+
+        def stop(event: Event) -> None:
+            points.append({**event.coefficients})
+            if len(points) == 1:
+                signal.raise_signal(signal.SIGINT)
+
+        work(study, SPACE, evaluate, target=6, on_event=stop)
+        return points[0]
+
+    late = proposed("late", 1.0)
+    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.0)  # now it draws at once, whoever was first
+    assert late != proposed("never", None)
+    monkeypatch.undo()
+    assert late == proposed("at once", 0.0)
 
 
 def test_a_running_trial_of_another_machine_keeps_its_place(make_study: MakeStudy) -> None:

@@ -16,7 +16,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,15 @@ from dfmerge_studies.study.recovery import (
     tell,
 )
 
-__all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "enqueue", "recover", "results", "work"]
+__all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "recover", "results", "work"]
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3
 _WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
 _GLANCE = 0.2  # seconds after which a waiting worker notices a signal
+_TURN = 0.05  # seconds between two looks at whether those before have drawn
+_TURN_SECONDS = 10.0  # after which a worker draws out of turn: one of those before has died, or many are before it
 PATIENCE_SECONDS = 120.0  # how long a worker waits for a storage that does not answer
 
 Evaluate = Callable[[dict[str, float], int], TrialResult]
@@ -76,34 +78,6 @@ class Summary:
     interrupted: bool
     exhausted: bool
     counts: dict[str, int]
-
-
-def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, float]]) -> int:
-    """Queue known points, to be evaluated before the sampler's own; safe to repeat at every start.
-
-    Args:
-        study: the study.
-        space: what it searches.
-        points: coefficients by name.
-
-    Returns:
-        The number of points that the study did not have yet.
-
-    Raises:
-        InputError: a point lies outside the space; none has been queued then.
-    """
-    for point in points:
-        space.check(point)
-    added = 0
-    with storage_errors():
-        for point in points:
-            wanted = {name: float(point[name]) for name in space.names}
-            trials = study.get_trials(deepcopy=False)
-            if any(DROPPED not in trial.user_attrs and at.point_of(trial) == wanted for trial in trials):
-                continue
-            study.enqueue_trial(wanted, user_attrs={PLACE: at.free_place(trials)})
-            added += 1
-    return added
 
 
 def work(
@@ -297,6 +271,7 @@ class _Worker:
     def _run(self, trial: FrozenTrial) -> None:
         with signs_of_life(self.study, at.id_of(trial)):
             try:
+                self._wait_for_turn(trial)
                 coefficients = self._suggest(at.id_of(trial))
                 self._event("started", trial, coefficients)
                 result = self._evaluate(trial, coefficients)
@@ -357,6 +332,21 @@ class _Worker:
         self.completed += 1
         self.failures.clear()
         self._event("completed", trial, coefficients, result.values)
+
+    def _wait_for_turn(self, trial: FrozenTrial) -> None:
+        """Let the trials with lower numbers be drawn first.
+
+        A model that does not know what is being drawn elsewhere at the same moment would propose that point once more.
+        """
+        if at.point_of(trial) is not None:
+            return
+        until = time.monotonic() + _TURN_SECONDS
+        while not self.interrupts.requested and time.monotonic() < until:
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            before = (t for t in running if t.number < trial.number and at.OWNER in t.user_attrs)
+            if all(at.point_of(other) is not None for other in before):
+                return
+            time.sleep(_TURN)
 
     def _suggest(self, trial_id: int) -> dict[str, float]:
         live = optuna.Trial(self.study, trial_id)
