@@ -119,7 +119,7 @@ def test_workers_hand_their_trials_back_when_the_parent_is_told_to_stop_or_is_ki
     process = start(project, "--workers", "2", "--trials", "500")
     heard = Heard(process)
     workers = [psutil.Process(worker_pid(heard.wait(f"worker {i}: process"))) for i in (1, 2)]
-    heard.wait("trial 1 ")
+    heard.wait("/500  trial ")
     process.send_signal(number)
     code = process.wait(300)
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
