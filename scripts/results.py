@@ -162,12 +162,13 @@ def study(spec: Path, work: Path, options: argparse.Namespace) -> None:
         work: folder for the tables.
         options: of the command line.
     """
+    seeds = ["--seeds", str(options.seeds)]
     comparisons = {
-        "compare": ["--methods", ",".join(options.methods), "--seeds", str(options.seeds)],
-        "ablation": ["--ablation", "--seeds", str(options.seeds)],
+        "compare": ["--methods", ",".join(options.methods), *seeds],
+        "ablation": ["--ablation", *seeds],
+        "label-free": ["--methods", "df-merge-agreement", "--trials", str(min(20, options.trials)), *seeds],
+        "bounds": ["--methods", "df-merge", "--set", "name=minilm-half", "--set", "search.bounds=[0,0.5]", *seeds],
     }
-    if options.once:
-        comparisons["once"] = ["--methods", ",".join(["df-merge", *options.once])]
     lines = []
     for name, flags in comparisons.items():
         dfmerge("compare", spec, *flags, "--json", out=work / f"{name}.json")
@@ -270,7 +271,7 @@ def trials_needed(work: Path) -> None:
             "best": best,
             "best at": 1 + values.index(best),
             "within half a point at": 1 + next(i for i, value in enumerate(values) if value >= best - 0.005),
-            **{f"best of {n}": max(values[:n]) for n in (1, 5, 8, 12, 16, 20, 30) if n <= len(values)},
+            **{f"best of {n}": max(values[:n]) for n in (1, 8, 20, 30, 40, 50, 60) if n <= len(values)},
         }
     (work / "trials.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
@@ -282,9 +283,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models, storage, tables and figures")
     parser.add_argument("--stage", choices=["experts", "studies", "report", "all"], default="all")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="compared over all seeds")
-    parser.add_argument("--once", nargs="*", default=ONCE, help="compared at the first seed only")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=20, help="of every method that searches")
+    parser.add_argument("--trials", type=int, default=60, help="of every method that searches")
     parser.add_argument("--startup", type=int, default=8, help="uniform ones among them")
     parser.add_argument("--limit", type=int, default=120, help="validation rows per task")
     parser.add_argument("--test-rows", type=int, default=400, help="test rows per task")
@@ -307,9 +307,8 @@ def main() -> None:
         report(spec, work)
 
 
-SEARCHED = ["gta", "df-merge-static", "df-merge-nodes", "df-merge"]
-METHODS = ["averaging", "task-arithmetic", "ties", "fisher", "fisher-nodes", *SEARCHED]
-ONCE = ["dare", "df-merge-ucb", "df-merge-agreement"]
+SEARCHED = ["gta", "df-merge-static", "df-merge-nodes", "df-merge-ucb", "df-merge"]
+METHODS = ["averaging", "task-arithmetic", "dare", "ties", "fisher", "fisher-nodes", *SEARCHED]
 
 
 if __name__ == "__main__":
