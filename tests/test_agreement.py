@@ -12,6 +12,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dfmerge_studies import StudySpec
+from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.session import stored_study
 from tests.project import EXPERTS, Project
 from tests.test_study import completed
 
@@ -50,6 +53,8 @@ def test_a_study_without_validation_labels_is_scored_by_agreement_and_its_test_b
     assert best["value"] == pytest.approx(sum(best["tasks"].values()) / 2)
     assert best["drops"] == pytest.approx({task: 100 * (1 - score) for task, score in best["tasks"].items()}, abs=1e-3)
     assert "(agreement)" in project.cli("status", "spec.yaml").stdout
+    view = StudyView.of(stored_study(StudySpec.from_yaml(project.file)))
+    assert {split: view.metric(split) for split in ("validation", "test")} == printed["metrics"]
 
     project.json("export", "spec.yaml", "--out", "merged")
     card = ModelCard.load(project.folder / "merged/README.md")
@@ -86,6 +91,7 @@ def test_with_no_label_anywhere_a_study_runs_is_extended_and_equals_an_uncut_one
     for total in ("2", "4"):
         printed = project.json("run", "spec.yaml", "--trials", total)
     assert printed["metrics"] == {"validation": "agreement", "test": "agreement"}
+    assert StudyView.of(stored_study(StudySpec.from_yaml(project.file))).metric("test") == "agreement"
     assert 0 < printed["rows"][-1]["test"]["mean"] <= 1
     cut = completed(project)
     (project.folder / "colours.db").unlink()

@@ -153,7 +153,7 @@ def test_what_lies_outside_the_merges_of_a_landscape_is_not_drawn():
     x = [[a * (1 - 0.6 * b) for b in lambdas] for a in lambdas]  # the border bends inwards on both sides
     y = [[b * (1 - 0.6 * a) for b in lambdas] for a in lambdas]
     table = {"gta": [[a + b for b in lambdas] for a in lambdas]}
-    drawn = Landscape("n", "t", "c", ("a", "b"), lambdas, {"gta": x}, {"gta": y}, table, {"gta": {}})
+    drawn = Landscape("n", "t", "c", "accuracy", ("a", "b"), lambdas, {"gta": x}, {"gta": y}, table, {"gta": {}})
     across, up, surface = drawn.surface("gta")
     middle = np.add.outer(np.abs(up - 0.46), np.abs(across - 0.46)) < 0.02  # inside the convex hull, outside the merges
     assert np.isnan(surface[middle]).all()
@@ -399,6 +399,30 @@ def test_a_figure_that_a_study_cannot_have_is_a_sentence(science, trials, missin
     assert all(reason[0].isupper() or reason.startswith(("averaging", "1", "0")) for reason in reasons.values())
     assert all(reason.endswith(".") for reason in reasons.values())
     assert "<h1>" in render(study_page(view, ""), figures(view))
+
+
+def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
+    copied.write(name="dropped", method="dare", baselines=["averaging"])
+    copied.cli("run", "spec.yaml")
+    written = copied.json("report", "spec.yaml", "--out", "report", "--figures", "trajectory,importance,slices")
+    assert written["missing"] == {}
+    study = stored_study(StudySpec.from_yaml(copied.file))
+    view = StudyView.of(study)
+    found, names = by_name(view), ["λ of all experts", "drop rate"]
+    drawn = found["slices"]
+    assert list(drawn.coefficients) == names
+    points = set(zip(*drawn.coefficients.values(), strict=True))
+    assert len(points) == len(drawn.scores) == 55
+    by_point = {
+        (t.user_attrs["coefficients"]["red"], t.user_attrs["drop_rate"]): sum(t.user_attrs["tasks"].values()) / 2
+        for t in study.trials
+    }
+    for point, score in zip(zip(*drawn.coefficients.values(), strict=True), drawn.scores, strict=True):
+        assert by_point[point] == pytest.approx(score)
+    assert drawn.scores[drawn.best] == max(drawn.scores)
+    assert set(found["importance"].shares) == set(names)
+    assert sum(found["importance"].shares.values()) == pytest.approx(1)
+    assert list(found["trajectory"].coefficients) == names
 
 
 def test_a_pareto_study_is_drawn_by_its_mean(copied):

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import METHODS, Coefficients
+from dfmerge_studies.methods import DROP_RATE, METHODS, SHARED, Coefficients
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.attributes import results, storage_of
@@ -92,24 +92,38 @@ class StudyView:
     @property
     def measure(self) -> str:
         """What a trial's value is, in words."""
+        metric = self.metric("validation")
         words = {
-            "mean": "mean accuracy",
-            "weighted": "weighted mean accuracy",
-            "min": "accuracy on the worst task",
-            "pareto": "mean accuracy",
+            "mean": f"mean {metric}",
+            "weighted": f"weighted mean {metric}",
+            "min": f"{metric} on the worst task",
+            "pareto": f"mean {metric}",
             "agreement": "agreement with the experts",
         }
         return words.get(self.objective.kind, self.objective.kind)
 
     def metric(self, split: str) -> str:
-        """What the scores of a split are: accuracy, or agreement with each task's expert.
+        """What the scores of a split are: the tasks' own metric, or agreement with each task's expert.
 
         Args:
             split: "validation" or "test".
         """
-        tasks = self.spec.get("tasks", {}).values()
-        labelled = split != "validation" and any(task.get("doc_to_target") is not None for task in tasks)
-        return "agreement" if self.objective.kind == "agreement" and not labelled else "accuracy"
+        return " or ".join(sorted({self._metric_of(task, split) for task in self.tasks}))
+
+    def _metric_of(self, task: str, split: str) -> str:
+        labelled = self.spec.get("tasks", {}).get(task, {}).get("doc_to_target") is not None
+        if self.objective.kind == "agreement" and (split == "validation" or not labelled):
+            return "agreement"
+        return str(self.science.get("metrics", {}).get(task, "accuracy"))
+
+    def scores_alike(self, other: StudyView, split: str) -> bool:
+        """Whether the scores of another study may stand beside this one's.
+
+        Args:
+            other: a study of the same models.
+            split: "validation" or "test".
+        """
+        return self.metric(split) == other.metric(split)
 
     @cached_property
     def baselines(self) -> dict[str, StudyView]:
@@ -129,7 +143,7 @@ class StudyView:
     def variants(self) -> dict[str, dict[int, StudyView]]:
         """Studies NAME.VARIANT and NAME.VARIANT.seedS with a result and about the same weights, by VARIANT and seed.
 
-        The study itself is among them, as its method.
+        They are in the order of the method table; the study itself is among them, as its method, which comes last.
         """
         found: dict[str, dict[int, StudyView]] = {}
         storage = storage_of(self.study)
@@ -145,7 +159,8 @@ class StudyView:
                 found.setdefault(label, {})[view.seed] = view
         if self.best is not None:
             found.setdefault(self.method, {})[self.seed] = self
-        return found
+        order = [*(name for name in VARIANTS if name != self.method), self.method]
+        return {name: dict(sorted(found[name].items())) for name in order if name in found}
 
     def _shares(self, other: StudyView, what: str, but: str = "\n") -> bool:
         """Whether the fields of both sciences whose names hold `what`, and not `but`, are equal."""
@@ -178,6 +193,29 @@ class StudyView:
             split: "validation" or "test".
         """
         return dict(trial.user_attrs[TASKS]) if split == "validation" else stored_scores(self.study, trial, split)
+
+    @property
+    def dimensions(self) -> dict[str, str]:
+        """What each trial chooses, as figures call it, by name of its Optuna parameter; nothing if all is fixed."""
+        if self.policy is Coefficients.PER_EXPERT:
+            return {name: name for name in self.experts}
+        method = METHODS[self.method]
+        return {
+            name: words
+            for name, words in ((SHARED, "λ of all experts"), (DROP_RATE, "drop rate"))
+            if name in method.grid
+        }
+
+    def points(self) -> dict[str, list[float]]:
+        """What the completed trials have chosen, by name out of `dimensions`' values, in the order of `trials`."""
+        found = {}
+        for name, words in self.dimensions.items():
+            if name == DROP_RATE:
+                found[words] = [float(trial.user_attrs[DROP_RATE]) for trial in self.trials]
+            else:
+                expert = next(iter(self.experts)) if name == SHARED else name
+                found[words] = [self.coefficients(trial)[expert] for trial in self.trials]
+        return found
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
         """Coefficient per expert of a completed trial.

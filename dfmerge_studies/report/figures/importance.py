@@ -20,7 +20,7 @@ class CoefficientImportance(Drawing):
     """Shares of the coefficients in what decides the score.
 
     Attributes:
-        shares: per expert, the largest first; they sum to 1.
+        shares: per coefficient, the largest first; they sum to 1.
     """
 
     shares: dict[str, float]
@@ -64,18 +64,22 @@ def importance(view: StudyView) -> CoefficientImportance | Missing:
     Args:
         view: the stored study.
     """
-    if view.policy is not Coefficients.PER_EXPERT:
-        reason = "one coefficient that all experts share" if view.policy is Coefficients.SHARED_GRID else "fixed ones"
+    names = view.dimensions
+    if len(names) < 2 and view.policy is not Coefficients.PER_EXPERT:
+        reason = "one coefficient that all experts share" if names else "fixed ones"
         return Missing(NAME, TITLE, f"Importance compares coefficients; {view.method} has {reason}.")
     if len(view.trials) < 2 or len({view.value(trial) for trial in view.trials}) < 2:
         return Missing(NAME, TITLE, "It needs at least two completed trials with different scores.")
     # No target: Optuna then knows the directions, and takes fronts for several objectives.
     shares = optuna.importance.get_param_importances(
-        view.study, params=list(view.experts), evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        view.study, params=list(names), evaluator=optuna.importance.PedAnovaImportanceEvaluator()
     )
+    what = "each coefficient" if view.policy is Coefficients.PER_EXPERT else f"{' and '.join(names.values())}"
     caption = (
-        f"Share of each coefficient in what sets the best tenth of the {len(view.trials)} trials apart from the rest "
-        f"(PED-ANOVA of optuna.importance). It says which coefficients must be right, not which "
+        f"Share of {what} in what sets the best tenth of the {len(view.trials)} trials apart from the rest "
+        f"(PED-ANOVA of optuna.importance). It says which of them must be right, not which "
         "should be large; with few trials it is a hint."
     )
-    return CoefficientImportance(NAME, TITLE, caption, shares={name: float(share) for name, share in shares.items()})
+    return CoefficientImportance(
+        NAME, TITLE, caption, shares={names[name]: float(share) for name, share in shares.items()}
+    )

@@ -36,11 +36,13 @@ class Interpolation(Drawing):
     """Scores along the lines theta_pre + lambda * tau.
 
     Attributes:
+        metric: what a score is.
         lambdas: positions.
         own: per expert with a task of its own, score on that task.
         others: per expert, mean score on the other tasks (on all, for an expert without a task); may lack experts.
     """
 
+    metric: str
     lambdas: list[float]
     own: dict[str, list[float]]
     others: dict[str, list[float]]
@@ -66,7 +68,7 @@ class Interpolation(Drawing):
                         hovertemplate="λ = %{x:.2f}: %{y:.1f}",
                     )
         figure.update_xaxes(title_text="λ: 0 is the base, 1 the expert")
-        figure.update_yaxes(title_text="validation accuracy, %")
+        figure.update_yaxes(title_text=f"validation {self.metric}, %")
         return layout_(figure, height=430)
 
     def static(self) -> Figure:
@@ -86,7 +88,7 @@ class Interpolation(Drawing):
                             linewidth=1.8 if style == "-" else 1.2,
                             label=label(f"{shorten(expert, 15)}: {words}"),
                         )
-            tidy_(axes, x="λ: 0 is the base, 1 the expert", y="validation accuracy, %")
+            tidy_(axes, x="λ: 0 is the base, 1 the expert", y=f"validation {self.metric}, %")
             axes.tick_params(colors=DARK)
             legend_(axes)
         return figure
@@ -109,9 +111,10 @@ def interpolation(view: StudyView) -> Interpolation | Missing:
         rest = [[value for name, value in scores.items() if name != task] for scores in line]
         if all(rest):
             others[expert] = [fmean(values) for values in rest]
+    metric = view.metric("validation")
     caption = (
-        f"Validation accuracy of θ_pre + λ·τ for one expert at a time, at {len(found['lambdas'])} points from the base "
+        f"Validation {metric} of θ_pre + λ·τ for one expert at a time, at {len(found['lambdas'])} points from the base "
         "(λ = 0) to the expert (λ = 1): solid on the expert's own task, dotted the mean of the other tasks. Where a "
         "solid line is high before its end, the expert can be scaled down at little cost."
     )
-    return Interpolation(NAME, TITLE, caption, lambdas=found["lambdas"], own=own, others=others)
+    return Interpolation(NAME, TITLE, caption, metric=metric, lambdas=found["lambdas"], own=own, others=others)

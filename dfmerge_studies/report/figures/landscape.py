@@ -29,14 +29,16 @@ class Landscape(Drawing):
     """Scores of two experts' merges, and where in the plane the merges are.
 
     Attributes:
+        metric: what the tasks' scores are.
         experts: the two.
         lambdas: coefficients of either.
         x: per method, for every pair of coefficients [first][second], the place along u.
         y: the place along v.
-        scores: mean validation accuracy, 0..1.
+        scores: mean validation score, 0..1.
         marks: per method, named places in the plane.
     """
 
+    metric: str
     experts: tuple[str, str]
     lambdas: list[float]
     x: dict[str, list[list[float]]]
@@ -109,11 +111,17 @@ class Landscape(Drawing):
                     row=1,
                     col=column,
                 )
-            figure.update_xaxes(title_text=f"along u ({markup(self.experts[0], 18)})", row=1, col=column)
+            axis = {"title_text": f"along u ({markup(self.experts[0], 18)})", "matches": "x"}
+            figure.update_xaxes(**axis, row=1, col=column)
         figure.update_yaxes(title_text="along v", row=1, col=1)
         layout_(figure, height=500)
         return figure.update_layout(
-            coloraxis={"colorscale": SCALE, "cmin": low, "cmax": high, "colorbar": {"title": {"text": "score, %"}}},
+            coloraxis={
+                "colorscale": SCALE,
+                "cmin": low,
+                "cmax": high,
+                "colorbar": {"title": {"text": f"mean<br>{self.metric}, %"}, "tickformat": ".1f"},
+            },
             legend={"orientation": "h", "y": -0.16, "yanchor": "top"},
             margin={"b": 110},
         )
@@ -137,7 +145,7 @@ class Landscape(Drawing):
         levels = np.linspace(low, high, 13)
         with canvas():
             figure, grid = blank(
-                1, len(self.scores), size=(4.6 * len(self.scores) + 1, 4.9), sharey=True, squeeze=False
+                1, len(self.scores), size=(4.6 * len(self.scores) + 1, 4.9), sharex=True, sharey=True, squeeze=False
             )
             drawn: Any = None
             handles = {}
@@ -165,7 +173,7 @@ class Landscape(Drawing):
                     )
                 axes.set_title(method)
                 tidy_(axes, x=f"along u ({shorten(self.experts[0], 18)})", y="along v" if axes is grid[0, 0] else None)
-            figure.colorbar(drawn, ax=grid.ravel().tolist(), label="mean accuracy, %", format="%.0f", pad=0.02)
+            figure.colorbar(drawn, ax=grid.ravel().tolist(), label=f"mean {self.metric}, %", format="%.0f", pad=0.02)
             figure.legend(
                 list(handles.values()),
                 [f" {shorten(name, 40)}" for name in handles],
@@ -194,7 +202,7 @@ def landscapes(view: StudyView) -> list[Landscape | Missing]:
     if len(view.experts) < 2:
         return [Missing(NAME, TITLE, "A landscape needs two experts.")]
     found = [
-        _landscape(i, j, stored)
+        _landscape(i, j, stored, view.metric("validation"))
         for i, j in permutations(range(len(view.experts)), 2)
         if (stored := stored_probe(view.study, landscape_name(i, j))) is not None and _is_whole(stored)
     ]
@@ -208,7 +216,7 @@ def _is_whole(found: dict[str, Any]) -> bool:
     return bool(found["methods"]) and all(len(method) == cells for method in found["methods"].values())
 
 
-def _landscape(i: int, j: int, found: dict[str, Any]) -> Landscape:
+def _landscape(i: int, j: int, found: dict[str, Any], metric: str) -> Landscape:
     names = (found["experts"][0], found["experts"][1])
     count = range(len(found["lambdas"]))
 
@@ -226,7 +234,7 @@ def _landscape(i: int, j: int, found: dict[str, Any]) -> Landscape:
             marks[method][f"best trial ({best['number']})"] = tuple(best["place"])
     methods = list(found["methods"])
     caption = (
-        f"Mean validation accuracy on {', '.join(found['tasks'])} of the merges of {names[0]} and {names[1]} alone, at "
+        f"Mean validation {metric} on {', '.join(found['tasks'])} of the merges of {names[0]} and {names[1]} alone, at "
         f"{len(count)} by {len(count)} coefficients from 0 to 1 (dots). The plane holds the base and both experts: u "
         f"runs along {names[0]}'s task vector, v along the part of {names[1]}'s that is orthogonal to it. "
         f"Merges of {methods[0]} lie in it; those of {methods[-1]} do not and are drawn where they project onto it."
@@ -235,6 +243,7 @@ def _landscape(i: int, j: int, found: dict[str, Any]) -> Landscape:
         f"{NAME}-{i + 1}-{j + 1}",
         f"{TITLE}: {names[0]} and {names[1]}",
         caption,
+        metric=metric,
         experts=names,
         lambdas=found["lambdas"],
         x={method: table(method, 0) for method in methods},

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.methods import DROP_RATE, Coefficients
+from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.figures.base import (
     DARK,
     SCALE,
@@ -85,11 +85,14 @@ class Slices(Drawing):
             )
             if row == size - 1:
                 figure.update_xaxes(title_text=markup(horizontal, 18), row=row + 1, col=column + 1)
-            if column == 0 or diagonal:
-                text = "score, %" if diagonal else markup(vertical, 18)
-                figure.update_yaxes(title_text=text, row=row + 1, col=column + 1)
+            if diagonal:  # its right is free, its left has the neighbour's points
+                figure.update_yaxes(title_text="score, %", side="right", row=row + 1, col=column + 1)
+            elif column == 0:
+                figure.update_yaxes(title_text=markup(vertical, 18), row=row + 1, col=column + 1)
         layout_(figure, height=max(360, 110 + 190 * size), legend=False)
-        bar = {"title": {"text": "score, %"}, "len": min(1.0, 260 / (190 * size))}
+        bar: dict[str, Any] = {"title": {"text": "score, %"}, "len": min(1.0, 260 / (190 * size))}
+        if size > 1:  # above the diagonal nothing is drawn
+            bar |= {"x": 1.0, "xanchor": "right", "y": 1.0, "yanchor": "top", "len": min(bar["len"], 0.9 - 0.9 / size)}
         return figure.update_layout(coloraxis={"colorscale": SCALE, "colorbar": bar})
 
     def static(self) -> Figure:
@@ -131,12 +134,6 @@ def slices(view: StudyView) -> Slices | Missing:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients.")
     if len(view.trials) < 2 or view.best is None:
         return Missing(NAME, TITLE, f"{len(view.trials)} completed trial: slices need at least two.")
-    points = {name: [view.coefficients(trial)[name] for trial in view.trials] for name in view.experts}
-    if view.policy is Coefficients.SHARED_GRID:
-        points = {"λ of all experts": next(iter(points.values()))}
-        rates = [float(t.user_attrs[DROP_RATE]) for t in view.trials if DROP_RATE in t.user_attrs]
-        if rates:
-            points["drop rate"] = rates
     caption = (
         f"Every completed trial is a point, coloured by its {view.measure} on validation. On the diagonal: the score "
         "against one coefficient; below it: the trials over each pair of coefficients. The ring marks the best trial."
@@ -146,7 +143,7 @@ def slices(view: StudyView) -> Slices | Missing:
         TITLE,
         caption,
         measure=view.measure,
-        coefficients=points,
+        coefficients=view.points(),
         scores=[view.value(trial) for trial in view.trials],
         best=[trial.number for trial in view.trials].index(view.best.number),
     )

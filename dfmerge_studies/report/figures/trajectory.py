@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.methods import Coefficients
+from dfmerge_studies.methods import DROP_RATE, Coefficients
 from dfmerge_studies.report.figures.base import (
     BLUE,
     DARK,
@@ -33,6 +34,9 @@ from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import FIXED, place_of
 from dfmerge_studies.study.value import best_trial, violation
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 NAME, TITLE = "trajectory", "Optimisation trajectory"
 # How a trial's coefficients came about, in words, and its marker.
 KINDS = {"known": ("given point", "square"), "startup": ("random", "diamond"), "search": ("proposed", "circle")}
@@ -50,7 +54,8 @@ class Trajectory(Drawing):
         kinds: how each trial's coefficients came about: a key of `KINDS`.
         feasible: whether a trial keeps the study's constraints.
         best: score of the trial that would be chosen after each.
-        coefficients: per expert, of every trial.
+        coefficients: what every trial chose, per expert, or for all of them (and the drop rate).
+        chosen: what those are.
         levels: value of other merges, drawn as level lines.
     """
 
@@ -62,6 +67,7 @@ class Trajectory(Drawing):
     feasible: list[bool]
     best: list[float]
     coefficients: dict[str, list[float]]
+    chosen: str
     levels: dict[str, float]
 
     def _of_kind(self, kind: str) -> list[int]:
@@ -117,7 +123,7 @@ class Trajectory(Drawing):
                 col=1,
             )
         figure.update_yaxes(title_text=f"{self.measure}, %", row=1, col=1)
-        figure.update_yaxes(title_text="coefficient", row=2, col=1)
+        figure.update_yaxes(title_text=self.chosen, row=2, col=1)
         figure.update_xaxes(title_text="trial", row=2, col=1)
         layout_(figure, height=560)
         return figure.update_layout(
@@ -148,13 +154,13 @@ class Trajectory(Drawing):
                     label=label(expert),
                 )
             tidy_(top, y=f"{self.measure}, %")
-            tidy_(bottom, x="trial", y="coefficient")
+            tidy_(bottom, x="trial", y=self.chosen)
             bottom.xaxis.get_major_locator().set_params(integer=True)
             legend_(top)
             legend_(bottom)
         return figure
 
-    def _static_points(self, axes, kind: str, words: str, symbol: str) -> None:  # type: ignore[no-untyped-def]
+    def _static_points(self, axes: Axes, kind: str, words: str, symbol: str) -> None:
         for feasible in (True, False):
             chosen = [i for i in self._of_kind(kind) if self.feasible[i] == feasible]
             if chosen:
@@ -192,7 +198,11 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         assert leader is not None
         best.append(view.value(leader))
     experts = view.scores("experts", "validation") or {}
-    levels = {method: _level(view, other) for method, other in view.baselines.items()}
+    levels = {
+        method: _level(view, other)
+        for method, other in view.baselines.items()
+        if view.scores_alike(other, "validation")
+    }
     if set(experts) == set(view.tasks):
         levels = {"each task's own expert": view.worth(experts), **levels}
     return Trajectory(
@@ -206,7 +216,8 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         kinds=[_kind(view, trial) for trial in view.trials],
         feasible=[violation(trial) <= 0 for trial in view.trials],
         best=best,
-        coefficients={name: [view.coefficients(t)[name] for t in view.trials] for name in view.experts},
+        coefficients=view.points(),
+        chosen="coefficient, drop rate" if DROP_RATE in view.dimensions else "coefficient",
         levels=levels,
     )
 
