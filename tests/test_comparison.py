@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 from dfmerge_studies import InputError, StudySpec, compare, load_problem
 from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.study.scores import multi_task_row, stored_scores
 from dfmerge_studies.study.variants import VARIANTS, Variant, study_spec
 from tests.project import Project, cli_environment
 
@@ -185,8 +186,12 @@ def test_a_multi_task_model_is_a_row_that_is_scored_once_for_its_content(project
     assert {task: cell["mean"] for task, cell in row["tasks"].items()} == again.references["multi-task"][0]["test"]
     assert not [what for what in told if ": test" in what]
     other = StudySpec.from_yaml(project.file, ["multi_task=blue"])
-    compare(other, ["averaging"], progress=lambda what, done, total: told.append(what))
+    latest = compare(other, ["averaging"], progress=lambda what, done, total: told.append(what))
     assert {what for what in told if ": test" in what} == {"red: test", "blue: test"}
+    study = optuna.load_study(study_name="colours.averaging", storage=f"sqlite:///{project.folder / 'colours.db'}")
+    row = multi_task_row(study)
+    assert row is not None
+    assert stored_scores(study, row, "test") == latest.references["multi-task"][0]["test"]
 
 
 def test_the_ablation_takes_its_rows_from_the_same_studies(project):

@@ -18,12 +18,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dfmerge_studies import StudySpec, merge, open_study
+from dfmerge_studies.report.comparison import Cell
 from dfmerge_studies.report.figures import FIGURES, Drawing, Missing, StudyView, figures, plotly_figures
 from dfmerge_studies.report.figures.landscape import Landscape
 from dfmerge_studies.report.page import render, study_page
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.landscape import landscape, plane_of
 from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, rows_right
+from dfmerge_studies.study.scores import keep_multi_task_row
 from dfmerge_studies.study.session import Session, stored_study
 from dfmerge_studies.study.value import mean_score
 from tests.project import EXPERTS, Project, make_project
@@ -317,14 +319,20 @@ def study_of(changes: dict, value, trials: int) -> optuna.Study:
     for place, row in enumerate(np.random.default_rng(0).random((trials, len(names)))):
         point = dict(zip(names, map(float, row), strict=True))
         score = 0.5 + 0.5 * value(point)
-        attributes = {"place": place, "coefficients": point, "tasks": dict.fromkeys(science["tasks"], score)}
+        attributes = {
+            "place": place,
+            "coefficients": point,
+            "tasks": dict.fromkeys(science["tasks"], score),
+            "seconds": {"merge": 0.5},
+            "fishers": {"computed": 2, "cached": 0},
+        }
         study.add_trial(
             optuna.trial.create_trial(params=point, distributions=space, value=score, user_attrs=attributes)
         )
     return study
 
 
-def test_methods_over_seeds_are_means_with_their_spread():
+def test_methods_over_seeds_are_means_with_their_spread_beside_whole_models():
     storage = optuna.storages.InMemoryStorage()
 
     def add(name: str, method: str, seed: int, height: float, **digests: str) -> optuna.Study:
@@ -333,19 +341,85 @@ def test_methods_over_seeds_are_means_with_their_spread():
         return study_of(changes, lambda point: height * point["a"] ** 0, 3)
 
     own = add("s", "df-merge", 0, 0.6)
-    for seed, height in ((1, 0.7), (2, 0.2)):
-        add(f"s.df-merge.seed{seed}", "df-merge", seed, height)
-    add("s.gta", "gta", 0, 0.4)
+    later = [add(f"s.df-merge.seed{seed}", "df-merge", seed, height) for seed, height in ((1, 0.7), (2, 0.2))]
+    gta = add("s.gta", "gta", 0, 0.4)
+    add("s.ties", "ties", 0, 0.3)
     add("s.fisher", "fisher", 0, 0.4, **{"base digest": "another"})
     add("s.other", "gta", 0, 0.4)
+    for study, score in zip((gta, *later), (0.5, 0.6, 0.7), strict=True):  # any study at a seed may keep them
+        for row, tasks in (("base", ("a", "b")), ("experts", ("a",)), ("model 1", ("a", "b")), ("model 2", ("a", "b"))):
+            scores = dict.fromkeys(tasks, score + (row == "model 1") / 10)
+            study.set_user_attr(f"dfmerge:scores:{row}:validation", {"data": {}, "scores": scores})
     view = StudyView.of(own)
     found = by_name(view)["comparison"]
-    assert {method: list(seeds) for method, seeds in found.scores.items()} == {"df-merge": [0, 1, 2], "gta": [0]}
-    assert found.spread("df-merge", "a") == pytest.approx((75, float(np.std([80, 85, 60], ddof=1))))
-    assert found.spread("gta", "mean") == pytest.approx((70, 0))
-    assert found.split == "validation"
-    assert set(view.baselines) == {"gta"}
-    assert len(found.static().axes[0].patches) == len(found.scores) * 3
+    assert {method: list(seeds) for method, seeds in found.methods.items()} == {
+        "gta": [0],
+        "ties": [0],
+        "df-merge": [0, 1, 2],
+    }
+    assert found.cell("df-merge", "a") == Cell(
+        pytest.approx(0.75), pytest.approx(float(np.std([0.8, 0.85, 0.6], ddof=1)))
+    )
+    assert found.cell("gta", "mean") == Cell(pytest.approx(0.7), None)
+    assert (found.split, found.metric) == ("validation", "accuracy")
+    assert list(view.baselines) == ["gta", "ties"]
+    assert list(found.references) == ["zero-shot", "fine-tuned"]  # nobody says which model is the multi-task one
+    assert found.cell("zero-shot", "mean") == Cell(pytest.approx(0.6), pytest.approx(0.1))
+    assert found.cell("fine-tuned", "mean") is None
+    assert len(found.static().axes[0].patches) == (len(found.methods) + 1) * 3 + 1
+    keep_multi_task_row(gta, "model 2")
+    keep_multi_task_row(own, "model 1")
+    found = by_name(view)["comparison"]
+    assert found.cell("multi-task", "b") == Cell(pytest.approx(0.7), pytest.approx(0.1))
+    bars = {bar.name: bar for bar in found.plotly().data}
+    assert list(bars) == [
+        "zero-shot",
+        "fine-tuned",
+        "multi-task",
+        "gta (1 seed)",
+        "ties (1 seed)",
+        "df-merge (3 seeds)",
+    ]
+    starts = [bar.offset for bar in bars.values()]
+    assert all(before.offset + before.width <= after.offset for before, after in pairwise(bars.values()))
+    assert starts[3] - starts[2] > starts[4] - starts[3]  # the references stand apart
+    page = study_page(view, "")
+    table = page.tables[-1]
+    assert table.columns == ["", "a", "b", "mean", "largest drop", "trials", "seconds"]
+    rows = {row.cells[0].text: row for row in table.rows}
+    assert list(rows) == [
+        "zero-shot",
+        "fine-tuned",
+        "multi-task",
+        "gta (1 of 3 seeds)",
+        "ties (1 of 3 seeds)",
+        "df-merge",
+    ]
+    assert [cell.text for cell in rows["df-merge"].cells[3:]] == ["75.0 ± 13.2", "-15.0 a", "3", "1.5"]
+    assert [cell.bold for cell in rows["df-merge"].cells[1:4]] == [True] * 3
+    assert [cell.underline for cell in rows["gta (1 of 3 seeds)"].cells[1:4]] == [True] * 3
+    assert "3 methods over 3 seeds" in page.summary
+
+
+def test_scores_of_another_kind_do_not_stand_beside_a_study_s_own():
+    storage = optuna.storages.InMemoryStorage()
+
+    def add(name: str, method: str, **science) -> optuna.Study:
+        science = {"method": method, "search.seed": 0, **science}
+        return study_of({"name": name, "science": science, "storage": storage}, lambda point: point["a"], 3)
+
+    own, agreeing = add("s", "df-merge"), {"objective": {"kind": "agreement"}}
+    other = add("s.df-merge-agreement", "df-merge", **agreeing)
+    add("s.df-merge-agreement.seed1", "df-merge", **agreeing, **{"search.seed": 1})
+    for view, words in ((StudyView.of(own), "accuracy"), (StudyView.of(other), "agreement")):
+        drawn = by_name(view)
+        assert drawn["scores"].metrics == {"validation": words}
+        assert drawn["scores"].caption.startswith(words.capitalize())
+        assert f"{words}, %" in drawn["scores"].static().axes[0].get_ylabel()
+    drawn = by_name(StudyView.of(own))
+    assert list(drawn["scores"].rows) == ["df-merge (trial 2)"]
+    assert drawn["trajectory"].levels == {}
+    assert list(drawn["comparison"].methods) == ["df-merge"]
 
 
 def test_hostile_names_do_no_harm():
@@ -423,6 +497,8 @@ def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
     assert set(found["importance"].shares) == set(names)
     assert sum(found["importance"].shares.values()) == pytest.approx(1)
     assert list(found["trajectory"].coefficients) == names
+    best = view.best.user_attrs["drop_rate"]
+    assert f"Best drop rate: {best:g}" in study_page(view, "").tables[0].text
 
 
 def test_a_pareto_study_is_drawn_by_its_mean(copied):

@@ -101,7 +101,7 @@ def standings(comparison: Comparison, split: str) -> Standings:
     for variant in comparison.variants:
         scores[variant] = {entry.seed: entry.scores[split] for entry in comparison.of(variant)}
     means = {
-        row: {seed: mean_score(found) for seed, found in by_seed.items() if set(found) == set(tasks)}
+        row: {seed: mean for seed, found in by_seed.items() if (mean := column_score(found, tasks, MEAN)) is not None}
         for row, by_seed in scores.items()
     }
     cells = {row: _cells(by_seed, means[row], tasks) for row, by_seed in scores.items()}
@@ -126,6 +126,19 @@ def standings(comparison: Comparison, split: str) -> Standings:
         for column in (*tasks, MEAN)
     }
     return Standings(comparison.study, split, tasks, comparison.seeds, rows, ranks)
+
+
+def column_score(scores: Mapping[str, float], tasks: Sequence[str], column: str) -> float | None:
+    """One row's score in one column.
+
+    Args:
+        scores: by task; some may be missing.
+        tasks: all that there are.
+        column: a task, or "mean", which only a row with all tasks has.
+    """
+    if column == MEAN:
+        return mean_score(scores) if set(scores) == set(tasks) else None
+    return scores.get(column)
 
 
 def spread(values: Sequence[float]) -> Cell:

@@ -16,8 +16,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.report.comparison import standings
 from dfmerge_studies.report.figures.base import Drawing, Missing, canvas
-from dfmerge_studies.report.figures.scores import BASE, EXPERTS, MEAN, Scores, score_rows
+from dfmerge_studies.report.renderings import standings_section
+from dfmerge_studies.report.sections import Section, merged_table, score_tables
+from dfmerge_studies.report.stored_comparison import stored_comparison
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.attributes import counts
@@ -25,53 +28,6 @@ from dfmerge_studies.study.attributes import counts
 PAGE, FOLDER = "index.html", "figures"
 GENERATOR = "dfmerge-studies"
 _DPI = 150
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a table.
-
-    Attributes:
-        text: what it says.
-        bold: the best of its column.
-        underline: the second best.
-    """
-
-    text: str
-    bold: bool = False
-    underline: bool = False
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """One row.
-
-    Attributes:
-        cells: from left to right.
-        reference: shown in grey; it does not compete.
-    """
-
-    cells: Sequence[Cell]
-    reference: bool = False
-
-
-@dataclass(frozen=True)
-class Section:
-    """A table with a heading.
-
-    Attributes:
-        title: heading.
-        columns: heads of the columns.
-        rows: the rows.
-        text: a paragraph above it.
-        numbers: all columns but the first hold numbers.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[TableRow]
-    text: str = ""
-    numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,63 +65,20 @@ def study_page(view: StudyView, command: str) -> Page:
     else:
         value = 100 * view.value(view.best)
         summary += f". The best is trial {view.best.number}, with {value:.1f} % {view.measure} on validation."
+    tables = [merged_table(view), *score_tables(view)]
+    compared = stored_comparison(view)
+    if compared is not None:
+        (split,) = compared.splits
+        summary += f" Its storage has {len(compared.variants)} methods over {len(compared.seeds)} seeds."
+        tables.append(standings_section(standings(compared, split), view.metric(split)))
     return Page(
         title=f"{view.name}: {view.method}",
         summary=summary,
-        tables=[_merged(view), *score_tables(view)],
+        tables=tables,
         command=command,
         provenance=_provenance(view),
         spec=yaml.safe_dump(dict(view.spec), sort_keys=False, allow_unicode=True),
     )
-
-
-def _merged(view: StudyView) -> Section:
-    """Base and experts with their places and the coefficients of the best trial."""
-    coefficients = view.coefficients(view.best) if view.best is not None else {}
-    models = view.spec.get("experts", {})
-    rows = [
-        TableRow(
-            [
-                Cell(name),
-                Cell(str(models.get(name, {}).get("model", ""))),
-                Cell(task or "all tasks"),
-                Cell(f"{coefficients[name]:.4g}" if name in coefficients else ""),
-            ]
-        )
-        for name, task in view.experts.items()
-    ]
-    text = f"Base: {view.spec.get('base', '')}"
-    return Section("What was merged", ["expert", "model", "task", "best coefficient"], rows, text=text)
-
-
-def score_tables(view: StudyView) -> list[Section]:
-    """One table per split that has scores.
-
-    Args:
-        view: the stored study.
-    """
-    shown = Scores("", "", "", tasks=view.tasks, rows=score_rows(view))
-    columns = [*view.tasks, MEAN]
-    sections = []
-    for split in shown.splits:
-        table = {row: [shown.value(row, split, column) for column in columns] for row in shown.rows}
-        competing = [values for row, values in table.items() if row not in (BASE, EXPERTS)] or [[None] * len(columns)]
-        best = [max((v for v in column if v is not None), default=None) for column in zip(*competing, strict=True)]
-        rows = [
-            TableRow([Cell(row), *_score_cells(values, best, row)], reference=row in (BASE, EXPERTS))
-            for row, values in table.items()
-            if any(value is not None for value in values)
-        ]
-        title = f"{split.capitalize()} {view.metric(split)} in percent"
-        sections.append(Section(title, ["", *columns], rows, numbers=True))
-    return sections
-
-
-def _score_cells(values: Sequence[float | None], best: Sequence[float | None], row: str) -> list[Cell]:
-    return [
-        Cell("-" if value is None else f"{100 * value:.1f}", bold=row not in (BASE, EXPERTS) and value == top)
-        for value, top in zip(values, best, strict=True)
-    ]
 
 
 def _provenance(view: StudyView) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A comparison's table as text for the terminal, JSON, CSV and LaTeX."""
+"""A comparison's table as text for the terminal, JSON, CSV and LaTeX, and as a section of a page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dfmerge_studies.report import sections
 from dfmerge_studies.report.comparison import MEAN, OURS, SIGNIFICANT, Cell, Standing, Standings
 from dfmerge_studies.study.comparison import Comparison
 
@@ -156,6 +157,37 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
+def standings_section(found: Standings, metric: str) -> sections.Section:
+    """The table for the page of a study, with the spread of every cell.
+
+    Args:
+        found: the numbers.
+        metric: what they are.
+    """
+    rows = []
+    for row in found.rows:
+        cells = [sections.Cell(_label(row, {}, len(found.seeds)))]
+        for column in (*found.tasks, MEAN):
+            mean, std = _numbers(row, column) or ("-", "")
+            rank = found.ranks[column].get(row.method)
+            text = f"{mean} ± {std}" if std else mean
+            star = "*" if column == MEAN and row.star else ""
+            cells.append(sections.Cell(text + star, bold=rank == 1, underline=rank == 2))
+        drop = "-" if row.drop is None else f"{row.drop[1]:+.1f} {row.drop[0]}"
+        rows.append(
+            sections.TableRow(
+                [*cells, *map(sections.Cell, (drop, _trials(row), _seconds(row)))], reference=not row.compete
+            )
+        )
+    return sections.Section(
+        f"Methods over seeds: {found.split} {metric} in percent",
+        ["", *found.tasks, MEAN, "largest drop", "trials", "seconds"],
+        rows,
+        text=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes(found)),
+        numbers=True,
+    )
+
+
 def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
     mean = row.cells.get(MEAN)
     return {
@@ -201,7 +233,7 @@ def _fishers(row: Standing) -> dict[str, int]:
 
 def _label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
     name = labels.get(row.method, row.method)
-    return f"{name} ({len(row.entries)} of {seeds} seeds)" if row.errors and row.entries else name
+    return f"{name} ({len(row.entries)} of {seeds} seeds)" if 0 < len(row.entries) < seeds else name
 
 
 def _numbers(row: Standing, column: str) -> tuple[str, str] | None:

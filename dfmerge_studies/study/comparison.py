@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from optuna.trial import FrozenTrial
 
@@ -15,8 +16,9 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.loop import Summary, results
+from dfmerge_studies.study.scores import find_model, keep_multi_task_row
 from dfmerge_studies.study.session import Session, open_study, storage_url, stored_study_or_none
-from dfmerge_studies.study.value import FISHERS, SECONDS
+from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
@@ -52,6 +54,33 @@ class Entry:
     fishers: Mapping[str, int] = field(default_factory=lambda: {"computed": 0, "cached": 0})
     error: str | None = None
 
+    @classmethod
+    def of(
+        cls, variant: str, seed: int, study: str, trial: FrozenTrial, *, among: Sequence[FrozenTrial], scores: Scores
+    ) -> Self:
+        """The entry of one trial.
+
+        Args:
+            variant: name of the variant.
+            seed: of the study.
+            study: its name.
+            trial: the best by validation.
+            among: the completed trials that it was chosen from.
+            scores: of the trial, by split and task.
+        """
+        fishers = [one.user_attrs[FISHERS] for one in among]
+        return cls(
+            variant=variant,
+            seed=seed,
+            study=study,
+            scores=scores,
+            coefficients=dict(trial.user_attrs[COEFFICIENTS]),
+            trial=trial.number,
+            trials=len(among),
+            seconds=round(sum(sum(one.user_attrs[SECONDS].values()) for one in among), 4),
+            fishers={kind: sum(each[kind] for each in fishers) for kind in ("computed", "cached")},
+        )
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -59,7 +88,7 @@ class Comparison:
 
     Attributes:
         study: name of the spec that it was made under.
-        storage: where its studies are, without password.
+        storage: where its studies are, without password; empty if it was read from an open one.
         tasks: names of the tasks, in the order of the spec.
         variants: names of what was compared, in order.
         seeds: of the studies, the spec's first.
@@ -192,12 +221,15 @@ def compare(
     splits = check_split(spec, split)
     variants = choose_variants(spec, methods, ablation=ablation, split=splits[-1])
     planned = plan(spec, variants, seeds)
+    multi_task = find_model(spec, spec.multi_task)[1] if spec.multi_task is not None else None
     entries: list[Entry] = []
     references: dict[str, dict[int, Scores]] = {}
     interrupted = False
     for each in planned:
         session = open_study(each.spec, problem=problem, splits=splits, progress=progress)
         problem, session.merger.progress = session.problem, progress
+        if multi_task is not None:
+            keep_multi_task_row(session.study, multi_task)
         if each.seed not in next(iter(references.values()), {}):
             for row, scores in _references(spec, session, splits):
                 references.setdefault(row, {})[each.seed] = scores
@@ -265,15 +297,5 @@ def _entry(session: Session, planned: Planned, splits: Sequence[str]) -> Entry:
         trial = session.best()
     if trial is None:
         raise RunError("no trial has a result", where=planned.spec.name)
-    fishers = [one.user_attrs[FISHERS] for one in done]
-    return Entry(
-        variant=planned.variant.name,
-        seed=planned.seed,
-        study=planned.spec.name,
-        scores={split: session.trial_scores(trial, split) for split in splits},
-        coefficients=session.coefficients(trial),
-        trial=trial.number,
-        trials=len(done),
-        seconds=round(sum(sum(one.user_attrs[SECONDS].values()) for one in done), 4),
-        fishers={kind: sum(each[kind] for each in fishers) for kind in ("computed", "cached")},
-    )
+    scores = {split: session.trial_scores(trial, split) for split in splits}
+    return Entry.of(planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores)

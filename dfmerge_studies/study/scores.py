@@ -16,6 +16,7 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
 
 _SCORES = "dfmerge:scores"  # study attribute, followed by row and split
+_MULTI_TASK = "dfmerge:multi_task"  # study attribute: row of the multi-task model that it was last compared with
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,31 @@ def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: str) -> di
 
     Args:
         study: from its storage.
-        row: "base", "experts", or a completed trial.
+        row: "base", "experts", that of another model, or a completed trial.
         split: "validation" or "test".
     """
     kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
     return dict(kept["scores"]) if kept is not None else None
+
+
+def multi_task_row(study: optuna.Study) -> str | None:
+    """Under which name the scores of the multi-task model are kept that a study was last compared with, if any.
+
+    Args:
+        study: from its storage.
+    """
+    return study.user_attrs.get(_MULTI_TASK)
+
+
+def keep_multi_task_row(study: optuna.Study, row: str) -> None:
+    """Note the multi-task model that a study is compared with.
+
+    Args:
+        study: one of a comparison.
+        row: from `find_model`.
+    """
+    if multi_task_row(study) != row:
+        study.set_user_attr(_MULTI_TASK, row)
 
 
 def trial_row(trial: FrozenTrial) -> str:

@@ -215,6 +215,24 @@ def tidy_(axes: Axes, *, x: str | None = None, y: str | None = None, grid: bool 
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def columns_(axes: Axes, names: Sequence[str], length: int = 18) -> None:
+    """Names under groups of bars at 0, 1, ..., turned where they would run into each other.
+
+    Args:
+        axes: what to change.
+        names: one per group.
+        length: characters that are kept of each.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    labels = [shorten(name, length) for name in names]
+    # Inches: a character takes about 0.085 at this size, legend and vertical axis about 3.
+    turned = len(labels) * 0.085 * (max(map(len, labels)) + 1) > figure.get_figwidth() - 3
+    axes.set_xticks(range(len(labels)), labels, rotation=30 if turned else 0, ha="right" if turned else "center")
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.grid(visible=False, axis="x")
+
+
 def label(name: str) -> str:
     """A name as matplotlib's legend should show it: it would hide one that starts with an underscore.
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
+from dfmerge_studies.report.comparison import MEAN, Cell, column_score, spread
 from dfmerge_studies.report.figures.base import (
     DARK,
     Drawing,
     Missing,
     blank,
     canvas,
+    columns_,
     label,
     layout_,
     legend_,
@@ -21,104 +23,171 @@ from dfmerge_studies.report.figures.base import (
     shorten,
     tidy_,
 )
-from dfmerge_studies.report.figures.scores import MEAN, row_colours
+from dfmerge_studies.report.figures.scores import row_colours
+from dfmerge_studies.report.stored_comparison import stored_comparison
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.value import mean_score
+from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT
 
 NAME, TITLE = "comparison", "Methods over seeds"
+_GREYS = {ZERO_SHOT: "#D6D6D6", FINE_TUNED: "#7F7F7F", MULTI_TASK: "#ADADAD"}
+_WORDS = {ZERO_SHOT: "the base", FINE_TUNED: "each expert on its own task", MULTI_TASK: "one model trained on all"}
+_GROUP = 0.86  # width of a group of bars; groups are 1 apart
+_GAP = 0.6  # between references and methods, in bars
+
+_ERRORS = {"thickness": 1.2, "width": 3, "color": DARK}
+
+BySeed = dict[str, dict[int, dict[str, float]]]  # {row: {seed: {task: score}}}
 
 
 @dataclass(frozen=True)
-class Comparison(Drawing):
-    """Scores by method, task and seed.
+class _Bars:
+    """The bars of one row: in which columns, from `start` on beside the middle of each; heights in percent."""
+
+    name: str
+    colour: str
+    columns: list[int]
+    start: float
+    width: float
+    means: list[float]
+    deviations: list[float]
+
+
+@dataclass(frozen=True)
+class SeedScores(Drawing):
+    """Scores by row, seed and task.
 
     Attributes:
         split: whose scores.
+        metric: what they are.
         tasks: names, in their order.
-        scores: {method: {seed: {task: score in 0..1}}}.
+        references: {row: {seed: {task: score in 0..1}}} of whole models; the experts' may lack tasks.
+        methods: the same of merges.
     """
 
     split: str
+    metric: str
     tasks: list[str]
-    scores: dict[str, dict[int, dict[str, float]]]
+    references: BySeed
+    methods: BySeed
 
-    def spread(self, method: str, column: str) -> tuple[float, float]:
-        """Mean and sample standard deviation over the seeds in percent, 0 for a single seed.
+    @property
+    def columns(self) -> list[str]:
+        """Tasks, and their mean."""
+        return [*self.tasks, MEAN]
+
+    def cell(self, row: str, column: str) -> Cell | None:
+        """Mean and sample standard deviation over the seeds.
 
         Args:
-            method: whose scores.
+            row: a method or a reference.
             column: a task, or "mean".
         """
-        values = [100 * (mean_score(s) if column == MEAN else s[column]) for s in self.scores[method].values()]
-        return fmean(values), stdev(values) if len(values) > 1 else 0.0
+        by_seed = self.methods.get(row) or self.references[row]
+        values = [column_score(scores, self.tasks, column) for scores in by_seed.values()]
+        known = [value for value in values if value is not None]
+        return spread(known) if known else None
 
-    def _name(self, method: str) -> str:
-        count = len(self.scores[method])
-        return f"{shorten(method, 20)} ({count} seed{'s' if count > 1 else ''})"
+    def _bars(self) -> Iterator[_Bars]:
+        """The bars of every row, the references' first."""
+        shades = {**{row: _GREYS[row] for row in self.references}, **row_colours(list(self.methods))}
+        gap = _GAP if self.references else 0.0
+        width = _GROUP / (len(shades) + gap)
+        for place, (row, shade) in enumerate(shades.items()):
+            cells = [(i, self.cell(row, column)) for i, column in enumerate(self.columns)]
+            found = [(i, cell) for i, cell in cells if cell is not None]
+            yield _Bars(
+                name=self._name(row),
+                colour=shade,
+                columns=[i for i, _ in found],
+                start=(place + (gap if row in self.methods else 0.0)) * width - _GROUP / 2,
+                width=0.94 * width,
+                means=[100 * cell.mean for _, cell in found],
+                deviations=[100 * (cell.std or 0.0) for _, cell in found],
+            )
+
+    def _name(self, row: str) -> str:
+        """The row, with its number of seeds where not all methods have the same."""
+        if row in self.references or len({len(by_seed) for by_seed in self.methods.values()}) == 1:
+            return row
+        count = len(self.methods[row])
+        return f"{shorten(row, 18)} ({count} seed{'s' if count > 1 else ''})"
 
     def plotly(self) -> go.Figure:
-        """Bars in groups, one group per task."""
-        columns, figure = [*self.tasks, MEAN], go.Figure()
-        for method, shade in row_colours(list(self.scores)).items():
-            cells = [self.spread(method, column) for column in columns]
+        """Bars in groups, one group per task, the references in grey at its left."""
+        figure, names = go.Figure(), [markup(column) for column in self.columns]
+        for bars in self._bars():
             figure.add_bar(
-                x=[markup(column) for column in columns],
-                y=[mean for mean, _ in cells],
-                error_y={"array": [std for _, std in cells], "thickness": 1.2, "width": 3, "color": DARK},
-                name=markup(self._name(method), 40),
-                marker={"color": shade},
-                hovertemplate="%{x}: %{y:.1f} ± %{error_y.array:.1f}",
+                x=bars.columns,
+                y=bars.means,
+                offset=bars.start,
+                width=bars.width,
+                error_y={"array": bars.deviations, "visible": any(bars.deviations), **_ERRORS},
+                name=markup(bars.name, 40),
+                marker={"color": bars.colour},
+                customdata=[names[i] for i in bars.columns],
+                hovertemplate="%{customdata}: %{y:.1f}" + (" ± %{error_y.array:.1f}" if any(bars.deviations) else ""),
             )
-        figure.update_yaxes(title_text=f"{self.split} accuracy, %", range=[0, 105])
-        return layout_(figure, height=440).update_layout(barmode="group", bargroupgap=0.05)
+        figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False, zeroline=False)
+        figure.update_yaxes(title_text=f"{self.split} {self.metric}, %", range=[0, 105])
+        return layout_(figure, height=460)
 
     def static(self) -> Figure:
         """The same for a file."""
-        columns, shades = [*self.tasks, MEAN], row_colours(list(self.scores))
         with canvas():
-            width = min(20.0, 3.6 + 0.17 * len(columns) * (len(shades) + 2))
-            figure, axes = blank(size=(max(8.6, width), 4.0))
-            bar = 0.85 / len(shades)
-            for position, (method, shade) in enumerate(shades.items()):
-                cells = [self.spread(method, column) for column in columns]
+            width = min(18.0, 3.4 + 0.12 * len(self.columns) * (len(self.references) + len(self.methods) + 2))
+            figure, axes = blank(size=(max(8.6, width), 4.2))
+            for bars in self._bars():
                 axes.bar(
-                    [i + (position + 0.5) * bar - 0.425 for i in range(len(columns))],
-                    [mean for mean, _ in cells],
-                    0.94 * bar,
-                    yerr=[std for _, std in cells],
+                    [i + bars.start for i in bars.columns],
+                    bars.means,
+                    bars.width,
+                    align="edge",
+                    yerr=bars.deviations if any(bars.deviations) else None,
                     error_kw={"elinewidth": 1, "capsize": 2, "ecolor": DARK},
-                    color=shade,
-                    label=label(self._name(method)),
+                    color=bars.colour,
+                    label=label(bars.name),
                 )
-            tidy_(axes, y=f"{self.split} accuracy, %")
-            axes.grid(visible=False, axis="x")
+            tidy_(axes, y=f"{self.split} {self.metric}, %")
             axes.set_ylim(0, 105)
-            axes.set_xticks(range(len(columns)), [shorten(column, 14) for column in columns])
+            columns_(axes, self.columns)
             legend_(axes)
         return figure
 
 
-def comparison(view: StudyView) -> Comparison | Missing:
+def comparison(view: StudyView) -> SeedScores | Missing:
     """The methods of `compare --seeds`, on the test split where all of them have been scored on it.
 
     Args:
         view: the stored study.
     """
-    if not any(len(views) > 1 for views in view.variants.values()):
+    found = stored_comparison(view)
+    if found is None:
         return Missing(NAME, TITLE, "It needs a method at several seeds in the storage, as compare --seeds makes them.")
-    scores: dict[str, dict[str, dict[int, dict[str, float]]]] = {"test": {}, "validation": {}}
-    whole = True
-    for method, views in view.variants.items():
-        for seed, each in sorted(views.items()):
-            assert each.best is not None
-            for split, table in scores.items():
-                found = each.trial_scores(each.best, split)
-                whole = whole and found is not None
-                table.setdefault(method, {})[seed] = found or {}
-    split = "test" if whole else "validation"
+    (split,) = found.splits
+    references = {
+        row: {seed: dict(scores[split]) for seed, scores in by_seed.items()}
+        for row, by_seed in found.references.items()
+    }
+    methods = {
+        variant: {entry.seed: dict(entry.scores[split]) for entry in found.of(variant)} for variant in found.variants
+    }
+    metric = view.metric(split)
+    counts = {len(by_seed) for by_seed in methods.values()}
+    over = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
     caption = (
-        f"Mean {split} accuracy over the seeds of each method's study in this storage, with one sample standard "
-        "deviation to either side. Each seed has its own Fisher inputs and its own search; the trial shown is the best "
-        "on validation."
+        f"Mean {split} {metric} over {over} of each method's study in this storage, with one sample standard deviation "
+        "to either side. Each seed has its own Fisher inputs and its own search; the trial shown is the best on "
+        "validation."
     )
-    return Comparison(NAME, TITLE, caption, split=split, tasks=view.tasks, scores=scores[split])
+    if references:
+        caption += f" In grey, whole models: {', '.join(f'{row} ({_WORDS[row]})' for row in references)}."
+    return SeedScores(
+        NAME,
+        TITLE,
+        caption,
+        split=split,
+        metric=metric,
+        tasks=view.tasks,
+        references=references,
+        methods=methods,
+    )

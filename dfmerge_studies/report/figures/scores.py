@@ -8,26 +8,29 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
+from dfmerge_studies.report.comparison import MEAN, column_score
 from dfmerge_studies.report.figures.base import (
     Drawing,
     Missing,
     blank,
     canvas,
+    columns_,
     label,
     layout_,
     legend_,
     markup,
-    shorten,
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.value import mean_score
 
 NAME, TITLE = "scores", "Score per task"
-MEAN = "mean"
 BASE, EXPERTS = "base, unmerged", "each task's own expert"
-_REFERENCES = {BASE: "#C9C9C9", EXPERTS: "#8A8A8A"}
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4B9E", "#000000")
+REFERENCES = {BASE: "#C9C9C9", EXPERTS: "#8A8A8A"}
+# As many as there are methods and variants to compare; no black and no grey, which references have.
+_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5B4B9E", "#B5BD00", "#8B1A1A",
+    "#7FCDBB", "#F4A6A0",
+)  # fmt: skip
 
 Rows = dict[str, dict[str, dict[str, float]]]  # {row: {split: {task: score}}}
 
@@ -38,16 +41,18 @@ class Scores(Drawing):
 
     Attributes:
         tasks: names, in their order.
+        metrics: what the scores are, for each split that some row has.
         rows: {row: {split: {task: score in 0..1}}}; a row may lack a split or, the experts', a task.
     """
 
     tasks: list[str]
+    metrics: dict[str, str]
     rows: Rows
 
     @property
     def splits(self) -> list[str]:
         """Splits that some row has."""
-        return [split for split in ("validation", "test") if any(split in row for row in self.rows.values())]
+        return list(self.metrics)
 
     def value(self, row: str, split: str, column: str) -> float | None:
         """One bar.
@@ -57,10 +62,7 @@ class Scores(Drawing):
             split: "validation" or "test".
             column: a task, or "mean".
         """
-        scores = self.rows[row].get(split, {})
-        if column == MEAN:
-            return mean_score(scores) if set(scores) == set(self.tasks) else None
-        return scores.get(column)
+        return column_score(self.rows[row].get(split, {}), self.tasks, column)
 
     def plotly(self) -> go.Figure:
         """Bars in groups, one group per task."""
@@ -82,7 +84,7 @@ class Scores(Drawing):
                     row=place,
                     col=1,
                 )
-        figure.update_yaxes(title_text="accuracy, %", range=[0, 100])
+            figure.update_yaxes(title_text=f"{self.metrics[split]}, %", range=[0, 100], row=place, col=1)
         return layout_(figure, height=140 + 240 * len(splits)).update_layout(
             barmode="group", bargroupgap=0.05, margin={"t": 50}
         )
@@ -102,14 +104,9 @@ class Scores(Drawing):
                     places = [i + (position + 0.5) * bar - 0.425 for i, value in enumerate(values) if value is not None]
                     heights = [100 * value for value in values if value is not None]
                     axes.bar(places, heights, 0.94 * bar, color=colours[row], label=label(row))
-                tidy_(axes, y=f"{split} accuracy, %")
-                axes.grid(visible=False, axis="x")
+                tidy_(axes, y=f"{split} {self.metrics[split]}, %")
                 axes.set_ylim(0, 100)
-            labels = [shorten(column, 18) for column in columns]
-            turn = len(columns) > 5 and max(map(len, labels)) > 8
-            grid[-1, 0].set_xticks(
-                range(len(columns)), labels, rotation=30 if turn else 0, ha="right" if turn else "center"
-            )
+                columns_(axes, columns)
             legend_(grid[0, 0])
         return figure
 
@@ -120,12 +117,12 @@ def row_colours(rows: list[str]) -> dict[str, str]:
     Args:
         rows: what was scored.
     """
-    others = [row for row in rows if row not in _REFERENCES]
+    others = [row for row in rows if row not in REFERENCES]
     shades = {row: _COLOURS[(len(others) - 1 - i) % len(_COLOURS)] for i, row in enumerate(others)}
-    return {row: _REFERENCES.get(row) or shades[row] for row in rows}
+    return {row: REFERENCES.get(row) or shades[row] for row in rows}
 
 
-def score_rows(view: StudyView) -> Rows:
+def best_scores(view: StudyView) -> Scores:
     """What the study keeps: base, experts, the best of other methods in its storage, and its own best trial last.
 
     Args:
@@ -138,11 +135,20 @@ def score_rows(view: StudyView) -> Rows:
         rows[row] = {split: scores for split, scores in kept.items() if scores}
     for name, each in [*view.baselines.items(), ("", view)]:
         if each.best is not None:
-            kept = {split: each.trial_scores(each.best, split) for split in splits}
+            kept = {split: each.trial_scores(each.best, split) for split in splits if view.scores_alike(each, split)}
             rows[f"{each.method} (trial {each.best.number})" if each is view else name] = {
                 split: scores for split, scores in kept.items() if scores
             }
-    return {row: found for row, found in rows.items() if found}
+    metrics = {split: view.metric(split) for split in splits if any(split in row for row in rows.values())}
+    alike = len(set(metrics.values())) == 1
+    words = " and ".join([*metrics.values()][:1] if alike else [f"{kind} ({split})" for split, kind in metrics.items()])
+    caption = (
+        f"{words.capitalize()} of the study's best trial on every task, beside the base, each task's own expert, and "
+        "the best of the other methods in the same storage. Coefficients were chosen on validation; test is only "
+        "reported, where it has been computed."
+    )
+    found = {row: splits for row, splits in rows.items() if splits}
+    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=metrics, rows=found)
 
 
 def scores(view: StudyView) -> Scores | Missing:
@@ -151,12 +157,4 @@ def scores(view: StudyView) -> Scores | Missing:
     Args:
         view: the stored study.
     """
-    rows = score_rows(view)
-    if view.best is None:
-        return Missing(NAME, TITLE, "No trial has completed yet.")
-    caption = (
-        "Accuracy of the study's best trial on every task, beside the base, each task's own expert, and the best of "
-        "the other methods in the same storage. Coefficients were chosen on validation; test is only reported, where "
-        "it has been computed."
-    )
-    return Scores(NAME, TITLE, caption, tasks=view.tasks, rows=rows)
+    return best_scores(view) if view.best is not None else Missing(NAME, TITLE, "No trial has completed yet.")

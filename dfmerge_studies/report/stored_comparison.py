@@ -1,0 +1,68 @@
+"""A comparison as `compare --seeds` has left it in a storage: nothing is loaded, run or scored for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, Comparison, Entry, Scores
+from dfmerge_studies.study.scores import multi_task_row
+
+
+def stored_comparison(view: StudyView) -> Comparison | None:
+    """The methods in a study's storage over their seeds, on test where all of them have been scored on it.
+
+    Methods whose scores on the split are of another kind (agreement beside accuracy) are left out.
+
+    Args:
+        view: the study that the others are named after.
+
+    Returns:
+        Scores of one split, or None where no method has several seeds.
+    """
+    if not any(len(by_seed) > 1 for by_seed in view.variants.values()):
+        return None
+    everything = [each for by_seed in view.variants.values() for each in by_seed.values()]
+    split = "test" if all(_best_scores(each, "test") for each in everything) else "validation"
+    alike = {
+        variant: {seed: each for seed, each in by_seed.items() if view.scores_alike(each, split)}
+        for variant, by_seed in view.variants.items()
+    }
+    entries = [_entry(variant, each, split) for variant, by_seed in alike.items() for each in by_seed.values()]
+    return Comparison(
+        study=view.name,
+        storage="",
+        tasks=tuple(view.tasks),
+        variants=tuple(variant for variant, by_seed in alike.items() if by_seed),
+        seeds=tuple(sorted({entry.seed for entry in entries})),
+        splits=(split,),
+        entries=tuple(entries),
+        references=_references(view, [each for by_seed in alike.values() for each in by_seed.values()], split),
+    )
+
+
+def _best_scores(view: StudyView, split: str) -> dict[str, float] | None:
+    assert view.best is not None  # variants have a result
+    return view.trial_scores(view.best, split)
+
+
+def _entry(variant: str, view: StudyView, split: str) -> Entry:
+    assert view.best is not None
+    scores = {split: _best_scores(view, split) or {}}
+    return Entry.of(variant, view.seed, view.name, view.best, among=view.trials, scores=scores)
+
+
+def _references(view: StudyView, everything: Iterable[StudyView], split: str) -> dict[str, dict[int, Scores]]:
+    """Of each whole model, the scores that some study keeps at every seed."""
+    studies = list(everything)
+    # Studies that were compared at other times may name other multi-task models: the study's own word goes first.
+    named = (multi_task_row(each.study) for each in (view, *studies))
+    multi_task = next((row for row in named if row is not None), None)
+    rows = {ZERO_SHOT: "base", FINE_TUNED: "experts", **({MULTI_TASK: multi_task} if multi_task is not None else {})}
+    found: dict[str, dict[int, Scores]] = {}
+    for name, row in rows.items():
+        for each in studies:
+            scores = each.scores(row, split)
+            if scores:
+                found.setdefault(name, {}).setdefault(each.seed, {split: scores})
+    return found
