@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-import re
+from dataclasses import replace
 
 import pytest
 
@@ -120,24 +120,38 @@ def test_every_form_of_the_table_holds_the_same_numbers(comparison):
 
 
 def test_the_latex_table_is_a_whole_tabular_with_marks_and_escapes(comparison):
-    text = standings_latex(standings(comparison, "test"), {"gta": "50% of_it"})
+    text = standings_latex(standings(comparison, "test"), {"gta": r"[50%] of_it \ <*>"})
     body = [line for line in text.splitlines() if not line.startswith("%")]
+    two = r"r@{\,}l"
     assert (body[0], body[1], body[-2], body[-1]) == (
-        r"\begin{tabular}{lrrrrr}",
+        rf"\begin{{tabular}}{{l{two * 3}r@{{ }}lr}}",
         r"\toprule",
         r"\bottomrule",
         r"\end{tabular}",
     )
-    rows = [line for line in body if line.endswith(r"\\")]
-    assert all(line.count("&") == 5 for line in rows)
-    assert len(rows) == 7
-    assert r"a\_1" in rows[0]
-    gta = next(line for line in rows if line.startswith(r"50\% of\_it"))
-    assert "72.0$^{*}$" in gta
+    head, *rows = [line for line in body if line.endswith(r"\\")]
+    assert head.count(r"\multicolumn{2}{c}") == head.count("&") - 1 == 4
+    assert all(line.count("&") == 9 for line in rows)  # ten columns: the name, three scores and the drop of two, trials
+    assert len(rows) == 6
+    assert r"a\_1" in head
+    gta = next(
+        line for line in rows if line.startswith(r"{[}50\%] of\_it \textbackslash{} \textless{}{*}\textgreater{}")
+    )
+    assert r"72.0 & {\scriptsize$\pm$\,2.6}$^{*}$" in gta
     assert sum(line.count(r"\textbf{") for line in rows) == 3
     assert sum(line.count(r"\underline{") for line in rows) == 3
-    assert re.search(r"\\textbf\{81\.0\} \{\\scriptsize \$\\pm\$ 1\.0\}", text)
+    assert r"\textbf{81.0} & {\scriptsize$\pm$\,1.0}" in text
     assert text.count("{") == text.count("}")
+
+
+def test_the_latex_table_of_one_seed_has_no_columns_for_a_spread(comparison):
+    one = [entry for entry in comparison.entries if entry.seed == 0]
+    rows = {row: {0: by_seed[0]} for row, by_seed in comparison.references.items()}
+    found = standings(replace(comparison, seeds=(0,), entries=tuple(one), references=rows), "test")
+    lines = [line for line in standings_latex(found, {}).splitlines() if not line.startswith("%")]
+    assert lines[0] == r"\begin{tabular}{lrrrr@{ }lr}"
+    assert all(line.count("&") == 6 for line in lines if line.endswith(r"\\") and "multicolumn" not in line)
+    assert not any(r"\pm" in line for line in lines)
 
 
 def test_the_terminal_s_table_marks_best_second_star_and_failure(comparison):

@@ -19,6 +19,17 @@ from dfmerge_studies.study.comparison import Comparison
 
 _STYLES = {1: "bold", 2: "underline"}
 _LATEX = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
+_LATEX_SIGNS = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "[": "{[}",
+    "*": "{*}",
+}
+_TWO = r"r@{\,}l"  # a number and what belongs to it
 CSV_COLUMNS = (
     "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
     "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error",
@@ -133,25 +144,30 @@ def standings_csv(found: Standings) -> str:
 def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
     r"""A tabular for a paper: `\textbf` the best, `\underline` the second, a star as in the terminal's table.
 
+    With several seeds, a score is two columns, so that the means stand under each other whatever their spread.
+
     Args:
         found: the numbers.
         labels: what to call a row instead of by its method's name.
     """
-    columns = [*found.tasks, MEAN, "largest drop", "trials"]
+    spreads = len(found.seeds) > 1
+    scores = (*found.tasks, MEAN)
+    heads = [rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" if spreads else _escape(name) for name in scores]
     lines = [
         r"% needs \usepackage{booktabs}",
-        *(f"% {_escape(note)}" for note in notes(found)),
-        rf"\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        r"% if it is too wide: \usepackage{graphicx} and \resizebox{\linewidth}{!}{...} around it",
+        *(f"% {note}" for note in notes(found)),
+        rf"\begin{{tabular}}{{l{(_TWO if spreads else 'r') * len(scores)}r@{{ }}lr}}",
         r"\toprule",
-        " & ".join(["", *map(_escape, columns)]) + r" \\",
+        " & ".join(["", *heads, r"\multicolumn{2}{c}{largest drop}", "trials"]) + r" \\",
         r"\midrule",
     ]
     for before, row in zip([None, *found.rows], found.rows, strict=False):
         if before is not None and row.compete != before.compete:
             lines.append(r"\midrule")
         cells = [_escape(_label(row, labels, len(found.seeds)))]
-        cells += [_latex_cell(found, row, column) for column in (*found.tasks, MEAN)]
-        cells.append("--" if row.drop is None else f"${row.drop[1]:+.1f}$ {_escape(row.drop[0])}")
+        cells += [_latex_score(found, row, column, spreads=spreads) for column in scores]
+        cells.append("-- & " if row.drop is None else f"${row.drop[1]:+.1f}$ & {_escape(row.drop[0])}")
         cells.append(_trials(row).replace("-", "--"))
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
@@ -245,13 +261,13 @@ def _numbers(row: Standing, column: str) -> tuple[str, str] | None:
     return f"{100 * cell.mean:.1f}", f"{100 * (cell.std or 0):.1f}" if spread else ""
 
 
-def _latex_cell(found: Standings, row: Standing, column: str) -> str:
-    numbers = _numbers(row, column)
-    if numbers is None:
-        return "--"
-    value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % numbers[0]
+def _latex_score(found: Standings, row: Standing, column: str, *, spreads: bool) -> str:
+    """The mean, and in a column of its own the spread with the star."""
+    mean, std = _numbers(row, column) or ("", "")
+    value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % mean if mean else "--"
     star = "$^{*}$" if column == MEAN and row.star else ""
-    return value + star + (rf" {{\scriptsize $\pm$ {numbers[1]}}}" if numbers[1] else "")
+    beside = (rf"{{\scriptsize$\pm$\,{std}}}" if std else "") + star
+    return f"{value} & {beside}" if spreads else value + star
 
 
 def _trials(row: Standing) -> str:
@@ -264,4 +280,6 @@ def _seconds(row: Standing) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"([_%#&${}])", r"\\\1", text)
+    """A name as LaTeX prints it: `[` and `*` at the start of a row would be arguments of the line's end before it."""
+    signs = re.compile(r"[\\~^<>|\[*_%#&${}]")
+    return signs.sub(lambda found: _LATEX_SIGNS.get(found[0], rf"\{found[0]}"), " ".join(text.split()))
