@@ -497,6 +497,7 @@ def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
     assert set(found["importance"].shares) == set(names)
     assert sum(found["importance"].shares.values()) == pytest.approx(1)
     assert list(found["trajectory"].coefficients) == names
+    assert set(found["trajectory"].kinds) == {"grid"}
     best = view.best.user_attrs["drop_rate"]
     assert f"Best drop rate: {best:g}" in study_page(view, "").tables[0].text
 

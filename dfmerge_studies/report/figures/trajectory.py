@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 
 NAME, TITLE = "trajectory", "Optimisation trajectory"
 # How a trial's coefficients came about, in words, and its marker.
-KINDS = {"known": ("given point", "square"), "startup": ("random", "diamond"), "search": ("proposed", "circle")}
+KINDS = {
+    "known": ("given point", "square"),
+    "grid": ("of the grid", "square"),
+    "startup": ("random", "diamond"),
+    "search": ("proposed", "circle"),
+}
 
 
 @dataclass(frozen=True)
@@ -228,9 +233,11 @@ def _level(view: StudyView, other: StudyView) -> float:
 
 
 def _kind(view: StudyView, trial: FrozenTrial) -> str:
-    """Given, random, or proposed from what earlier trials scored."""
-    if FIXED in trial.system_attrs or view.policy is Coefficients.SHARED_GRID:
+    """Given, of the method's grid, random, or proposed from what earlier trials scored."""
+    if FIXED in trial.system_attrs:
         return "known"
+    if view.policy is Coefficients.SHARED_GRID:
+        return "grid"
     random = view.science["search.sampler"] == "random"
     return "startup" if random or place_of(trial) < max(1, int(view.science["search.startup_trials"])) else "search"
 
