@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.project import Project, make_project
 from tests.servers import PostgresServer, ProxyServer, running_postgres
+
+# A shell's background job ignores Ctrl-C and so would every process that a test starts to interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NewStorage = Callable[[str], str]
 
