@@ -158,6 +158,12 @@ def _write_many(folder: str, times: int) -> None:
         cache.put(KEY, values(size=2000))
 
 
+def test_an_entry_may_be_read_by_whom_any_new_file_may_be(cache, tmp_path):
+    cache.put(KEY, values())
+    (tmp_path / "new").touch()
+    assert cache.file_of(KEY.digest).stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_two_writers_of_one_key_leave_one_valid_entry_and_readers_never_see_half_a_file(cache):
     cache.put(KEY, values(size=2000))
     context = multiprocessing.get_context("spawn")

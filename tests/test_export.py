@@ -123,6 +123,14 @@ def _decoder(family: str) -> dict[str, torch.Tensor]:
     return {"decoder_input_ids": torch.tensor([[0]])} if family == "t5" else {}
 
 
+def test_every_file_may_be_read_by_whom_any_new_file_may_be(project_of):
+    project = project_of("bert")  # with heads
+    project.cli("merge", "spec.yaml", "--coefficients", "red=0.5,blue=0.5", "--out", "merged")
+    files = [file for file in (project.folder / "merged").rglob("*") if file.is_file()]
+    assert sum(file.suffix == ".safetensors" for file in files) == 3
+    assert len({file.stat().st_mode for file in files}) == 1
+
+
 def test_large_weights_are_sharded(project):
     project.json("run", "spec.yaml", "--trials", "1")
     project.json("export", "spec.yaml", "--out", "merged", "--shard-size", "10KB")

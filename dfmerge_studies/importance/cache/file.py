@@ -35,7 +35,10 @@ def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str,
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, {**metadata, "sha256": checksum(tensors)})
+        temporary.chmod(mode)  # safetensors lets nobody but the owner read, and others may share the folder
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(file)
