@@ -167,7 +167,6 @@ def study(spec: Path, work: Path, options: argparse.Namespace) -> None:
         "compare": ["--methods", ",".join(options.methods), *seeds],
         "ablation": ["--ablation", *seeds],
         "label-free": ["--methods", "df-merge-agreement", "--trials", str(min(20, options.trials)), *seeds],
-        "bounds": ["--methods", "df-merge", "--set", "name=minilm-half", "--set", "search.bounds=[0,0.5]", *seeds],
     }
     lines = []
     for name, flags in comparisons.items():
