@@ -12,6 +12,10 @@ import optuna
 import pytest
 
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.merger import Merger
+from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.spec import StudySpec
 from tests.project import cli_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +70,18 @@ def test_progress_is_said_line_by_line_where_nobody_watches(project):
     assert "colours: 2/2  trial 1" in done.stderr
     assert "winner: trial" in done.stdout
     assert "dfmerge export spec.yaml" in done.stdout
+
+
+def test_every_phase_of_a_merge_tells_whoever_follows_it_how_far_it_is(project):
+    merger = Merger(load_problem(StudySpec.from_yaml(project.file)), METHODS["df-merge"], None)
+    told: dict[str, list[int]] = {}
+    merger.progress = lambda what, done, total: told.setdefault(what, []).append(done * 100 // total)  # as `run` does
+    merger.run({"red": 0.3, "blue": 0.7})
+    assert set(told) == {"red: fisher", "blue: fisher", "red: validation", "blue: validation"}
+    for percents in told.values():
+        assert percents[0] == 0
+        assert percents[-1] == 100
+        assert percents == sorted(percents)
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

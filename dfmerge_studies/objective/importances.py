@@ -41,21 +41,19 @@ class Importances:
         problem: the loaded spec.
         method: row of the method table.
         cache: where they are kept, or None.
-        progress: told how far one is.
 
     Raises:
         InputError: the method's importance cannot be estimated for this kind of model.
     """
 
-    def __init__(
-        self, problem: Problem, method: Method, cache: FisherCache | None, *, progress: Progress = silent
-    ) -> None:
+    def __init__(self, problem: Problem, method: Method, cache: FisherCache | None) -> None:
         self.problem = problem
         self.cache = cache
-        self.progress = progress
         self.estimator = check_importance(problem, method)
 
-    def at(self, index: int, coefficient: float, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], bool]:
+    def at(
+        self, index: int, coefficient: float, names: Sequence[str] | None = None, *, progress: Progress = silent
+    ) -> tuple[dict[str, Tensor], bool]:
         """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
 
         An expert without a task of its own is weighed by the mean over all tasks.
@@ -64,6 +62,7 @@ class Importances:
             index: position of the expert.
             coefficient: lambda.
             names: parameters; those on which an expert differs by default.
+            progress: told how far it is.
 
         Returns:
             The values by parameter name, and whether they came from the cache.
@@ -91,7 +90,7 @@ class Importances:
                 generator=torch_generator(self.problem.spec.search.seed, "sampled", task),
                 row_budget=self.problem.spec.importance.row_budget,
                 compact=True,
-                progress=counted(self.progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
+                progress=counted(progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
                 ranks=ranks,
             )
             for name, value in result.values.items():

@@ -120,7 +120,7 @@ class Merger:
         self.problem = problem
         self.method = method
         self.progress = progress
-        self.importances = Importances(problem, method, cache, progress=progress)
+        self.importances = Importances(problem, method, cache)
 
     @_everywhere
     def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
@@ -190,7 +190,7 @@ class Merger:
         Returns:
             The values by parameter name, and whether they came from the cache.
         """
-        return self.importances.at(index, coefficient, names)
+        return self.importances.at(index, coefficient, names, progress=self.progress)
 
     @_everywhere
     def scores(self, split: str) -> dict[str, float]:
