@@ -13,6 +13,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.storage import found_study, open_storage
+from dfmerge_studies.study.attributes import results
+from dfmerge_studies.study.session import open_study
 from tests.project import Project, cli_environment, make_project
 
 EXPERTS = ("red", "blue")
@@ -352,6 +356,26 @@ def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):
     status = project.json("status", "spec.yaml")
     assert status["trials"]["complete"] == 8
     assert status["trials"]["running"] == status["trials"]["waiting"] == 0
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_study_that_another_run_founds_while_this_one_looks_at_it_is_joined(project, monkeypatch, looks):
+    """Its marks and its first trial appear between two looks of this run: no marks, and then a trial."""
+    get_trials, looked = optuna.Study.get_trials, 0
+
+    def founded_meanwhile(study, **options):
+        nonlocal looked
+        looked += 1
+        if looked == looks:
+            project.process("run", "spec.yaml", "--trials", "1", "--no-test")
+        return get_trials(study, **options)
+
+    storage = open_storage(f"sqlite:///{project.folder}/colours.db")
+    assert found_study(storage, "colours", directions=["maximize"])
+    monkeypatch.setattr(optuna.Study, "get_trials", founded_meanwhile)
+    session = open_study(StudySpec.from_yaml(project.file))
+    assert looked >= looks
+    assert [trial.user_attrs["place"] for trial in results(session.study)] == [0]
 
 
 def test_a_deleted_row_of_data_makes_another_study(studied):

@@ -181,7 +181,7 @@ def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
     until = time.monotonic() + _FOUNDING_SECONDS
     while (science := stored_science(study)) is None and time.monotonic() < until:
         if study.get_trials(deepcopy=False):
-            break  # of other software: a founder writes first
+            return stored_science(study)  # a founder writes it before its first trial: there by now, or never
         time.sleep(0.1)
     return science
 

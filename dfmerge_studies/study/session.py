@@ -327,9 +327,7 @@ def _join(spec: StudySpec, url: str, science: Mapping[str, Any], problem: Proble
         storage, kinds = open_storage(url), directions(spec.objective, list(spec.tasks))
         founder = found_study(storage, spec.name, directions=kinds)
         study = join_study(storage, spec.name, directions=kinds, sampler=study_sampler(spec))
-        if (None if founder else provenance.awaited_science(study)) is None:
-            if study.get_trials(deepcopy=False):
-                provenance.refuse_other_science(spec.name, None, science, safe_url(url))
+        if founder or (provenance.awaited_science(study) is None and not study.get_trials(deepcopy=False)):
             study.set_user_attr(provenance.SPEC, provenance.describe_spec(spec))
             study.set_user_attr(provenance.INDICES, problem.fisher_indices())
             study.set_user_attr(provenance.VERSIONS, provenance.library_versions())
