@@ -201,6 +201,7 @@ class Group(Ranks):
     def __init__(self, device: str) -> None:
         import torch
         import torch.distributed as dist
+        import torch.distributed.nn.functional  # its default arguments would keep a group that is there before them
 
         cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
         self.lost = False
@@ -321,6 +322,9 @@ class Group(Ranks):
             with suppress(GroupError):  # whoever is gone by now has nothing left to do
                 self._send(None)
         self._state.destroy_process_group()
+        # Threads of a group end with the last reference to it.  One that lets go of a tensor while the interpreter ends
+        # aborts the process (pytorch issue 190489).
+        del self._control, self._commands
 
     def _together(self, run: Callable[[], object]) -> None:
         """One whole call: if it fails here where others have nothing left to agree on, they still hear of it."""

@@ -155,6 +155,12 @@ def faults(folder: Path, family: str, group: Group) -> dict[str, Any]:
     }
 
 
+def gloo_threads() -> list[str]:
+    """Threads of this process that carry out collective operations; only Linux says."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    return [name for name in names if "gloo" in name]
+
+
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     settings = json.loads(sys.argv[1])
@@ -167,6 +173,7 @@ def main() -> None:
     else:
         group.follow()
     group.leave()
+    (folder / f"threads-{group.rank}.json").write_text(json.dumps(gloo_threads()))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,15 @@ def test_a_rank_that_runs_out_of_memory_fails_the_trial_and_not_the_study(two: t
     assert found["complete"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux says which threads there are")
+def test_a_group_that_was_left_leaves_no_thread_that_could_disturb_the_interpreter_s_end(
+    two: tuple[Path, dict[str, Any]],
+) -> None:
+    """Such a thread aborts the process if it lets go of a tensor then (pytorch issue 190489)."""
+    assert [json.loads((two[0] / f"threads-{rank}.json").read_text()) for rank in (0, 1)] == [[], []]
+
+
 def test_shares_hold_every_input_once_and_cost_about_the_same() -> None:
     ranks = Ranks()
     costs = [(7 * i) % 23 + 1 for i in range(50)]
