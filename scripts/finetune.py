@@ -340,6 +340,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     if accelerator.is_main_process:
         _save(trainee, found, tasks, out, json.dumps(record, indent=2) + "\n", force=options.force)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return record
 
 

@@ -136,9 +136,8 @@ def test_workers_hand_their_trials_back_when_the_parent_is_told_to_stop_or_is_ki
 
 
 def test_a_killed_worker_is_noticed_and_started_again_and_its_trial_taken_by_another(project: Project) -> None:
-    process = start(
-        project, "--workers", "2", "--trials", "30"
-    )  # more than the other one does before the death is heard
+    total = 30  # more than the other worker does before the death is heard
+    process = start(project, "--workers", "2", "--trials", str(total))
     heard = Heard(process)
     victim = worker_pid(heard.wait("worker 1: process"))
     heard.wait("worker 1:", "trial")
@@ -146,8 +145,8 @@ def test_a_killed_worker_is_noticed_and_started_again_and_its_trial_taken_by_ano
     heard.wait(f"worker 1: process {victim} died (SIGKILL)", "started again")
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, heard.lines
-    assert "30 of 30 trials complete" in output
-    check_whole(study_of(project), 30)
+    assert f"{total} of {total} trials complete" in output
+    check_whole(study_of(project), total)
 
 
 def test_workers_that_die_again_and_again_are_given_up_with_a_message() -> None:
