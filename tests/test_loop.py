@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.loop import Event, TrialResult, counts, results, work
 from dfmerge_studies.study.outbox import Outbox
-from dfmerge_studies.study.owner import is_dead, working
+from dfmerge_studies.study.owner import _start_of, is_dead, working
 from dfmerge_studies.study.plan import enqueue
 from tests.servers import STORAGES
 
@@ -368,9 +370,40 @@ def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_t
     assert late == proposed("at once", 0.0)
 
 
-def test_a_running_trial_of_another_machine_keeps_its_place(make_study: MakeStudy) -> None:
+def test_a_worker_does_not_wait_for_its_turn_behind_one_that_has_died(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rival = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with working() as owner:
+        other = {**owner, "pid": rival.pid, "started": _start_of(rival.pid), "worker": "rival"}
+    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"place": 0, "owner": other}))
+    killed = threading.Timer(0.5, rival.kill)
+    killed.start()
+    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", math.inf)
+    assert work(study, SPACE, evaluate, target=3).counts["complete"] == 3
+    rival.communicate()
+
+
+def test_a_worker_waits_for_its_turn_behind_a_silent_machine_once(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _foreign(study, beat=time.time())
+    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.2)
+
+    def patient(event: Event) -> None:
+        monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", math.inf)
+        if counts(study)["complete"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    assert work(study, SPACE, evaluate, target=3, on_event=patient).counts["complete"] == 2
+
+
+def test_a_running_trial_of_another_machine_keeps_its_place(
+    make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = make_study()
     _foreign(study, beat=time.time())
+    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
         if counts(study)["complete"] == 2:  # only the other's trial is left, and a worker would wait for it

@@ -32,7 +32,7 @@ from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.attributes import counts, results
 from dfmerge_studies.study.guards import Interrupts, signs_of_life
 from dfmerge_studies.study.outbox import Outbox
-from dfmerge_studies.study.owner import working
+from dfmerge_studies.study.owner import is_dead, working
 from dfmerge_studies.study.recovery import (
     Event,
     EventKind,
@@ -55,7 +55,7 @@ MAX_FAILURES_IN_A_ROW = 3
 _WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
 _GLANCE = 0.2  # seconds after which a waiting worker notices a signal
 _TURN = 0.05  # seconds between two looks at whether those before have drawn
-_TURN_SECONDS = 10.0  # after which a worker draws out of turn: one of those before has died, or many are before it
+_TURN_SECONDS = 10.0  # after which a worker draws out of turn: a machine before it has died, or many are before it
 PATIENCE_SECONDS = 120.0  # how long a worker waits for a storage that does not answer
 
 Evaluate = Callable[[dict[str, float], int], TrialResult]
@@ -156,6 +156,7 @@ class _Worker:
         self.outbox = outbox
         self.on_event = on_event
         self.owner: dict[str, Any] = {}
+        self.overdue: set[int] = set()  # numbers of trials whose turn has been waited for long enough
         self.former: set[str] = set()  # what this worker was called before it lost the storage
         self.away_since: float | None = None
         self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
@@ -341,10 +342,13 @@ class _Worker:
         if at.point_of(trial) is not None:
             return
         until = time.monotonic() + _TURN_SECONDS
-        while not self.interrupts.requested and time.monotonic() < until:
+        while not self.interrupts.requested:
             running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            before = (t for t in running if t.number < trial.number and at.OWNER in t.user_attrs)
-            if all(at.point_of(other) is not None for other in before):
+            drawing = {t.number for t in running if t.number < trial.number and _draws(t)} - self.overdue
+            if not drawing:
+                return
+            if time.monotonic() >= until:
+                self.overdue |= drawing
                 return
             time.sleep(_TURN)
 
@@ -388,3 +392,9 @@ class _Worker:
         message: str | None = None,
     ) -> None:
         self.on_event(Event(kind, trial.number, place_of(trial), coefficients, values, message))
+
+
+def _draws(trial: FrozenTrial) -> bool:
+    """Tell whether the worker of a running trial may be about to store its coefficients."""
+    owner = trial.user_attrs.get(at.OWNER)
+    return owner is not None and at.point_of(trial) is None and not is_dead(owner)
