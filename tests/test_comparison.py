@@ -81,6 +81,7 @@ def trials_of(project) -> dict[str, list]:
     return found
 
 
+@pytest.mark.slow
 def test_compare_prints_every_method_over_seeds_in_every_form(project):
     project.write(search={"trials": 3, "startup_trials": 2})
     asked = ("compare", "spec.yaml", "--methods", "averaging,gta,df-merge", "--seeds", "2")
@@ -120,6 +121,7 @@ def test_compare_prints_every_method_over_seeds_in_every_form(project):
     assert on_validation["rows"][-1]["studies"][0]["tasks"] == best["tasks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
 def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, tmp_path, how):
     project.write(search={"trials": 4, "startup_trials": 2})

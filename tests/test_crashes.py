@@ -61,6 +61,7 @@ def test_workers_outlive_a_restart_of_postgres_and_lose_nothing(
     place.check_whole()
 
 
+@pytest.mark.slow
 @pytest.mark.postgres
 def test_a_worker_whose_postgres_stays_away_keeps_its_result_for_the_next_run(
     postgres: str, postgres_server: PostgresServer, tmp_path: Path
@@ -100,6 +101,7 @@ def test_workers_outlive_a_storage_proxy_that_is_killed_and_started_again(
     place.check_whole()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_result(
     kind: str, new_storage: NewStorage, tmp_path: Path
@@ -123,6 +125,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_result(
     assert counts(place.study())["complete"] >= 2 + finished
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_of_an_export_and_the_next_one_succeeds(project: Project) -> None:
     project.cli("run", "spec.yaml", "--trials", "1", "--no-test")
     project.cli("export", "spec.yaml", "--out", "whole")

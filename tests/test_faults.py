@@ -31,6 +31,7 @@ def cut(uninterrupted: Place, tmp_path: Path) -> Place:
     return Place(tmp_path / "cut", **same)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(
     uninterrupted: Place, cut: Place
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(
     cut.check_whole()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_third_trial_equals_an_uninterrupted_one(uninterrupted: Place, cut: Place) -> None:
     for _ in range(4):
         cut.run(-signal.SIGKILL, kill_at_call=3)
@@ -86,6 +88,7 @@ def test_a_result_that_was_not_told_before_the_kill_is_applied_and_not_computed_
     cut.check_whole()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_mid_trial_ends_the_run_in_good_order_and_loses_nothing(
     uninterrupted: Place, cut: Place, number: signal.Signals
@@ -122,6 +125,7 @@ def test_a_second_signal_ends_the_process_at_once_and_the_next_run_recovers(
     place.check_whole()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["sqlite:///{}/s.db", "journal:///{}/s.log"], ids=["sqlite", "journal"])
 def test_four_processes_joining_an_empty_storage_reach_the_total_together_and_repeat_nothing(
     storage: str, tmp_path: Path
@@ -137,6 +141,7 @@ def test_four_processes_joining_an_empty_storage_reach_the_total_together_and_re
     assert len({json.dumps(point) for _, point in place.evaluations()}) == 14
 
 
+@pytest.mark.slow
 def test_workers_beside_one_that_is_killed_finish_its_trial(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=14)
     workers = [place.start(kill_at_call=2, seconds=0.1), *(place.start(seconds=0.1) for _ in range(2))]
@@ -159,6 +164,7 @@ def test_a_grid_shared_by_several_processes_is_exhausted_exactly(tmp_path: Path)
     assert counts(place.study())["complete"] == 12
 
 
+@pytest.mark.slow
 def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=4)
     process = place.start(hang_at_call=3, hang_seconds=2)
@@ -199,6 +205,7 @@ def test_a_database_held_by_another_process_is_waited_for(tmp_path: Path) -> Non
     place.check_whole()
 
 
+@pytest.mark.slow
 def test_trials_that_give_no_number_fail_through_a_real_worker(tmp_path: Path) -> None:
     for value in ("nan", "inf"):
         place = Place(tmp_path / value, value=value)

@@ -25,6 +25,7 @@ def clean(text: str) -> bool:
     return not any(secret in text for secret in SECRETS)
 
 
+@pytest.mark.slow
 def test_the_password_shows_nowhere_in_a_run_that_is_killed_resumed_and_exported(
     project: Project, postgres: str, postgres_server: PostgresServer
 ) -> None:

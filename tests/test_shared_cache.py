@@ -115,6 +115,7 @@ def _write(url: str, seed: int, times: int) -> None:
         cache.put(KEY, values(seed))
 
 
+@pytest.mark.slow
 def test_two_workers_that_compute_the_same_key_leave_one_valid_entry(bucket: str) -> None:
     """Their values differ in rounding, as on two kinds of machines: whichever manifest is last, its data is whole."""
     context = multiprocessing.get_context("spawn")
@@ -183,6 +184,7 @@ def test_a_url_that_cannot_be_used_is_refused_and_no_password_is_repeated(url: s
     assert "word@" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_in_mid_study_costs_no_trial(
     project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

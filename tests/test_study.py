@@ -336,6 +336,7 @@ def test_with_fewer_inputs_than_samples_all_are_used_and_the_count_is_what_was_u
     assert project.json("validate", "spec.yaml")["estimate"]["fisher_inputs"] == {"red": 24, "blue": 24}
 
 
+@pytest.mark.slow
 def test_status_counts_the_workers_that_are_at_work(project):
     project.write(search={"trials": 30, "startup_trials": 30})
     process = start(project)
@@ -347,6 +348,7 @@ def test_status_counts_the_workers_that_are_at_work(project):
     assert project.json("status", "spec.yaml")["workers"] == 0
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):
     project.write(search={"trials": 8, "startup_trials": 3})
     both = [start(project), start(project)]
@@ -358,6 +360,7 @@ def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):
     assert status["trials"]["running"] == status["trials"]["waiting"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("looks", [1, 2])
 def test_a_study_that_another_run_founds_while_this_one_looks_at_it_is_joined(project, monkeypatch, looks):
     """Its marks and its first trial appear between two looks of this run: no marks, and then a trial."""

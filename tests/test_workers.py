@@ -92,6 +92,7 @@ def check_whole(study: optuna.Study, total: int) -> None:
     assert [trial.user_attrs["place"] for trial in results(study)] == list(range(total))
 
 
+@pytest.mark.slow
 def test_local_workers_share_a_study_and_its_baselines_and_a_restart_does_nothing(project: Project) -> None:
     project.write(baselines=["fisher"])
     done = project.process("run", "spec.yaml", "--workers", "2", "--json")
@@ -112,6 +113,7 @@ def test_local_workers_share_a_study_and_its_baselines_and_a_restart_does_nothin
     assert project.files()["colours.db"] == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_workers_hand_their_trials_back_when_the_parent_is_told_to_stop_or_is_killed(
     project: Project, number: signal.Signals
@@ -135,6 +137,7 @@ def test_workers_hand_their_trials_back_when_the_parent_is_told_to_stop_or_is_ki
     check_whole(study_of(project), total)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_noticed_and_started_again_and_its_trial_taken_by_another(project: Project) -> None:
     total = 30  # more than the other worker does before the death is heard
     process = start(project, "--workers", "2", "--trials", str(total))
@@ -163,6 +166,7 @@ def test_workers_that_die_again_and_again_are_given_up_with_a_message() -> None:
     assert len(deaths) == 8
 
 
+@pytest.mark.slow
 def test_of_workers_with_different_settings_that_start_at_once_one_kind_is_refused(project: Project) -> None:
     seeds = [0, 1, 0, 1]
     processes = [start(project, "--seed", str(seed), "--no-test") for seed in seeds]
@@ -175,6 +179,7 @@ def test_of_workers_with_different_settings_that_start_at_once_one_kind_is_refus
     check_whole(study_of(project), 4)
 
 
+@pytest.mark.slow
 def test_workers_are_refused_on_other_weights_and_the_message_comes_once(project: Project) -> None:
     project.process("run", "spec.yaml", "--trials", "1")
     project.write(experts={"red": {"model": "blue", "task": "red"}, "blue": "blue"})
@@ -184,6 +189,7 @@ def test_workers_are_refused_on_other_weights_and_the_message_comes_once(project
     check_whole(study_of(project), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STORAGES)
 def test_workers_that_join_leave_and_die_reach_the_exact_total_on_every_storage(
     kind: str, new_storage: Callable[[str], str], tmp_path: Path
@@ -283,6 +289,7 @@ def test_the_pace_of_a_study_leaves_pauses_out_and_counts_parallel_time_once() -
     assert pace([], target=6, workers=1) == {"trials_per_hour": {"overall": None, "recent": None}, "seconds_left": None}
 
 
+@pytest.mark.slow
 def test_status_names_the_workers_and_watch_prints_a_line_for_every_change(tmp_path: Path, project: Project) -> None:
     process = start(project, "--trials", "6", "--no-test")
     deadline = time.monotonic() + 300
