@@ -27,7 +27,7 @@ DATABASES = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
 def test_workers_killed_at_fifty_random_moments_lose_and_repeat_nothing(
     kind: str, new_storage: NewStorage, tmp_path: Path
 ) -> None:
-    place, moments = Place(tmp_path / "s", new_storage(kind), target=4, seconds=0.02), random.Random(0)
+    place, moments = Place(tmp_path / "s", new_storage(kind), target=4, seconds=0.2), random.Random(0)
     with Crowd(place, 3) as crowd:
         begun = time.monotonic()
         crowd.start().join()
