@@ -24,7 +24,7 @@ from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study import attributes as at
 from dfmerge_studies.study.loop import Event, TrialResult, counts, results, work
 from dfmerge_studies.study.outbox import Outbox
-from dfmerge_studies.study.owner import _start_of, is_dead, working
+from dfmerge_studies.study.owner import is_dead, working
 from dfmerge_studies.study.plan import enqueue
 from tests.servers import STORAGES
 
@@ -327,9 +327,10 @@ def _started(pid: int) -> str | None:
     return _start_of(pid)
 
 
-def _foreign(study: optuna.Study, *, place: int = 0, **attributes: Any) -> None:
+def _foreign(study: optuna.Study, *, place: int = 0, whose: dict[str, Any] | None = None, **attributes: Any) -> None:
+    """Add a running trial whose owner differs from this process: by its machine, unless something else is said."""
     with working() as owner:
-        foreign = {**owner, "host": "elsewhere"}
+        foreign = {**owner, **(whose or {"host": "elsewhere"})}
     template = create_trial(state=TrialState.RUNNING, user_attrs={"place": place, "owner": foreign, **attributes})
     study.add_trial(template)
 
@@ -374,11 +375,8 @@ def test_a_worker_does_not_wait_for_its_turn_behind_one_that_has_died(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rival = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with working() as owner:
-        other = {**owner, "pid": rival.pid, "started": _start_of(rival.pid), "worker": "rival"}
-    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"place": 0, "owner": other}))
-    killed = threading.Timer(0.5, rival.kill)
-    killed.start()
+    _foreign(study, whose={"pid": rival.pid, "started": _started(rival.pid), "worker": "rival"})
+    threading.Timer(0.5, rival.kill).start()
     monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", math.inf)
     assert work(study, SPACE, evaluate, target=3).counts["complete"] == 3
     rival.communicate()
