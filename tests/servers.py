@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -33,9 +34,16 @@ run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port for a server that is started later, or again.
+
+    It lies below those that a kernel gives out by itself (from 32768 on), so no other connection takes it meanwhile; it
+    is a random one, so tests that run at the same time do not take each other's.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class PostgresServer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from dfmerge_studies.study.loop import results
 from dfmerge_studies.study.session import Session, open_study, stored_study
 from tests.project import Project, cli_environment, make_project
 from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
+from tests.servers import free_port
 
 CHILD = Path(__file__).with_name("ranks_child.py")
 ROOT = CHILD.parents[1]
@@ -244,9 +244,7 @@ def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_on_two_mach
     assert code != 0
     assert "trial" in errors
     check_handed_back(spec)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = (
         "accelerate.commands.launch",
         "--multi_gpu",
