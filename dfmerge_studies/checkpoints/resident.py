@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.checkpoints.adapters import load_adapter
 from dfmerge_studies.checkpoints.load import (
     ModelClass,
     check_same_tokenizer,
     has_tokenizer,
-    load_adapter,
     load_model,
     load_tokenizer,
 )

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.load import ModelClass, load_adapter, load_model, load_tokenizer
+from dfmerge_studies.checkpoints.adapters import load_adapter
+from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.write import HEADS
