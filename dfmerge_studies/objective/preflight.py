@@ -13,7 +13,7 @@ from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.data import check_data_files
+from dfmerge_studies.tasks.files import check_data_files
 
 _UCB_NEEDS = ("botorch", "optuna_integration")
 

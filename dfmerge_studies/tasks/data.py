@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import ast
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
-
-from dfmerge_studies.errors import InputError, did_you_mean, first_line
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.files import empty_split, load_split
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-_LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+from dfmerge_studies.tasks.templates import is_there, renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +56,16 @@ def load_rows(
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
     """
     where = f"{spec_file}: tasks.{name}"
-    dataset = _load_split(task.dataset, split, root, where)
+    dataset = load_split(task.dataset, split, root, where)
     if len(dataset) == 0:
-        raise _empty(split, where)
+        raise empty_split(split, where)
     columns = list(dataset.column_names)
-    to_text = _renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
-    target = task.doc_to_target if labelled or _is_there(task.doc_to_target, columns) else None
-    to_target = _renderer(target, columns, f"{where}.doc_to_target") if target is not None else None
+    to_text = renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
+    target = task.doc_to_target if labelled or is_there(task.doc_to_target, columns) else None
+    to_target = renderer(target, columns, f"{where}.doc_to_target") if target is not None else None
     to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice")
     pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
-    to_pair = _renderer(pair, columns, f"{where}.doc_to_text_pair") if pair is not None else None
+    to_pair = renderer(pair, columns, f"{where}.doc_to_text_pair") if pair is not None else None
     rows = []
     for index, document in enumerate(dataset):
         choices = to_choices(document, index)
@@ -89,169 +80,6 @@ def load_rows(
     return rows
 
 
-def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: Path, spec_file: str) -> None:
-    """Check that local data files exist, without reading them.
-
-    Args:
-        name: the task's name, for messages.
-        task: its settings.
-        root: folder that local data files are relative to.
-        spec_file: the spec, for messages.
-
-    Raises:
-        InputError: a file is missing or has no bytes, or a split names none.
-    """
-    where = f"{spec_file}: tasks.{name}"
-    files = _resolve_files(task.dataset, root, where).get("data_files")
-    for split in (task.validation_split, task.test_split):
-        if split is not None:
-            _check_split(files, split, where)
-
-
-def _check_split(files: Any, split: str, where: str) -> None:
-    for part in _split_names(split):
-        if isinstance(files, dict) and part not in files:
-            known = ", ".join(sorted(files))
-            raise InputError(f"no split {part!r} among data_files ({known})", where=where, mend="Name one of them")
-
-
-def _split_names(split: str) -> list[str]:
-    """The names in a split that may be a sum of slices, as in `validation[:50%]+test`."""
-    return [part.partition("[")[0].strip() for part in split.split("+")]
-
-
-def _load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Dataset:
-    import datasets
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
-    resolved = _resolve_files(arguments, root, where)
-    files = resolved.get("data_files")
-    _check_split(files, split, where)
-    if isinstance(files, dict):  # files of other splits may have other columns: labels, say
-        resolved["data_files"] = {part: files[part] for part in _split_names(split)}
-    datasets.disable_progress_bars()
-    try:
-        with _silent_datasets(counted=str(arguments["path"]) not in _LOCAL_BUILDERS):
-            loaded = datasets.load_dataset(**resolved, split=split)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        raise InputError(
-            f"the data set {arguments['path']!r} cannot be found: {first_line(error)}",
-            where=f"{where}.dataset",
-            mend="Correct the path or the Hub id, or check the connection",
-        ) from error
-    except (DatasetGenerationError, ValueError, TypeError, OSError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
-            raise _empty(split, where) from error
-        raise InputError(
-            f"the data set cannot be read: {first_line(cause)}",
-            where=f"{where}.dataset ({_describe_files(files, split)})",
-            mend="Check the files, the format named in 'path', and the split",
-        ) from error
-    return loaded
-
-
-def _empty(split: str, where: str) -> InputError:
-    return InputError(f"the split {split!r} is empty", where=f"{where}.dataset", mend="Give it at least one row")
-
-
-@contextmanager
-def _silent_datasets(*, counted: bool) -> Iterator[None]:
-    """Keep the library from logging, besides, what it raises, and from counting reads of local files on the net."""
-    from datasets import config
-
-    logger = logging.getLogger("datasets")
-    level, counting = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
-    logger.setLevel(logging.CRITICAL)
-    config.HF_UPDATE_DOWNLOAD_COUNTS = counting and counted
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counting
-
-
-def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict[str, Any]:
-    """Make local paths absolute and check that they exist, since the loader's own message names no field."""
-    resolved = dict(arguments)
-    path = str(arguments["path"])
-    if path not in _LOCAL_BUILDERS and (root / path).is_dir():
-        resolved["path"] = str((root / path).resolve())
-    if "data_files" in arguments:
-        resolved["data_files"] = _absolute(arguments["data_files"], root, f"{where}.dataset.data_files")
-    elif path in _LOCAL_BUILDERS and "data_dir" not in arguments:
-        raise InputError(
-            f"'path: {path}' needs data_files", where=f"{where}.dataset", mend="Add data_files: {validation: FILE}"
-        )
-    if "data_dir" in arguments and (root / str(arguments["data_dir"])).is_dir():
-        resolved["data_dir"] = str((root / str(arguments["data_dir"])).resolve())
-    return resolved
-
-
-def _absolute(files: Any, root: Path, where: str) -> Any:
-    if isinstance(files, dict) and files:
-        return {split: _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
-    if files in ([], {}, "", None):
-        raise InputError("it names no file", where=where, mend="Name at least one")
-    if isinstance(files, list):
-        return [_absolute(value, root, where) for value in files]
-    if "://" in str(files):
-        return files
-    path = root / str(files)
-    if any(sign in str(files) for sign in "*?["):
-        if not any(root.glob(str(files))):
-            raise InputError(f"no file matches {path}", where=where, mend="Correct the pattern")
-    elif not path.is_file():
-        raise InputError(f"no such file: {path}", where=where, mend="Correct the path; it is relative to the spec")
-    elif path.stat().st_size == 0:
-        raise InputError(f"the data set is empty: {path} has no bytes", where=where, mend="Give it at least one row")
-    return str(path.resolve()) if path.is_file() else str(path)
-
-
-def _describe_files(files: Any, split: str) -> str:
-    if not isinstance(files, dict):
-        return str(files or split)
-    return ", ".join(str(files[part]) for part in _split_names(split))
-
-
-Renderer = Callable[[Mapping[str, Any], int], Any]
-
-
-def _renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
-    """A function from a document to a column's value or to a rendered template."""
-    if isinstance(source, int):
-        return lambda _document, _index: source
-    if source in columns:
-        return lambda document, _index: document[source]
-    if "{{" not in source and "{%" not in source:
-        raise InputError(
-            f"{source!r} is neither a column ({', '.join(columns)}) nor a template",
-            where=where,
-            mend=did_you_mean(source, columns) or "Name a column, or write a template such as '{{text}}'",
-        )
-    try:
-        template = _TEMPLATES.from_string(source)
-    except TemplateError as error:
-        raise InputError(f"not a valid Jinja2 template: {error}", where=where, mend="Correct the template") from error
-
-    def render(document: Mapping[str, Any], index: int) -> str:
-        try:
-            return template.render(**document)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise InputError(
-                f"the template fails on row {index}: {error} (columns: {', '.join(columns)})",
-                where=where,
-                mend="Use only columns that the data has",
-            ) from error
-
-    return render
-
-
-def _is_there(source: str | int | None, columns: Sequence[str]) -> bool:
-    """Whether a source is anything but the name of a column that the data lacks."""
-    return not isinstance(source, str) or source in columns or "{{" in source or "{%" in source
-
-
 def _choice_renderer(
     task: ChoiceTask | ClassificationTask, columns: Sequence[str], where: str
 ) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
@@ -260,11 +88,11 @@ def _choice_renderer(
         return lambda _document, _index: ()
     if isinstance(source, list):
         parts = [
-            _renderer(part, columns, where) if "{{" in part or "{%" in part else (lambda _d, _i, part=part: part)
+            renderer(part, columns, where) if "{{" in part or "{%" in part else (lambda _d, _i, part=part: part)
             for part in source
         ]
         return lambda document, index: _checked_choices([part(document, index) for part in parts], where, index)
-    render = _renderer(source, columns, where)
+    render = renderer(source, columns, where)
 
     def choices(document: Mapping[str, Any], index: int) -> tuple[str, ...]:
         value = render(document, index)

@@ -1,0 +1,159 @@
+"""Data sets: local files or the Hub's, through the library `datasets`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfmerge_studies.errors import InputError, first_line
+from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
+
+
+def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: Path, spec_file: str) -> None:
+    """Check that local data files exist, without reading them.
+
+    Args:
+        name: the task's name, for messages.
+        task: its settings.
+        root: folder that local data files are relative to.
+        spec_file: the spec, for messages.
+
+    Raises:
+        InputError: a file is missing or has no bytes, or a split names none.
+    """
+    where = f"{spec_file}: tasks.{name}"
+    files = _resolve_files(task.dataset, root, where).get("data_files")
+    for split in (task.validation_split, task.test_split):
+        if split is not None:
+            _check_split(files, split, where)
+
+
+def _check_split(files: Any, split: str, where: str) -> None:
+    for part in _split_names(split):
+        if isinstance(files, dict) and part not in files:
+            known = ", ".join(sorted(files))
+            raise InputError(f"no split {part!r} among data_files ({known})", where=where, mend="Name one of them")
+
+
+def _split_names(split: str) -> list[str]:
+    """The names in a split that may be a sum of slices, as in `validation[:50%]+test`."""
+    return [part.partition("[")[0].strip() for part in split.split("+")]
+
+
+def load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Dataset:
+    """One split of a data set.
+
+    Args:
+        arguments: of `datasets.load_dataset`, as the spec has them.
+        split: name of the split, or a sum of slices of splits.
+        root: folder that local files are relative to.
+        where: file and task, for messages.
+
+    Raises:
+        InputError: a file is missing, or the data cannot be found or read.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    resolved = _resolve_files(arguments, root, where)
+    files = resolved.get("data_files")
+    _check_split(files, split, where)
+    if isinstance(files, dict):  # files of other splits may have other columns: labels, say
+        resolved["data_files"] = {part: files[part] for part in _split_names(split)}
+    datasets.disable_progress_bars()
+    try:
+        with _silent_datasets(counted=str(arguments["path"]) not in _LOCAL_BUILDERS):
+            loaded = datasets.load_dataset(**resolved, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise InputError(
+            f"the data set {arguments['path']!r} cannot be found: {first_line(error)}",
+            where=f"{where}.dataset",
+            mend="Correct the path or the Hub id, or check the connection",
+        ) from error
+    except (DatasetGenerationError, ValueError, TypeError, OSError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
+            raise empty_split(split, where) from error
+        raise InputError(
+            f"the data set cannot be read: {first_line(cause)}",
+            where=f"{where}.dataset ({_describe_files(files, split)})",
+            mend="Check the files, the format named in 'path', and the split",
+        ) from error
+    return loaded
+
+
+def empty_split(split: str, where: str) -> InputError:
+    """The error of a split without rows.
+
+    Args:
+        split: its name.
+        where: file and task, for the message.
+    """
+    return InputError(f"the split {split!r} is empty", where=f"{where}.dataset", mend="Give it at least one row")
+
+
+@contextmanager
+def _silent_datasets(*, counted: bool) -> Iterator[None]:
+    """Keep the library from logging, besides, what it raises, and from counting reads of local files on the net."""
+    from datasets import config
+
+    logger = logging.getLogger("datasets")
+    level, counting = logger.level, config.HF_UPDATE_DOWNLOAD_COUNTS
+    logger.setLevel(logging.CRITICAL)
+    config.HF_UPDATE_DOWNLOAD_COUNTS = counting and counted
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counting
+
+
+def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict[str, Any]:
+    """Make local paths absolute and check that they exist, since the loader's own message names no field."""
+    resolved = dict(arguments)
+    path = str(arguments["path"])
+    if path not in _LOCAL_BUILDERS and (root / path).is_dir():
+        resolved["path"] = str((root / path).resolve())
+    if "data_files" in arguments:
+        resolved["data_files"] = _absolute(arguments["data_files"], root, f"{where}.dataset.data_files")
+    elif path in _LOCAL_BUILDERS and "data_dir" not in arguments:
+        raise InputError(
+            f"'path: {path}' needs data_files", where=f"{where}.dataset", mend="Add data_files: {validation: FILE}"
+        )
+    if "data_dir" in arguments and (root / str(arguments["data_dir"])).is_dir():
+        resolved["data_dir"] = str((root / str(arguments["data_dir"])).resolve())
+    return resolved
+
+
+def _absolute(files: Any, root: Path, where: str) -> Any:
+    if isinstance(files, dict) and files:
+        return {split: _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
+    if files in ([], {}, "", None):
+        raise InputError("it names no file", where=where, mend="Name at least one")
+    if isinstance(files, list):
+        return [_absolute(value, root, where) for value in files]
+    if "://" in str(files):
+        return files
+    path = root / str(files)
+    if any(sign in str(files) for sign in "*?["):
+        if not any(root.glob(str(files))):
+            raise InputError(f"no file matches {path}", where=where, mend="Correct the pattern")
+    elif not path.is_file():
+        raise InputError(f"no such file: {path}", where=where, mend="Correct the path; it is relative to the spec")
+    elif path.stat().st_size == 0:
+        raise InputError(f"the data set is empty: {path} has no bytes", where=where, mend="Give it at least one row")
+    return str(path.resolve()) if path.is_file() else str(path)
+
+
+def _describe_files(files: Any, split: str) -> str:
+    if not isinstance(files, dict):
+        return str(files or split)
+    return ", ".join(str(files[part]) for part in _split_names(split))
