@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
+import tempfile
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +170,43 @@ def test_a_split_may_be_several_files_or_a_pattern(tmp_path: Path) -> None:
     several = {"path": "json", "data_files": {"validation": ["part-0.jsonl", "part-2.jsonl"], "test": "part-*.jsonl"}}
     assert len(rows_of(tmp_path, choice_task(dataset=several))) == 2
     assert len(rows_of(tmp_path, choice_task(dataset=several), "test")) == 3
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Other bytes under the same name, size and time, as `rsync` without checksums or an archive leaves them."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["file", "pattern", "folder", "compressed"])
+def test_rows_are_those_of_the_present_file_though_its_size_and_time_are_those_of_another(
+    tmp_path: Path, kind: str
+) -> None:
+    pack = partial(gzip.compress, mtime=0) if kind == "compressed" else bytes
+    data = tmp_path / "data" / "validation.jsonl"
+    data.parent.mkdir()
+    dataset = {
+        "file": {"path": "json", "data_files": {"validation": "data/validation.jsonl"}},
+        "pattern": {"path": "json", "data_files": {"validation": "data/*.jsonl"}},
+        "folder": {"path": "data"},
+        "compressed": {"path": "json", "data_files": {"validation": "data/validation.jsonl"}},
+    }[kind]
+    data.write_bytes(pack(b'{"text": "old text", "gold": 0}\n'))
+    first = rows_of(tmp_path, choice_task(dataset=dataset, doc_to_choice=["a", "b"]))
+    replace_file(data, pack(b'{"text": "new text", "gold": 1}\n'))
+    second = rows_of(tmp_path, choice_task(dataset=dataset, doc_to_choice=["a", "b"]))
+    assert [(row.text, row.label) for row in (*first, *second)] == [("old text", 0), ("new text", 1)]
+
+
+def test_reading_local_files_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows_of(write_rows(tmp_path), choice_task())
+    assert not list(scratch.iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_pair_of_texts_is_read_for_a_classifier(tmp_path: Path) -> None:

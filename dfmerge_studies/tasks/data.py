@@ -6,12 +6,15 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.tasks.files import empty_split, load_split
+from dfmerge_studies.tasks.files import empty_split, opened_split
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 from dfmerge_studies.tasks.templates import is_there, renderer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +59,15 @@ def load_rows(
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
     """
     where = f"{spec_file}: tasks.{name}"
-    dataset = load_split(task.dataset, split, root, where)
-    if len(dataset) == 0:
-        raise empty_split(split, where)
+    with opened_split(task.dataset, split, root, where) as dataset:
+        if len(dataset) == 0:
+            raise empty_split(split, where)
+        return _render(dataset, task, split, where, labelled)
+
+
+def _render(
+    dataset: Dataset, task: ChoiceTask | ClassificationTask, split: str, where: str, labelled: bool
+) -> list[Row]:
     columns = list(dataset.column_names)
     to_text = renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
     target = task.doc_to_target if labelled or is_there(task.doc_to_target, columns) else None

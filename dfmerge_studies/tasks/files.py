@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError, first_line
@@ -48,8 +49,12 @@ def _split_names(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Dataset:
-    """One split of a data set.
+@contextmanager
+def opened_split(arguments: Mapping[str, Any], split: str, root: Path, where: str) -> Iterator[Dataset]:
+    """One split of a data set; it can be read while the context lasts.
+
+    Local files are read anew every time: the library's cache knows them by their time, archives by their path alone,
+    and so would give the rows of a file that has been replaced.
 
     Args:
         arguments: of `datasets.load_dataset`, as the spec has them.
@@ -60,21 +65,52 @@ def load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str)
     Raises:
         InputError: a file is missing, or the data cannot be found or read.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
     resolved = _resolve_files(arguments, root, where)
     files = resolved.get("data_files")
     _check_split(files, split, where)
     if isinstance(files, dict):  # files of other splits may have other columns: labels, say
         resolved["data_files"] = {part: files[part] for part in _split_names(split)}
+    with ExitStack() as stack:
+        if _is_local(resolved):
+            try:
+                scratch = stack.enter_context(TemporaryDirectory(prefix="dfmerge-", ignore_cleanup_errors=True))
+            except OSError as error:
+                raise InputError(
+                    f"there is no room to read the data set: {error.strerror}: {error.filename}",
+                    where=f"{where}.dataset",
+                    mend="Set TMPDIR to a folder that can be written",
+                ) from error
+            resolved |= _without_cache(resolved, scratch)
+        yield _load(resolved, split, where, _describe_files(files, split))
+
+
+def _is_local(resolved: Mapping[str, Any]) -> bool:
+    path = str(resolved["path"])
+    return path in _LOCAL_BUILDERS or "data_files" in resolved or Path(path).is_dir()
+
+
+def _without_cache(resolved: Mapping[str, Any], scratch: str) -> dict[str, Any]:
+    """Arguments that keep the library from taking anything of local files from its cache."""
+    from datasets import DownloadConfig
+
+    if "://" in str(resolved.get("data_files", "")) + str(resolved.get("data_dir", "")):
+        download = DownloadConfig(force_extract=True)  # what was downloaded is known by the server's tag and is kept
+    else:
+        download = DownloadConfig(cache_dir=str(Path(scratch, "downloads")))
+    return {"cache_dir": scratch, "download_config": download}
+
+
+def _load(resolved: Mapping[str, Any], split: str, where: str, files: str) -> Dataset:
+    import datasets
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
     datasets.disable_progress_bars()
     try:
-        with _silent_datasets(counted=str(arguments["path"]) not in _LOCAL_BUILDERS):
-            loaded = datasets.load_dataset(**resolved, split=split)
+        with _silent_datasets(counted=str(resolved["path"]) not in _LOCAL_BUILDERS):
+            return datasets.load_dataset(**resolved, split=split)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(
-            f"the data set {arguments['path']!r} cannot be found: {first_line(error)}",
+            f"the data set {resolved['path']!r} cannot be found: {first_line(error)}",
             where=f"{where}.dataset",
             mend="Correct the path or the Hub id, or check the connection",
         ) from error
@@ -84,10 +120,9 @@ def load_split(arguments: Mapping[str, Any], split: str, root: Path, where: str)
             raise empty_split(split, where) from error
         raise InputError(
             f"the data set cannot be read: {first_line(cause)}",
-            where=f"{where}.dataset ({_describe_files(files, split)})",
+            where=f"{where}.dataset ({files})",
             mend="Check the files, the format named in 'path', and the split",
         ) from error
-    return loaded
 
 
 def empty_split(split: str, where: str) -> InputError:
