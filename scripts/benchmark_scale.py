@@ -4,7 +4,7 @@
     python scripts/benchmark_scale.py --engines sqlite --workers 4 --seconds 1      # trials that take a second each
     python scripts/benchmark_scale.py --gp 50 100 200                               # CPU seconds of one suggestion
 
-Every worker is a process that calls `study.loop.work`, as `dfmerge run` does, with random proposals and an objective
+Every worker is a process that calls `trials.loop.work`, as `dfmerge run` does, with random proposals and an objective
 that costs nothing, or sleeps.  The clock runs from the moment when all have joined to the end of the last.  Statements
 are those that the workers send to the database, transactions' begin and end aside.  CPU seconds are the workers' own,
 so they mean something on a busy machine too; their reciprocal is the most that one core gives.  `postgres` starts a
@@ -35,9 +35,11 @@ def worker(settings: dict[str, Any]) -> None:
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
-    from dfmerge_studies.search import Space, make_sampler
+    from dfmerge_studies.search import make_sampler
     from dfmerge_studies.storage import join_study, open_storage
-    from dfmerge_studies.study.loop import TrialResult, work
+    from dfmerge_studies.trials.loop import work
+    from dfmerge_studies.trials.results import TrialResult
+    from dfmerge_studies.trials.space import Space
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     statements = 0
@@ -87,7 +89,7 @@ def storage(engine: str, folder: Path) -> Iterator[str]:
 def measure(engine: str, workers: int, trials: int, seconds: float, coefficients: int) -> dict[str, Any]:
     """Run one study to its total; check that the total is exact."""
     from dfmerge_studies.storage import load_study, open_storage
-    from dfmerge_studies.study.loop import counts
+    from dfmerge_studies.trials.reading import counts
 
     with tempfile.TemporaryDirectory() as folder, storage(engine, Path(folder)) as url:
         settings = {"url": url, "trials": trials, "seconds": seconds, "coefficients": coefficients}
@@ -130,7 +132,8 @@ def suggestion_seconds(trials: int, coefficients: int) -> float:
     """CPU seconds that the Gaussian process takes for one suggestion after so many completed trials."""
     import optuna
 
-    from dfmerge_studies.search import Space, make_sampler
+    from dfmerge_studies.search import make_sampler
+    from dfmerge_studies.trials.space import Space
 
     space = Space(tuple(f"expert{i}" for i in range(coefficients)))
     study = optuna.create_study(

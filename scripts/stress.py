@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dfmerge_studies.study.loop import counts
+from dfmerge_studies.trials.reading import counts
 from tests.place import Crowd, Place
 from tests.servers import PostgresServer, running_postgres
 

@@ -17,11 +17,13 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.errors import DFMergeError, RunError
-from dfmerge_studies.search import Space, make_sampler
+from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import join_study, open_storage
-from dfmerge_studies.study import loop
-from dfmerge_studies.study.loop import Event, TrialResult, work
-from dfmerge_studies.study.plan import enqueue
+from dfmerge_studies.trials import loop
+from dfmerge_studies.trials.loop import work
+from dfmerge_studies.trials.queue import enqueue
+from dfmerge_studies.trials.results import Event, TrialResult
+from dfmerge_studies.trials.space import Space
 
 SPACE = Space(("a", "b", "c"))
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import optuna
 
-from dfmerge_studies.study import attributes as at
-from dfmerge_studies.study.loop import counts, results
+from dfmerge_studies.trials.reading import counts, failures, results
 from tests.loop_child import objective, study_of, work_as_told
 
 CHILD = Path(__file__).with_name("loop_child.py")
@@ -73,12 +72,12 @@ class Place:
         With `deaths`, coefficients on which four processes died may have become a failure, as they should.
         """
         total, study = self.settings["target"], self.study()
-        failures = at.failures(study.trials)
+        failed = failures(study.trials)
         now = counts(study)
-        assert now == {"complete": total, "running": 0, "waiting": 0, "failed": len(failures), "pruned": 0}
-        assert not failures or (deaths and all("died 4 times" in t.user_attrs["error"] for t in failures))
-        places = [trial.user_attrs["place"] for trial in (*results(study), *failures)]
-        assert sorted(places) == list(range(total + len(failures)))
+        assert now == {"complete": total, "running": 0, "waiting": 0, "failed": len(failed), "pruned": 0}
+        assert not failed or (deaths and all("died 4 times" in t.user_attrs["error"] for t in failed))
+        places = [trial.user_attrs["place"] for trial in (*results(study), *failed)]
+        assert sorted(places) == list(range(total + len(failed)))
         for trial in results(study):
             assert trial.values is not None
             assert trial.values[0] == objective(trial.params)

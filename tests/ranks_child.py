@@ -25,8 +25,9 @@ from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, load_problem
 from dfmerge_studies.ranks import Group
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study.loop import Event, results
 from dfmerge_studies.study.session import open_study
+from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.results import Event
 
 ESTIMATORS = ("exact", "sampled", "empirical", "mask-nodes")
 POINT = {"red": 0.7, "blue": 0.25}

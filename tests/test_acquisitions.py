@@ -11,7 +11,8 @@ from optuna.trial import TrialState, create_trial
 from torch import Tensor
 
 from dfmerge_studies.acquisitions import Steps, candidates_function, upper_confidence_bound
-from dfmerge_studies.search import Space, make_sampler
+from dfmerge_studies.search import make_sampler
+from dfmerge_studies.trials.space import Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::botorch.exceptions.warnings.BotorchWarning")
 KAPPA = 2.576

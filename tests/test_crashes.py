@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dfmerge_studies.study.loop import counts, recover
+from dfmerge_studies.trials.reading import counts
+from dfmerge_studies.trials.recovery import recover
 from tests.place import ROOT, Crowd, Place, wait_for
 from tests.project import Project, cli_environment
 from tests.servers import PostgresServer, ProxyServer

@@ -27,8 +27,8 @@ from dfmerge_studies.report.notes import artifact_folder, escape, publish
 from dfmerge_studies.report.serving import dashboard_server
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import open_storage
-from dfmerge_studies.study.loop import results
 from dfmerge_studies.study.value import best_trial
+from dfmerge_studies.trials.reading import results
 from tests.project import Project, cli_environment, make_project
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from dfmerge_studies.study.loop import counts, recover, results
+from dfmerge_studies.trials.reading import counts, results
+from dfmerge_studies.trials.recovery import recover
 from tests.place import POINTS, Place, wait_for
 
 

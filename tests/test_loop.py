@@ -19,13 +19,16 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.search import Space, grid_rows, make_sampler
-from dfmerge_studies.storage import join_study, open_storage
-from dfmerge_studies.study import attributes as at
-from dfmerge_studies.study.loop import Event, TrialResult, counts, results, work
-from dfmerge_studies.study.outbox import Outbox
-from dfmerge_studies.study.owner import is_dead, working
-from dfmerge_studies.study.plan import enqueue
+from dfmerge_studies.search import grid_rows, make_sampler
+from dfmerge_studies.storage import id_of, join_study, open_storage, storage_of
+from dfmerge_studies.trials.loop import work
+from dfmerge_studies.trials.marks import mark
+from dfmerge_studies.trials.outbox import Outbox
+from dfmerge_studies.trials.owner import is_dead, working
+from dfmerge_studies.trials.queue import enqueue
+from dfmerge_studies.trials.reading import MAX_RETRIES, counts, results
+from dfmerge_studies.trials.results import Event, TrialResult
+from dfmerge_studies.trials.space import Space
 from tests.servers import STORAGES
 
 SPACE = Space(("a", "b"))
@@ -322,7 +325,7 @@ def test_a_child_that_was_killed_and_not_yet_waited_for_is_dead() -> None:
 
 
 def _started(pid: int) -> str | None:
-    from dfmerge_studies.study.owner import _start_of
+    from dfmerge_studies.trials.owner import _start_of
 
     return _start_of(pid)
 
@@ -345,12 +348,12 @@ def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_t
         study = join_study(storage, "s", directions=["maximize"], sampler=sampler)
         work(study, SPACE, evaluate, target=4)
         _foreign(study, place=4, beat=time.time())
-        rival = at.id_of(study.get_trials()[-1])
+        rival = id_of(study.get_trials()[-1])
 
         def draw() -> None:
             for axis, value in {"a": 1.0, "b": 0.0}.items():  # where the model would go
                 storage.set_trial_param(rival, axis, value, SPACE.distributions()[axis])
-            at.mark(study, rival, {"drawn": True})
+            mark(study, rival, {"drawn": True})
 
         if seconds is not None:
             threading.Timer(seconds, draw).start()
@@ -365,7 +368,7 @@ def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_t
         return points[0]
 
     late = proposed("late", 1.0)
-    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.0)  # now it draws at once, whoever was first
+    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.0)  # now it draws at once, whoever was first
     assert late != proposed("never", None)
     monkeypatch.undo()
     assert late == proposed("at once", 0.0)
@@ -377,7 +380,7 @@ def test_a_worker_does_not_wait_for_its_turn_behind_one_that_has_died(
     rival = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     _foreign(study, whose={"pid": rival.pid, "started": _started(rival.pid), "worker": "rival"})
     threading.Timer(0.5, rival.kill).start()
-    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", math.inf)
+    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", math.inf)
     assert work(study, SPACE, evaluate, target=3).counts["complete"] == 3
     rival.communicate()
 
@@ -386,10 +389,10 @@ def test_a_worker_waits_for_its_turn_behind_a_silent_machine_once(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _foreign(study, beat=time.time())
-    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.2)
+    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.2)
 
     def patient(event: Event) -> None:
-        monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", math.inf)
+        monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", math.inf)
         if counts(study)["complete"] == 2:
             signal.raise_signal(signal.SIGINT)
 
@@ -401,7 +404,7 @@ def test_a_running_trial_of_another_machine_keeps_its_place(
 ) -> None:
     study = make_study()
     _foreign(study, beat=time.time())
-    monkeypatch.setattr("dfmerge_studies.study.loop._TURN_SECONDS", 0.2)
+    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
         if counts(study)["complete"] == 2:  # only the other's trial is left, and a worker would wait for it
@@ -421,7 +424,7 @@ def test_a_trial_of_another_machine_without_sign_of_life_is_given_up(make_study:
 def test_coefficients_on_which_processes_die_again_and_again_become_a_failure(study: optuna.Study) -> None:
     enqueue(study, SPACE, [{"a": 0.5, "b": 0.5}])
     events: list[Event] = []
-    for _ in range(at.MAX_RETRIES + 1):
+    for _ in range(MAX_RETRIES + 1):
         with pytest.raises(ZeroDivisionError):
             _die(study)
     summary = work(study, SPACE, evaluate, target=2, on_event=events.append)
@@ -432,13 +435,13 @@ def test_coefficients_on_which_processes_die_again_and_again_become_a_failure(st
 
 def _die(study: optuna.Study) -> None:
     """Leave a running trial of a dead owner, as a killed process does."""
-    from dfmerge_studies.study.loop import recover
+    from dfmerge_studies.trials.recovery import recover
 
     recover(study)
     with working() as owner:
         (trial,) = study.get_trials(states=(TrialState.WAITING,))
-        at.mark(study, at.id_of(trial), {"owner": owner})
-        assert at.storage_of(study).set_trial_state_values(at.id_of(trial), TrialState.RUNNING)
+        mark(study, id_of(trial), {"owner": owner})
+        assert storage_of(study).set_trial_state_values(id_of(trial), TrialState.RUNNING)
         1 / 0  # noqa: B018
 
 

@@ -22,8 +22,8 @@ from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.ranks import Ranks, launched
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study.loop import results
 from dfmerge_studies.study.session import Session, open_study, stored_study
+from dfmerge_studies.trials.reading import results
 from tests.project import Project, cli_environment, make_project
 from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
 from tests.servers import free_port

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dfmerge_studies.storage import join_study, open_storage
-from dfmerge_studies.study.loop import counts
-from dfmerge_studies.study.outbox import outbox_folder
+from dfmerge_studies.trials.outbox import outbox_folder
+from dfmerge_studies.trials.reading import counts
 from tests.place import Place
 from tests.project import Project
 

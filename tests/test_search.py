@@ -12,7 +12,8 @@ import pytest
 from optuna.samplers import GPSampler
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.search import SAMPLERS, GridExhausted, Space, grid_rows, make_sampler, trial_seed
+from dfmerge_studies.search import SAMPLERS, grid_rows, make_sampler, trial_seed
+from dfmerge_studies.trials.space import GridExhausted, Space
 
 SPACE = Space(("a", "b"))
 

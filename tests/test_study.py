@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import found_study, open_storage
-from dfmerge_studies.study.attributes import results
 from dfmerge_studies.study.session import open_study
+from dfmerge_studies.trials.reading import results
 from tests.project import Project, cli_environment, make_project
 
 EXPERTS = ("red", "blue")

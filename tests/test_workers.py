@@ -21,10 +21,11 @@ from optuna.trial import TrialState
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.report.pace import pace
-from dfmerge_studies.search import Space, make_sampler
+from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import join_study, load_study, open_storage
-from dfmerge_studies.study.attributes import counts, results
 from dfmerge_studies.study.pool import MAX_RESTARTS, Notice, Orders, Pool, device_of, threads_each
+from dfmerge_studies.trials.reading import counts, results
+from dfmerge_studies.trials.space import Space
 from tests.place import Place, wait_for
 from tests.project import Project, cli_environment
 from tests.servers import STORAGES

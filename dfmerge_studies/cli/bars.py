@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from dfmerge_studies.spec import ObjectiveSettings
-    from dfmerge_studies.study.loop import Event
+    from dfmerge_studies.trials.results import Event
 
 _WORTH_A_LINE = ("failed", "recovered", "applied", "interrupted", "superseded")
 
@@ -126,8 +126,8 @@ class TrialBars:
     def _refresh(self, name: str) -> tuple[int, str]:
         """Look at a study once: how many trials are complete, and the best of them."""
         from dfmerge_studies.study import provenance
-        from dfmerge_studies.study.attributes import results_of
         from dfmerge_studies.study.value import best_trial
+        from dfmerge_studies.trials.reading import results_of
 
         shown = self._studies[name]
         completed = results_of(shown.study.get_trials(deepcopy=False))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.comparison import Comparison, Planned
-    from dfmerge_studies.study.loop import Summary
     from dfmerge_studies.study.session import Session
+    from dfmerge_studies.trials.loop import Summary
 
 _WIDE = 240  # columns of a table that goes to a file: it is never folded
 

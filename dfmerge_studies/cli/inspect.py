@@ -30,8 +30,8 @@ def status(
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import status_table
     from dfmerge_studies.storage import storage_errors
-    from dfmerge_studies.study.recovery import recover
     from dfmerge_studies.study.session import storage_url, stored_study
+    from dfmerge_studies.trials.recovery import recover
 
     study = stored_study(settings)
 

@@ -37,8 +37,8 @@ def repair(
     common.quiet_libraries()
     from dfmerge_studies.storage import load_study, open_storage, safe_url, storage_errors
     from dfmerge_studies.study import repair as repairs
-    from dfmerge_studies.study.outbox import outbox_folder
     from dfmerge_studies.study.session import storage_url
+    from dfmerge_studies.trials.outbox import outbox_folder
 
     url = storage_url(settings)
     mended = {"applied": 0, "requeued": 0, "retried": 0}

@@ -62,10 +62,10 @@ def is_complete(spec: StudySpec, total: int) -> bool:
         spec: what to study.
         total: of the study itself.
     """
-    from dfmerge_studies.study.attributes import counts
     from dfmerge_studies.study.plan import target_trials
     from dfmerge_studies.study.session import storage_url, stored_study_or_none
     from dfmerge_studies.study.variants import baseline_specs
+    from dfmerge_studies.trials.reading import counts
 
     for each in (spec, *baseline_specs(spec)):
         study = stored_study_or_none(each, storage_url(each))
@@ -119,7 +119,7 @@ class _Display:
         Args:
             notice: of a worker.
         """
-        from dfmerge_studies.study.recovery import Event
+        from dfmerge_studies.trials.results import Event
 
         who, content = f"worker {notice.worker}", notice.content
         if notice.kind == "joined":
@@ -148,7 +148,7 @@ class _Display:
     def put_back(self) -> None:
         """Put the trials of workers that have died back in the queue."""
         from dfmerge_studies.storage import storage_errors
-        from dfmerge_studies.study.recovery import recover
+        from dfmerge_studies.trials.recovery import recover
 
         for study in self._bars.studies:
             try:

@@ -19,9 +19,10 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.attributes import id_of, results
+from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import stored_science
 from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial, trial_value, violation
+from dfmerge_studies.trials.reading import results
 
 BEST = 3  # trials that get a note
 _BUILT_IN = ("importance", "slices")  # the dashboard draws these itself

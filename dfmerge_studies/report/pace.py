@@ -8,8 +8,8 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.study.attributes import OWNER
-from dfmerge_studies.study.owner import is_dead
+from dfmerge_studies.trials.marks import OWNER
+from dfmerge_studies.trials.owner import is_dead
 
 _RECENT = 10  # completed trials that the recent rate is taken from; more where more workers than that are at work
 

@@ -23,7 +23,7 @@ from dfmerge_studies.report.sections import Section, merged_table, score_tables
 from dfmerge_studies.report.stored_comparison import stored_comparison
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.attributes import counts
+from dfmerge_studies.trials.reading import counts
 
 PAGE, FOLDER = "index.html", "figures"
 GENERATOR = "dfmerge-studies"

@@ -10,8 +10,6 @@ from dfmerge_studies.report.pace import pace, workers_alive
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.attributes import counts_of, results_of
-from dfmerge_studies.study.loop import counts, results
 from dfmerge_studies.study.plan import target_trials
 from dfmerge_studies.study.session import storage_url, stored_spec_objective
 from dfmerge_studies.study.value import (
@@ -25,6 +23,7 @@ from dfmerge_studies.study.value import (
     trial_value,
     violation,
 )
+from dfmerge_studies.trials.reading import counts, counts_of, results, results_of
 
 
 def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import DROP_RATE, METHODS, SHARED, Coefficients
 from dfmerge_studies.spec import ObjectiveSettings
+from dfmerge_studies.storage import storage_of
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.attributes import results, storage_of
 from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.session import stored_spec_objective
 from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, mean_score, objective_values, trial_value
 from dfmerge_studies.study.variants import VARIANTS
+from dfmerge_studies.trials.reading import results
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import InputError, did_you_mean
-from dfmerge_studies.spec.fields import NAME, is_multiple
+from dfmerge_studies.names import NAME
+from dfmerge_studies.trials.space import is_multiple
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec.study import StudySpec

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dfmerge_studies.trials.space import is_multiple
+
 MethodName = Literal[
     "df-merge", "df-merge-static", "gta", "averaging", "fisher", "fisher-nodes", "task-arithmetic", "dare", "ties"
 ]
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-ON_STEP = 1e-8  # the tolerance that Optuna uses for values of a stepped range
 
 
 class Settings(BaseModel):
@@ -83,16 +83,6 @@ class SearchSettings(Settings):
         if self.step is not None and not is_multiple(high - low, self.step):
             raise ValueError(f"step: {self.step:g} does not divide the range from {low:g} to {high:g}")
         return self
-
-
-def is_multiple(value: float, step: float) -> bool:
-    """Whether a value is a whole number of steps, but for rounding.
-
-    Args:
-        value: the value.
-        step: the size of a step, not 0.
-    """
-    return abs(value / step - round(value / step)) < ON_STEP
 
 
 class ObjectiveSettings(Settings):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.checks import check_labels_needed, check_references
 from dfmerge_studies.spec.fields import (
-    NAME,
     ExpertSettings,
     ImportanceSettings,
     MethodName,

@@ -19,6 +19,8 @@ from dfmerge_studies.storage.failures import (
     storage_errors,
 )
 from dfmerge_studies.storage.files import network_file_system
+from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
+from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, silent_ids
 from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study
 from dfmerge_studies.storage.urls import resolve_url, safe_url
 
@@ -28,14 +30,20 @@ __all__ = [
     "check_name",
     "check_url",
     "found_study",
+    "id_of",
     "is_damaged",
     "join_study",
+    "last_heartbeat",
     "load_study",
     "may_pass",
     "network_file_system",
     "open_storage",
+    "record_heartbeat",
     "resolve_url",
     "root_text",
     "safe_url",
+    "silent_ids",
     "storage_errors",
+    "storage_of",
+    "study_id_of",
 ]

@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.spec.fields import NAME
+from dfmerge_studies.names import NAME
 from dfmerge_studies.storage.failures import storage_errors
 
 

@@ -11,15 +11,16 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.search import place_of
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.loop import Summary, results
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row
 from dfmerge_studies.study.session import Session, open_study, storage_url, stored_study_or_none
 from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
+from dfmerge_studies.trials.loop import Summary
+from dfmerge_studies.trials.marks import place_of
+from dfmerge_studies.trials.reading import results
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
 

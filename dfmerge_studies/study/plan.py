@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import optuna
 from optuna.samplers import BaseSampler
 
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, fixed_coefficients
-from dfmerge_studies.search import DROPPED, PLACE, Space, make_sampler
+from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import storage_errors
-from dfmerge_studies.study import attributes as at
+from dfmerge_studies.trials.space import Space
 
 
 def search_space(spec: StudySpec) -> Space:
@@ -88,31 +86,3 @@ def _inside(spec: StudySpec, value: float) -> float:
     (low, high), step = spec.search.bounds, spec.search.step
     moved = min(max(value, low), high)
     return moved if step is None else min(low + round((moved - low) / step) * step, high)
-
-
-def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, float]]) -> int:
-    """Queue known points, to be evaluated before the sampler's own; safe to repeat at every start.
-
-    Args:
-        study: the study.
-        space: what it searches.
-        points: coefficients by name.
-
-    Returns:
-        The number of points that the study did not have yet.
-
-    Raises:
-        InputError: a point lies outside the space; none has been queued then.
-    """
-    for point in points:
-        space.check(point)
-    added = 0
-    with storage_errors():
-        for point in points:
-            wanted = {name: float(point[name]) for name in space.names}
-            trials = study.get_trials(deepcopy=False)
-            if any(DROPPED not in trial.user_attrs and at.point_of(trial) == wanted for trial in trials):
-                continue
-            study.enqueue_trial(wanted, user_attrs={PLACE: at.free_place(trials)})
-            added += 1
-    return added

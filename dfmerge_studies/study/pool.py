@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study.guards import Interrupts
+from dfmerge_studies.trials.guards import Interrupts
 
 MAX_RESTARTS = 3  # of one worker without a trial completed in between
 _TICK = 0.2  # seconds after which the parent notices a signal

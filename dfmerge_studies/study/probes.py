@@ -19,11 +19,11 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.study.loop import results
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import mean_score, objective_values
 from dfmerge_studies.tasks.sampling import seeded_generator
+from dfmerge_studies.trials.reading import results
 
 PROBE = "dfmerge:probe"  # study attribute: what a probe found, by its name
 INTERPOLATION = "interpolation"

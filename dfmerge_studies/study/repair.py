@@ -18,12 +18,14 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.search import place_of
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study import attributes as at
+from dfmerge_studies.storage import storage_of, study_id_of
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.outbox import Outbox, outbox_folder, outboxes
-from dfmerge_studies.study.recovery import orphans, recover, retry_failures
+from dfmerge_studies.trials.marks import ERROR, OWNER, place_of
+from dfmerge_studies.trials.outbox import Outbox, outbox_folder, outboxes
+from dfmerge_studies.trials.queue import retry_failures
+from dfmerge_studies.trials.reading import failures, last_sign, point_of
+from dfmerge_studies.trials.recovery import orphans, recover
 
 # What `write_model`, the cache and the outbox call their files until these are whole.
 _LEFTOVER = re.compile(r"(?:\.(?P<name>.+)\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.(?P<end>tmp|old)|.+\.[0-9a-f]{32}\.tmp)")
@@ -88,7 +90,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
         study.study_name,
         [{**_trial(trial), **_owner(study, trial)} for trial in orphans(study)],
         [{"file": str(e.path), "trial": e.trial, "state": e.state} for e in Outbox(outbox, study).entries()],
-        [{**_trial(trial), "error": trial.user_attrs.get(at.ERROR)} for trial in at.failures(trials)],
+        [{**_trial(trial), "error": trial.user_attrs.get(ERROR)} for trial in failures(trials)],
         provenance.is_unfinished(study),
     )
 
@@ -125,7 +127,7 @@ def delete_unfinished(studies: Sequence[optuna.Study]) -> list[str]:
     deleted = []
     for study in studies:
         if provenance.is_unfinished(study):
-            at.storage_of(study).delete_study(at.study_id_of(study))
+            storage_of(study).delete_study(study_id_of(study))
             deleted.append(study.study_name)
     return deleted
 
@@ -183,11 +185,11 @@ def other_results(spec: StudySpec, url: str, names: Iterable[str]) -> list[Path]
 
 
 def _trial(trial: FrozenTrial) -> dict[str, Any]:
-    return {"trial": trial.number, "place": place_of(trial), "coefficients": at.point_of(trial)}
+    return {"trial": trial.number, "place": place_of(trial), "coefficients": point_of(trial)}
 
 
 def _owner(study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-    owner, seen = trial.user_attrs.get(at.OWNER, {}), at.last_sign(study, trial)
+    owner, seen = trial.user_attrs.get(OWNER, {}), last_sign(study, trial)
     return {
         "host": owner.get("host"),
         "pid": owner.get("pid"),

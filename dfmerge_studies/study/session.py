@@ -33,9 +33,7 @@ from dfmerge_studies.storage import (
     storage_errors,
 )
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.loop import Event, Summary, TrialResult, results, work
-from dfmerge_studies.study.outbox import outbox_folder
-from dfmerge_studies.study.plan import enqueue, known_points, search_space, study_sampler, target_trials
+from dfmerge_studies.study.plan import known_points, search_space, study_sampler, target_trials
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
@@ -50,6 +48,11 @@ from dfmerge_studies.study.value import (
     drops,
     objective_values,
 )
+from dfmerge_studies.trials.loop import Summary, work
+from dfmerge_studies.trials.outbox import outbox_folder
+from dfmerge_studies.trials.queue import enqueue
+from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.results import Event, TrialResult
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.study.guards import STOP
-from dfmerge_studies.study.loop import Event
 from dfmerge_studies.study.pool import Orders, device_of, threads_each
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import baseline_specs
+from dfmerge_studies.trials.guards import STOP
+from dfmerge_studies.trials.results import Event
 
 Say = Callable[..., None]
 _PHASE_SECONDS = 0.25  # between two reports of how far a phase is

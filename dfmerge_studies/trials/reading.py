@@ -1,71 +1,30 @@
-"""What the loop writes on a trial beside its result, and how to read a study's trials through it.
-
-    place         ordinal of the trial's coefficients in the study; a retry keeps it
-    owner         which process runs the trial (see `owner.py`)
-    drawn         every coefficient has been stored: the trial can be repeated from the storage alone
-    retry_of      number of the trial that this one repeats
-    crashes       processes that died on these coefficients before this trial
-    interrupted   the trial was stopped on purpose and put back in the queue
-    dropped       the trial was given back without a result: its place was not needed
-    error         why the trial failed for good
-    beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
-
-A FAIL trial is a failure only if it has an error (or crashed once too often) and nobody has put it back in the queue.
-Every other FAIL is vacated: its place is free, or taken by a retry.  Optuna's private names are used here and in
-`search.py` and nowhere else.
-"""
+"""How to read a study's trials through what the loop writes on them (see `marks.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
-from optuna.storages._rdb.models import TrialHeartbeatModel
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import select
 
-from dfmerge_studies.search import DROPPED, FIXED, PLACE, RETRY_OF, place_of
+from dfmerge_studies.storage import last_heartbeat
+from dfmerge_studies.trials.marks import (
+    BEAT,
+    CRASHES,
+    DRAWN,
+    DROPPED,
+    ERROR,
+    FIXED,
+    INTERRUPTED,
+    PLACE,
+    RETRY_OF,
+    place_of,
+)
 
-OWNER = "owner"
-DRAWN = "drawn"
-CRASHES = "crashes"
-INTERRUPTED = "interrupted"
-ERROR = "error"
-BEAT = "beat"
-RESERVED = frozenset({PLACE, RETRY_OF, DROPPED, OWNER, DRAWN, CRASHES, INTERRUPTED, ERROR, BEAT})
 MAX_RETRIES = 3
 
 _STARTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-
-
-def storage_of(study: optuna.Study) -> BaseStorage:
-    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id.
-
-    Args:
-        study: a study.
-    """
-    return study._storage
-
-
-def study_id_of(study: optuna.Study) -> int:
-    """Return the storage's id of a study.
-
-    Args:
-        study: a study.
-    """
-    return study._study_id
-
-
-def id_of(trial: FrozenTrial) -> int:
-    """Return the storage's id of a trial.
-
-    Args:
-        trial: a trial in any state.
-    """
-    return trial._trial_id
 
 
 def point_of(trial: FrozenTrial) -> dict[str, float] | None:
@@ -250,19 +209,6 @@ def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
 
 
-def silent_ids(study: optuna.Study) -> set[int]:
-    """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats.
-
-    Args:
-        study: the study to look at.
-    """
-    storage: Any = storage_of(study)
-    interval = getattr(storage, "get_heartbeat_interval", None)
-    if interval is None or interval() is None:
-        return set()
-    return set(storage._get_stale_trial_ids(study_id_of(study)))
-
-
 def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
     """When a running trial last gave a sign of life, None if that is not known; in the local time of the storage.
 
@@ -272,25 +218,4 @@ def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
     """
     if BEAT in trial.user_attrs:
         return datetime.fromtimestamp(float(trial.user_attrs[BEAT]))
-    engine = getattr(getattr(storage_of(study), "_backend", None), "engine", None)
-    if engine is None:
-        return trial.datetime_start
-    with engine.connect() as connection:
-        asked = select(TrialHeartbeatModel.heartbeat).where(TrialHeartbeatModel.trial_id == id_of(trial))
-        found: datetime | None = connection.execute(asked).scalar()
-    return found or trial.datetime_start
-
-
-def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:
-    """Write attributes on a trial that has not finished.
-
-    Args:
-        study: the trial's study.
-        trial_id: the storage's id of the trial (see `id_of`).
-        marks: attributes by name; JSON values.
-
-    Raises:
-        optuna.exceptions.UpdateFinishedTrialError: it has.
-    """
-    for key, value in marks.items():
-        storage_of(study).set_trial_user_attr(trial_id, key, value)
+    return last_heartbeat(study, trial) or trial.datetime_start

@@ -26,14 +26,24 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.search import DROPPED, PLACE, GridExhausted, Space, place_of
-from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES, may_pass, root_text, storage_errors
-from dfmerge_studies.study import attributes as at
-from dfmerge_studies.study.attributes import counts, results
-from dfmerge_studies.study.guards import Interrupts, signs_of_life
-from dfmerge_studies.study.outbox import Outbox
-from dfmerge_studies.study.owner import is_dead, working
-from dfmerge_studies.study.recovery import (
+from dfmerge_studies.storage import (
+    DATABASE_ERRORS,
+    STORAGE_FAILURES,
+    id_of,
+    may_pass,
+    root_text,
+    storage_errors,
+    storage_of,
+    study_id_of,
+)
+from dfmerge_studies.trials.guards import Interrupts, signs_of_life
+from dfmerge_studies.trials.marks import DRAWN, DROPPED, ERROR, INTERRUPTED, OWNER, PLACE, mark, place_of
+from dfmerge_studies.trials.outbox import Outbox
+from dfmerge_studies.trials.owner import is_dead, working
+from dfmerge_studies.trials.queue import requeue
+from dfmerge_studies.trials.reading import counts, free_place, holders, point_of, started
+from dfmerge_studies.trials.recovery import recover
+from dfmerge_studies.trials.results import (
     Event,
     EventKind,
     OnEvent,
@@ -41,13 +51,10 @@ from dfmerge_studies.study.recovery import (
     TrialResult,
     fail,
     ignore,
-    recover,
     refuse_reserved,
-    requeue,
     tell,
 )
-
-__all__ = ["Evaluate", "Event", "Summary", "TrialResult", "counts", "recover", "results", "work"]
+from dfmerge_studies.trials.space import GridExhausted, Space
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +169,7 @@ class _Worker:
         self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
         self.interrupts = interrupts
         self.raised = raised
-        self.storage = at.storage_of(study)
+        self.storage = storage_of(study)
         self.objectives = len(study.directions)
         self.constraints: int | None = None  # how many the study's trials have, once one is complete
         self.completed = 0
@@ -174,8 +181,8 @@ class _Worker:
         self.owner = owner
         self.completed += self.outbox.apply(self.on_event)
         for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if left.user_attrs.get(at.OWNER, {}).get("worker") in self.former:
-                fail(self.study, at.id_of(left), {at.INTERRUPTED: True})
+            if left.user_attrs.get(OWNER, {}).get("worker") in self.former:
+                fail(self.study, id_of(left), {INTERRUPTED: True})
         recover(self.study, on_event=self.on_event)
         self.completed += self.outbox.apply(self.on_event)
         while not self.interrupts.requested and not self.exhausted:
@@ -212,19 +219,19 @@ class _Worker:
         waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
         while not self.interrupts.requested:
             recover(self.study, on_event=self.on_event)
-            kept = at.holders(self.study.get_trials(deepcopy=False))
+            kept = holders(self.study.get_trials(deepcopy=False))
             self.away_since = self.undelivered = None
-            begun = at.started(kept)
+            begun = started(kept)
             waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
             if len(begun) >= self.target:
                 self.target = max(self.target, self.raised() if self.raised is not None else 0)
                 if len(begun) < self.target:
                     continue
-                if not any(trial.state == TrialState.RUNNING and at.OWNER in trial.user_attrs for trial in begun):
+                if not any(trial.state == TrialState.RUNNING and OWNER in trial.user_attrs for trial in begun):
                     return None
                 self._pause(next(waits))
                 continue
-            trial = self._take(waiting[0]) if waiting else self._draw(at.free_place(kept))
+            trial = self._take(waiting[0]) if waiting else self._draw(free_place(kept))
             if trial is not None:
                 return trial
             time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
@@ -236,15 +243,15 @@ class _Worker:
             time.sleep(min(left, _GLANCE))
 
     def _take(self, waiting: FrozenTrial) -> FrozenTrial | None:
-        trial_id = at.id_of(waiting)
+        trial_id = id_of(waiting)
         try:
             # Named before it runs: were it the other way round, a process killed in between would leave an orphan.
-            at.mark(self.study, trial_id, {at.OWNER: self.owner, PLACE: place_of(waiting)})
+            mark(self.study, trial_id, {OWNER: self.owner, PLACE: place_of(waiting)})
             if not self.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
                 return None
         except UpdateFinishedTrialError:
             return None
-        begun = at.started(self.study.get_trials(deepcopy=False))
+        begun = started(self.study.get_trials(deepcopy=False))
         if len(begun) > self.target:
             self._put_back(trial_id)
             return None
@@ -252,10 +259,10 @@ class _Worker:
 
     def _draw(self, place: int) -> FrozenTrial | None:
         # Owner and place are part of the row from its first moment.
-        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, at.OWNER: self.owner})
-        trial_id = self.storage.create_new_trial(at.study_id_of(self.study), template_trial=template)
+        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, OWNER: self.owner})
+        trial_id = self.storage.create_new_trial(study_id_of(self.study), template_trial=template)
         trial = self.storage.get_trial(trial_id)
-        lower = [t for t in at.holders(self.study.get_trials(deepcopy=False)) if t.number < trial.number]
+        lower = [t for t in holders(self.study.get_trials(deepcopy=False)) if t.number < trial.number]
         live = [t for t in lower if t.state != TrialState.FAIL]
         if len(live) >= self.target or any(place_of(t) == place for t in lower):
             fail(self.study, trial_id, {DROPPED: True})
@@ -264,22 +271,22 @@ class _Worker:
 
     def _put_back(self, trial_id: int) -> None:
         """End a trial that was not this process's fault, and queue its coefficients again."""
-        fail(self.study, trial_id, {at.INTERRUPTED: True})
+        fail(self.study, trial_id, {INTERRUPTED: True})
         requeue(self.study)
 
     # Running a trial
 
     def _run(self, trial: FrozenTrial) -> None:
-        with signs_of_life(self.study, at.id_of(trial)):
+        with signs_of_life(self.study, id_of(trial)):
             try:
                 self._wait_for_turn(trial)
-                coefficients = self._suggest(at.id_of(trial))
+                coefficients = self._suggest(id_of(trial))
                 self._event("started", trial, coefficients)
                 result = self._evaluate(trial, coefficients)
                 if result is not None:
                     self._deliver(trial, coefficients, result)
             except GridExhausted:
-                fail(self.study, at.id_of(trial), {DROPPED: True})
+                fail(self.study, id_of(trial), {DROPPED: True})
                 self.exhausted = True
             except (Superseded, UpdateFinishedTrialError):
                 self._event("superseded", trial, {}, message="another worker has taken this trial meanwhile")
@@ -302,20 +309,20 @@ class _Worker:
             self._failed(trial, coefficients, error)
             return None
         except KeyboardInterrupt:
-            self._put_back(at.id_of(trial))
+            self._put_back(id_of(trial))
             self._event("interrupted", trial, coefficients)
             if not self.interrupts.requested:
                 raise  # not of our handler's making: whoever made it decides what it means
             return None
         except BaseException:
-            self._put_back(at.id_of(trial))
+            self._put_back(id_of(trial))
             raise
         return result
 
     def _deliver(self, trial: FrozenTrial, coefficients: dict[str, float], result: TrialResult) -> None:
         kept = self.outbox.write(trial.number, self.owner, result)
         try:
-            tell(self.study, at.id_of(trial), result)
+            tell(self.study, id_of(trial), result)
         except Superseded:
             if kept is not None:
                 kept.unlink(missing_ok=True)
@@ -339,7 +346,7 @@ class _Worker:
 
         A model that does not know what is being drawn elsewhere at the same moment would propose that point once more.
         """
-        if at.point_of(trial) is not None:
+        if point_of(trial) is not None:
             return
         until = time.monotonic() + _TURN_SECONDS
         while not self.interrupts.requested:
@@ -357,7 +364,7 @@ class _Worker:
         ranges = self.space.distributions().items()
         coefficients = {name: live.suggest_float(name, each.low, each.high, step=each.step) for name, each in ranges}
         # The owner once more: a rival that lost the race for a waiting trial may have written its own name last.
-        at.mark(self.study, trial_id, {at.OWNER: self.owner, at.DRAWN: True})
+        mark(self.study, trial_id, {OWNER: self.owner, DRAWN: True})
         return coefficients
 
     def _check(self, result: TrialResult, constraints: int | None) -> None:
@@ -378,7 +385,7 @@ class _Worker:
 
     def _failed(self, trial: FrozenTrial, coefficients: Mapping[str, float], error: Exception) -> None:
         message = str(error) or type(error).__name__
-        fail(self.study, at.id_of(trial), {at.ERROR: message})
+        fail(self.study, id_of(trial), {ERROR: message})
         self.failed += 1
         self.failures.append(f"trial {trial.number}: {message}")
         self._event("failed", trial, coefficients, message=message)
@@ -396,5 +403,5 @@ class _Worker:
 
 def _draws(trial: FrozenTrial) -> bool:
     """Tell whether the worker of a running trial may be about to store its coefficients."""
-    owner = trial.user_attrs.get(at.OWNER)
-    return owner is not None and at.point_of(trial) is None and not is_dead(owner)
+    owner = trial.user_attrs.get(OWNER)
+    return owner is not None and point_of(trial) is None and not is_dead(owner)

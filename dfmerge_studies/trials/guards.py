@@ -13,8 +13,8 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
-from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES
-from dfmerge_studies.study import attributes as at
+from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES, record_heartbeat, storage_of
+from dfmerge_studies.trials.marks import BEAT, mark
 
 _BEAT_SECONDS = 30.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -95,7 +95,7 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
         while not over.wait(interval):
             beat()
         with contextlib.suppress(*DATABASE_ERRORS):
-            at.storage_of(study).remove_session()  # a database session belongs to the thread that opened it
+            storage_of(study).remove_session()  # a database session belongs to the thread that opened it
 
     thread = threading.Thread(target=run, name=f"signs-of-life-{trial_id}", daemon=True)
     thread.start()
@@ -108,11 +108,7 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
 
 def _beat(study: optuna.Study, trial_id: int) -> float:
     """Record one sign of life, and return the seconds to the next."""
-    storage = at.storage_of(study)
-    record, interval = getattr(storage, "record_heartbeat", None), getattr(storage, "get_heartbeat_interval", None)
-    seconds = interval() if interval is not None else None
-    if record is not None and seconds is not None:
-        record(trial_id)
-        return float(seconds)
-    at.mark(study, trial_id, {at.BEAT: time.time()})
-    return _BEAT_SECONDS
+    seconds = record_heartbeat(study, trial_id)
+    if seconds is None:
+        mark(study, trial_id, {BEAT: time.time()})
+    return seconds or _BEAT_SECONDS

@@ -17,11 +17,11 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.search import DROPPED, RETRY_OF, place_of
-from dfmerge_studies.storage import safe_url
-from dfmerge_studies.study import attributes as at
-from dfmerge_studies.study.owner import is_dead
-from dfmerge_studies.study.recovery import Event, OnEvent, Superseded, TrialResult, ignore, tell
+from dfmerge_studies.storage import id_of, safe_url, storage_of
+from dfmerge_studies.trials.marks import DROPPED, OWNER, RETRY_OF, mark, place_of
+from dfmerge_studies.trials.owner import is_dead
+from dfmerge_studies.trials.reading import owed, point_of
+from dfmerge_studies.trials.results import Event, OnEvent, Superseded, TrialResult, ignore, tell
 
 EntryState = Literal["ready", "its worker is alive", "of another study or storage", "damaged"]
 
@@ -170,27 +170,27 @@ class Outbox:
         if _state(trials, record) != "ready":
             return False
         trial = _latest(trials, trials[record.number])
-        if trial.state == TrialState.FAIL and at.owed([*trials]):
+        if trial.state == TrialState.FAIL and owed([*trials]):
             return False  # its successor is not in the queue yet: `requeue` comes first
         if trial.state == TrialState.WAITING and not self._start(trial, owner):
             return False  # another worker was faster
-        mine = at.storage_of(self._study).get_trial(at.id_of(trial))
-        ours = mine.state == TrialState.RUNNING and mine.user_attrs[at.OWNER]["worker"] == owner["worker"]
+        mine = storage_of(self._study).get_trial(id_of(trial))
+        ours = mine.state == TrialState.RUNNING and mine.user_attrs[OWNER]["worker"] == owner["worker"]
         if ours:
             try:
-                tell(self._study, at.id_of(trial), result)
+                tell(self._study, id_of(trial), result)
             except Superseded:
                 return False  # put back in the queue a moment ago: the next start applies the result to the retry
         path.unlink(missing_ok=True)
         if ours:
-            on_event(Event("applied", trial.number, place_of(trial), at.point_of(trial) or {}, result.values))
+            on_event(Event("applied", trial.number, place_of(trial), point_of(trial) or {}, result.values))
         return ours
 
     def _start(self, trial: FrozenTrial, owner: Mapping[str, Any]) -> bool:
         """Take a waiting retry for the result at hand, and store its coefficients; False if it has been taken."""
-        storage, trial_id = at.storage_of(self._study), at.id_of(trial)
+        storage, trial_id = storage_of(self._study), id_of(trial)
         try:
-            at.mark(self._study, trial_id, {at.OWNER: dict(owner)})
+            mark(self._study, trial_id, {OWNER: dict(owner)})
             if not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
                 return False
             self._suggest(trial, trial_id)
@@ -208,7 +208,7 @@ class Outbox:
 
 def _state(trials: Sequence[FrozenTrial], record: _Record) -> EntryState:
     worker = record.owner.get("worker")
-    if record.number >= len(trials) or trials[record.number].user_attrs.get(at.OWNER, {}).get("worker") != worker:
+    if record.number >= len(trials) or trials[record.number].user_attrs.get(OWNER, {}).get("worker") != worker:
         return "of another study or storage"  # one with a study of this name, usually
     return "its worker is alive" if is_dead(record.owner) is False else "ready"
 

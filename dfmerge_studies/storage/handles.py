@@ -1,0 +1,34 @@
+"""The storage behind a study, and its ids, which Optuna keeps private."""
+
+from __future__ import annotations
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
+
+
+def storage_of(study: optuna.Study) -> BaseStorage:
+    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id.
+
+    Args:
+        study: a study.
+    """
+    return study._storage
+
+
+def study_id_of(study: optuna.Study) -> int:
+    """Return the storage's id of a study.
+
+    Args:
+        study: a study.
+    """
+    return study._study_id
+
+
+def id_of(trial: FrozenTrial) -> int:
+    """Return the storage's id of a trial.
+
+    Args:
+        trial: a trial in any state.
+    """
+    return trial._trial_id

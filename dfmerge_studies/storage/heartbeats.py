@@ -1,0 +1,61 @@
+"""Signs of life of running trials: Optuna's heartbeats, which only some storages have."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.storages._rdb.models import TrialHeartbeatModel
+from optuna.trial import FrozenTrial
+from sqlalchemy import select
+
+from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
+
+
+def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
+    """Record that a trial is alive.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of a running trial.
+
+    Returns:
+        Seconds until the next is due; None, and nothing recorded, where the storage has no heartbeats.
+    """
+    storage: Any = storage_of(study)
+    seconds = _interval(storage)
+    if seconds is not None:
+        storage.record_heartbeat(trial_id)
+    return seconds
+
+
+def silent_ids(study: optuna.Study) -> set[int]:
+    """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats.
+
+    Args:
+        study: the study to look at.
+    """
+    storage: Any = storage_of(study)
+    return set() if _interval(storage) is None else set(storage._get_stale_trial_ids(study_id_of(study)))
+
+
+def last_heartbeat(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
+    """When a running trial's last heartbeat was, in the local time of the storage; None if there is none.
+
+    Args:
+        study: the trial's study.
+        trial: a running trial.
+    """
+    engine = getattr(getattr(storage_of(study), "_backend", None), "engine", None)
+    if engine is None:
+        return None
+    with engine.connect() as connection:
+        asked = select(TrialHeartbeatModel.heartbeat).where(TrialHeartbeatModel.trial_id == id_of(trial))
+        found: datetime | None = connection.execute(asked).scalar()
+    return found
+
+
+def _interval(storage: Any) -> float | None:
+    interval = getattr(storage, "get_heartbeat_interval", None)
+    return None if interval is None else interval()

@@ -1,0 +1,60 @@
+"""What the loop writes on a trial beside its result: the names of its attributes.
+
+    place         ordinal of the trial's coefficients in the study; a retry keeps it
+    owner         which process runs the trial (see `owner.py`)
+    drawn         every coefficient has been stored: the trial can be repeated from the storage alone
+    retry_of      number of the trial that this one repeats
+    crashes       processes that died on these coefficients before this trial
+    interrupted   the trial was stopped on purpose and put back in the queue
+    dropped       the trial was given back without a result: its place was not needed
+    error         why the trial failed for good
+    beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
+
+A result may not use these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.storage import storage_of
+
+PLACE = "place"
+OWNER = "owner"
+DRAWN = "drawn"
+RETRY_OF = "retry_of"
+CRASHES = "crashes"
+INTERRUPTED = "interrupted"
+DROPPED = "dropped"
+ERROR = "error"
+BEAT = "beat"
+RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DROPPED, ERROR, BEAT})
+FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
+
+
+def place_of(trial: FrozenTrial) -> int:
+    """Return the place of a trial; a trial that other software added stands at its number.
+
+    Args:
+        trial: a trial in any state.
+    """
+    return int(trial.user_attrs.get(PLACE, trial.number))
+
+
+def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:
+    """Write attributes on a trial that has not finished.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of the trial (see `id_of`).
+        marks: attributes by name; JSON values.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: it has.
+    """
+    for key, value in marks.items():
+        storage_of(study).set_trial_user_attr(trial_id, key, value)

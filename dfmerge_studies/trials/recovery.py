@@ -1,0 +1,69 @@
+"""Trials of dead workers are found and put back in the queue.
+
+A worker can die at any moment.  Until its trial's result is in the outbox (see `outbox.py`), the coefficients are put
+back in the queue; from then on, the result itself is applied at the next start.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from dfmerge_studies.storage import id_of, silent_ids
+from dfmerge_studies.trials.marks import BEAT, DRAWN, ERROR, OWNER, PLACE
+from dfmerge_studies.trials.owner import is_dead
+from dfmerge_studies.trials.queue import requeue
+from dfmerge_studies.trials.reading import MAX_RETRIES, crashes_of
+from dfmerge_studies.trials.results import OnEvent, fail, ignore
+
+GRACE_SECONDS = 180.0
+_TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
+
+
+def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:
+    """Fail the running trials whose worker is gone, and put their coefficients back in the queue.
+
+    A worker of this machine is looked up among its processes; of others, the heartbeat tells.
+
+    Args:
+        study: the study to look after.
+        on_event: told of every trial that was put back.
+
+    Returns:
+        The number of trials put back.
+    """
+    for trial in orphans(study):
+        marks: dict[str, Any] = {}
+        if crashes_of(trial) > MAX_RETRIES:
+            marks[ERROR] = f"its process died {crashes_of(trial)} times on these coefficients"
+        fail(study, id_of(trial), marks)
+    return requeue(study, on_event)
+
+
+def orphans(study: optuna.Study) -> list[FrozenTrial]:
+    """List the running trials whose worker is gone.
+
+    Args:
+        study: the study to look at.
+    """
+    silent = silent_ids(study)
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if id_of(trial) in silent or _is_orphan(trial)]
+
+
+def _is_orphan(trial: FrozenTrial) -> bool:
+    owner = trial.user_attrs.get(OWNER)
+    verdict = is_dead(owner) if owner is not None else None
+    if verdict is not None:
+        return verdict
+    beat = trial.user_attrs.get(BEAT)
+    if beat is not None:  # a storage without heartbeats of its own
+        return time.time() - float(beat) > GRACE_SECONDS
+    # The first heartbeat is recorded before the trial is marked as drawn, so one that is not drawn may have none.
+    begun = trial.datetime_start
+    early = PLACE in trial.user_attrs and DRAWN not in trial.user_attrs
+    return early and begun is not None and (datetime.now() - begun).total_seconds() > GRACE_SECONDS
