@@ -7,7 +7,17 @@ with the error's `exit_code`: 2 for bad input that the user can correct, 1 for a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# Control characters, surrogates, and what turns the direction of text: a terminal must not obey a file's name.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# The name of an exception's class, which libraries put before their message: "KeyError: ", "(sqlite3.DataError) ".
+_CLASS_NAME = re.compile(
+    r"(?<![\w./\\'\"-])\(?(?:(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Warning)\b\)?(?:: ?|\s+|(?=[(.,;]|$))|Exception: )"
+)
+_LONGEST = 300  # characters of another library's message
 
 
 class DFMergeError(Exception):
@@ -28,7 +38,8 @@ class DFMergeError(Exception):
         super().__init__(what, where, mend)
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.what}" if self.where else self.what
+        where = self.where.replace("\n", "\\n") if self.where else None
+        text = f"{where}: {self.what}" if where else self.what
         if not self.mend:
             return text
         stop = "" if text.endswith(("\n", ".", "!", "?")) else "."  # a list ends with its line
@@ -74,10 +85,53 @@ def did_you_mean(found: str, known: Iterable[str]) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line of at most 300 characters.
+    """What another library's error says: one line of at most 300 characters, without the name of its class.
 
     Args:
         error: the error.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        return f"{reason}: {error.filename}" if error.filename is not None else reason
+    if isinstance(error, UnicodeDecodeError):
+        return f"not {error.encoding.upper()} text (byte {error.object[error.start]:#04x} at position {error.start})"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"{error.args[0]!r} is missing"
+    lines = [line.strip() for line in _CLASS_NAME.sub("", str(error)).splitlines()]
+    told = [line for line in lines if re.search(r"\w", line)]
+    return told[0][:_LONGEST] if told else "no reason is given"
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters become escapes, lines and tabs stay.
+
+    Args:
+        text: any text; names in it may come from anywhere.
+    """
+    return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+@contextmanager
+def reading(where: str, what: str, mend: str) -> Iterator[None]:
+    """The boundary to a library that reads what a user gave: whatever it raises becomes one `InputError`.
+
+    Libraries raise types of every kind for bad files, panics of their Rust parts included, so that no list of types
+    would be whole.  Nothing but the call into the library belongs into the block: a mistake of ours would be told as
+    the file's.
+
+    Args:
+        where: the file, or file and field, that is being read.
+        what: what cannot be done, as a clause that the reason follows after a colon.
+        mend: what the reader can do about it.
+
+    Raises:
+        InputError: for whatever was raised; errors of this package and lack of memory pass.
+    """
+    try:
+        yield
+    except (DFMergeError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise out_of_memory(error) or InputError(f"{what}: {first_line(error)}", where=where, mend=mend) from error

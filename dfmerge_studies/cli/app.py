@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dfmerge_studies.cli import cache, compare, dashboard, inspect, models, repair, report, run, workers
+from dfmerge_studies.cli import cache, compare, dashboard, inspect, models, repair, report, run, terminal, workers
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.ranks import launched, launched_rank
 
@@ -49,20 +49,15 @@ def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        typer.echo(version("dfmerge-studies"))
+        terminal.say(version("dfmerge-studies"))
         raise typer.Exit
 
 
-def _tell_usage(error: typer.BadParameter) -> int:
-    """A wrong command line in one message, as all other errors are; returns the exit code."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-        return error.exit_code
+def _usage(error: typer.BadParameter) -> InputError:
+    """A wrong command line as one message, as all other errors are."""
     message = " ".join(error.format_message().split())
     path = error.ctx.command_path if error.ctx is not None else "dfmerge"
-    stop = "" if message.endswith((".", "?", "!")) else "."
-    print(f"error: {message[0].lower()}{message[1:]}{stop} '{path} -h' lists what there is.", file=sys.stderr)
-    return error.exit_code
+    return InputError(f"{message[0].lower()}{message[1:]}", mend=f"'{path} -h' lists what there is")
 
 
 @app.callback()
@@ -80,6 +75,7 @@ def _root(
             f"{command} is work for one process, but a launcher started {launched()}",
             mend="Start it without accelerate launch or torchrun",
         )
+    terminal.check_working_directory()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,24 +86,40 @@ def main(arguments: list[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given or bool(os.environ.get("DFMERGE_DEBUG"))
+    terminal.prepare(debug=debug)
+    sys.exit(_exit_code(given, debug=debug))
+
+
+def _exit_code(given: list[str], *, debug: bool) -> int:
+    """Run a command line and tell its errors; with `--debug` they pass."""
     try:
         code = app(args=[item for item in given if item != "--debug"], prog_name="dfmerge", standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except _UsageError as error:
-        sys.exit(_tell_usage(error))
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return error.exit_code
+        return _tell(_usage(error), given)
     except DFMergeError as error:
         if debug:
             raise
-        rank = launched_rank()  # one that follows another has only errors of its own to tell
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return _tell(error, given)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
+        terminal.warn("interrupted")
+        return 130
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of Rust libraries are no Exception
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error}. Run again with --debug for the traceback.", file=sys.stderr)
-        sys.exit(1)
+        return _tell(terminal.unforeseen(error), given)
+
+
+def _tell(error: DFMergeError, given: list[str]) -> int:
+    """Tell an error; returns the exit code."""
+    rank = launched_rank()  # one that follows another has only errors of its own to tell
+    terminal.warn(f"error: {f'rank {rank}: ' if rank else ''}{error}")
+    if "--json" in given and not rank:
+        terminal.print_json({"ok": False, "problems": terminal.problems_json([error])})
+    return error.exit_code

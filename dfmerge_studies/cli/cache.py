@@ -61,7 +61,7 @@ def verify(spec: common.SpecArgument = None, cache: common.CacheOption = None, j
         common.print_json({"entries": total, "damaged": [{"file": file, "what": what} for file, what in damaged]})
     else:
         for file, what in damaged:
-            typer.echo(f"damaged: {file}: {what}", err=True)
+            common.warn(f"damaged: {file}: {what}")
         common.output().print(f"{total - len(damaged)} of {total} entries are whole")
     if damaged:
         raise typer.Exit(1)
@@ -121,7 +121,7 @@ def _copy(source: FisherCache, target: FisherCache, as_json: bool) -> None:
         common.print_json({"copied": done.copied, "present": done.present, "damaged": damaged})
     else:
         for digest, what in done.damaged:
-            typer.echo(f"damaged, not copied: {digest}: {what}", err=True)
+            common.warn(f"damaged, not copied: {digest}: {what}")
         common.output().print(
             f"{len(done.copied)} entries copied to {target.location}, {done.present} were there already", markup=False
         )

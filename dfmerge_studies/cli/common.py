@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from dfmerge_studies.cli.terminal import messages as messages
+from dfmerge_studies.cli.terminal import output as output
+from dfmerge_studies.cli.terminal import print_json as print_json
+from dfmerge_studies.cli.terminal import say as say
+from dfmerge_studies.cli.terminal import warn as warn
+from dfmerge_studies.errors import printable
 
+if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
     from dfmerge_studies.ranks import Ranks
     from dfmerge_studies.spec import StudySpec
@@ -127,23 +132,11 @@ def again(file: Path | None, *, storage: str | None, overrides: list[str] | None
     return "".join(f" {shlex.quote(part)}" for part in parts)
 
 
-def output() -> Console:
-    """Standard output: results."""
-    from rich.console import Console
+class _OneLine(logging.Formatter):
+    """A level and a message; what was raised is told by whoever tells the error."""
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
-def messages() -> Console:
-    """Standard error: progress and logs."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
-
-
-def print_json(value: Any) -> None:
-    """One JSON value on standard output."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.levelname}: {printable(record.getMessage())}"
 
 
 def quiet_libraries() -> None:
@@ -154,7 +147,9 @@ def quiet_libraries() -> None:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

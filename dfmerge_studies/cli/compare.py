@@ -132,9 +132,9 @@ def _tell(found: Comparison, spec: StudySpec, *, ablation: bool, form: str) -> N
     if form == "json":
         common.print_json(renderings.standings_json(table, found))
     elif form == "csv":
-        typer.echo(renderings.standings_csv(table), nl=False)
+        common.say(renderings.standings_csv(table), end="")
     elif form == "latex":
-        typer.echo(renderings.standings_latex(table, labels), nl=False)
+        common.say(renderings.standings_latex(table, labels), end="")
     else:
         title = f"{found.study}: {table.split} {spec.metrics_text(table.split)} in percent"
         out = common.output()

@@ -37,7 +37,7 @@ def dashboard(
     server = dashboard_server(opened, artifact_folder(settings.workdir), host=host, port=port, writable=writable)
     if not is_loopback(host):
         power = "change and delete" if writable else "read"
-        typer.echo(f"warning: everyone who reaches {host} can {power} the studies of this storage", err=True)
+        common.warn(f"warning: everyone who reaches {host} can {power} the studies of this storage")
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{server.server_port}/dashboard"
     with server, Publisher(opened):
@@ -45,8 +45,8 @@ def dashboard(
             common.print_json({"url": address, "writable": writable})
         else:
             state = "writable" if writable else "read-only"
-            typer.echo(f"dashboard of {settings.name}: {address} ({state}; Ctrl-C ends it)")
+            common.say(f"dashboard of {settings.name}: {address} ({state}; Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("dashboard ended", err=True)
+            common.warn("dashboard ended")

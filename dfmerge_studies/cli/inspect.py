@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +63,10 @@ def _watch(look: Callable[[], dict[str, Any]], every: float, *, as_json: bool) -
             if live is not None:
                 live.update(status_table(summary), refresh=True)
             elif state != former:
-                typer.echo(dumps(summary, ensure_ascii=False) if as_json else status_line(summary))
-                sys.stdout.flush()
+                if as_json:
+                    common.print_json(summary, indent=None)
+                else:
+                    common.say(status_line(summary))
             if trials["complete"] >= trials["target"] and not trials["running"]:
                 return
             former = state
@@ -105,10 +106,11 @@ def validate(
     try:
         settings = common.load_spec(spec, overrides, storage=storage)
     except InputError as error:
+        common.warn(f"error: {error}")
         if json:
             problem = {"where": error.where, "what": error.what, "mend": error.mend}
             common.print_json({"ok": False, "problems": [problem], "estimate": {}})
-        raise
+        raise typer.Exit(2) from error
     with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.study.validate import validate as check
@@ -126,7 +128,7 @@ def _show_validation(name: str, result: dict[str, Any]) -> None:
     out = common.output()
     for problem in result["problems"]:
         where = f"{problem['where']}: " if problem["where"] else ""
-        typer.echo(f"error: {where}{problem['what']}. {problem['mend'] or ''}", err=True)
+        common.warn(f"error: {where}{problem['what']}. {problem['mend'] or ''}")
     if result["ok"]:
         estimate = result["estimate"]
         out.print(f"{name} is valid")

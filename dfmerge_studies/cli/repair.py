@@ -64,11 +64,11 @@ def repair(
         common.print_json(_as_json(safe_url(url), reports, found, others, mended if apply else None))
         return
     for line in _lines(reports, found, others):
-        typer.echo(line)
+        common.say(line)
     if apply:
-        typer.echo("mended: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in mended.items()))
+        common.say("mended: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in mended.items()))
     elif any(_mendable(report) for report in reports) or found:
-        typer.echo("nothing has been changed; `repair --apply` mends what `run` would not, and what it would")
+        common.say("nothing has been changed; `repair --apply` mends what `run` would not, and what it would")
 
 
 def _mendable(report: Report) -> bool:
