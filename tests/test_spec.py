@@ -258,3 +258,78 @@ def test_names_that_could_become_other_paths_are_refused(tmp_path: Path, name: s
     assert "name" in str(refused(tmp_path, {**SHORT, "name": name}).where)
     renamed = {**SHORT, "tasks": {**SHORT["tasks"], name: SHORT["tasks"]["red"]}}
     assert "tasks" in str(refused(tmp_path, renamed).where)
+
+
+def fields_of(content: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Dotted places of a dumped spec that hold no mapping, and those of the mappings themselves."""
+    if not isinstance(content, dict) or path[-1:] == ("dataset",):
+        return [path]
+    inner = [place for key, value in content.items() for place in fields_of(value, (*path, key))]
+    return [path, *inner] if path else inner
+
+
+def with_value(content: Any, place: tuple[str, ...], value: Any) -> Any:
+    if not place:
+        return value
+    return {**content, place[0]: with_value(content[place[0]], place[1:], value)}
+
+
+def dumped(tmp_path: Path) -> dict[str, Any]:
+    content = {**SHORT, "baselines": ["gta"]}
+    content["search"] = {"enqueue": [0.5, {"red": 0.1, "blue": 0.2}]}
+    content["importance"] = {"indices": {"red": [1, 2]}}
+    content["objective"] = {"kind": "weighted", "weights": {"red": 1, "blue": 2}}
+    return read(tmp_path, content).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+def test_a_boolean_is_refused_in_every_field_but_the_one_that_is_one(tmp_path: Path, word: str) -> None:
+    content = dumped(tmp_path)
+    value = yaml.safe_load(word)
+    places = fields_of(content)
+    assert len(places) > 40
+    for place in places:
+        changed = with_value(content, place, value)
+        if place == ("trust_remote_code",):
+            assert read(tmp_path, changed).trust_remote_code is value
+            continue
+        error = refused(tmp_path, changed)
+        if place[-1] == "type":
+            assert "'choice', 'classification'" in error.what
+            continue
+        assert ".".join(place) in str(error.where), place
+        assert f"found {str(value).lower()}" in error.what, place
+        assert "YAML reads yes, no, on and off" in error.what, place
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "mend"),
+    [
+        ("search.enqueue=[true]", "search.enqueue.0", "number"),
+        ("search.enqueue=[{red: 0.5, blue: yes}]", "search.enqueue.0.blue", "number"),
+        ("search.bounds=[no, yes]", "search.bounds.0", "number"),
+        ("importance.indices={red: [3, on]}", "importance.indices.red.1", "number"),
+        ("objective={kind: weighted, weights: {red: yes, blue: 1}}", "objective.weights.red", "number"),
+        ("tasks.red.doc_to_choice=[yes, no]", "tasks.red.doc_to_choice.0", "quotes"),
+        ("tasks.red.doc_to_target=yes", "tasks.red.doc_to_target", "quotes"),
+        ("tasks.red.limit=on", "tasks.red.limit", "number"),
+        ("importance.samples=yes", "importance.samples", "number"),
+        ("search.max_drop=off", "search.max_drop", "null"),
+        ("cache=no", "cache", "null"),
+        ("experts={on: red}", "experts.True", "quotes"),
+        ("tasks.red.doc_to_choice=[1, 2]", "tasks.red.doc_to_choice", "quotes: '1'"),
+        ("experts={7: red}", "experts", "quotes: '7'"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_is_written_is_refused_with_its_place(
+    tmp_path: Path, override: str, field: str, mend: str
+) -> None:
+    error = refused(tmp_path, SHORT, override)
+    assert field in str(error.where)
+    assert mend in str(error.mend)
+
+
+def test_numbers_may_be_written_as_yaml_reads_them(tmp_path: Path) -> None:
+    spec = read(tmp_path, SHORT, "importance.floor=1e-12", "search.step=1", "search.trials=20.0", "tasks.red.limit='7'")
+    assert (spec.importance.floor, spec.search.step, spec.search.trials) == (1e-12, 1, 20)  # 1e-12 is a text in YAML
+    assert spec.tasks["red"].limit == 7

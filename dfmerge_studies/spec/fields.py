@@ -5,19 +5,14 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dfmerge_studies.tasks.strict import Settings
 from dfmerge_studies.trials.space import is_multiple
 
 MethodName = Literal[
     "df-merge", "df-merge-static", "gta", "averaging", "fisher", "fisher-nodes", "task-arithmetic", "dare", "ties"
 ]
-
-
-class Settings(BaseModel):
-    """Settings do not change, and keys that are not known are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ExpertSettings(Settings):

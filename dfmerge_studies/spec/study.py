@@ -17,12 +17,12 @@ from dfmerge_studies.spec.fields import (
     MethodName,
     ObjectiveSettings,
     SearchSettings,
-    Settings,
     parse_size,
 )
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.spec.reading import apply_override, read_yaml
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
+from dfmerge_studies.tasks.strict import Settings
 
 
 class StudySpec(Settings):

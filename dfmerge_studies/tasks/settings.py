@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from dfmerge_studies.tasks.strict import Settings
 
 
-class _Task(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Task(Settings):
     dataset: dict[str, Any] = Field(
         description="arguments of datasets.load_dataset; `path` is required, local files are relative to the spec"
     )

@@ -1,0 +1,80 @@
+"""What all settings of a spec share: no changes, no unknown keys, no boolean for a number or a text."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+BOOLEAN = "misplaced_boolean"  # type of the error; its context has what to write instead as `mend`
+
+
+class Settings(BaseModel):
+    """Settings do not change, and keys that are not known are refused.
+
+    So is a boolean where a number or a text is meant: pydantic takes it for 0 or 1, and YAML reads yes, no, on and off
+    as one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _booleans_only_where_meant(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        errors = [
+            InitErrorDetails(type=_error(value, meant), loc=(name, *place), input=value)
+            for name, field in cls.model_fields.items()
+            for place, value, meant in _misplaced(data.get(name), field.annotation)
+        ]
+        if errors:
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return data
+
+
+def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, ...], bool, list[Any]]]:
+    """Where a value has booleans that its type does not allow: their place, they, and the types meant there.
+
+    What settings hold that are a class of their own is left to that class.
+    """
+    kinds = _members(annotation)
+    if isinstance(value, bool) and bool not in kinds and Any not in kinds:
+        yield (), value, kinds
+    elif isinstance(value, Mapping):
+        for inner in (get_args(kind)[1] for kind in kinds if get_origin(kind) is dict):
+            yield from (((str(key),), key, [str]) for key in value if isinstance(key, bool))
+            for key, each in value.items():
+                yield from (((str(key), *place), boolean, meant) for place, boolean, meant in _misplaced(each, inner))
+    elif isinstance(value, (list, tuple)):
+        for inner in (get_args(kind)[0] for kind in kinds if get_origin(kind) in (list, tuple)):
+            for index, each in enumerate(value):
+                yield from (((index, *place), boolean, meant) for place, boolean, meant in _misplaced(each, inner))
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union allows, or the type itself."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for member in get_args(annotation) for kind in _members(member)]
+    return [annotation]
+
+
+def _error(value: bool, meant: list[Any]) -> PydanticCustomError:
+    origins = {get_origin(kind) or kind for kind in meant}
+    words = [
+        *(["a number"] if origins & {int, float} else []),
+        *(["a text in quotes, such as 'yes'"] if origins & {str, Literal} else []),
+        *(["a list"] if origins & {list, tuple} else []),
+        *(["null for none"] if types.NoneType in origins else []),
+    ]
+    return PydanticCustomError(
+        BOOLEAN,
+        "found {found}; YAML reads yes, no, on and off as true and false",
+        {"found": str(value).lower(), "mend": f"Write {', or '.join(words) or 'a mapping of fields'}"},
+    )
