@@ -21,13 +21,17 @@ from sqlalchemy import exc
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage import (
+    check_constraints,
     join_study,
     load_study,
+    load_study_if_any,
     network_file_system,
     open_storage,
     resolve_url,
     safe_url,
     storage_errors,
+    storage_file,
+    storage_identity,
 )
 from tests.servers import ROOT, STORAGES
 
@@ -57,6 +61,30 @@ def test_a_study_is_found_again_with_its_values_and_attributes(url: str) -> None
     assert again.trials[0].params == trial.params
     assert again.trials[0].user_attrs == {"tasks": {"t": 0.1 + 0.2}}
     assert again.user_attrs == {"spec": {"ü": ["…"]}}
+
+
+def test_looking_for_a_study_that_is_not_there_finds_none_and_creates_nothing(url: str) -> None:
+    assert load_study_if_any(url, "s") is None
+    file = storage_file(url)
+    assert file is None or not file.exists()
+    join_study(open_storage(url), "s", directions=["maximize"])
+    assert load_study_if_any(url, "another") is None
+    found = load_study_if_any(url, "s")
+    assert found is not None
+    assert found.study_name == "s"
+
+
+def test_all_spellings_of_a_postgres_url_name_one_storage_whatever_the_password() -> None:
+    names = ("postgres://u:a@h/d", "postgresql://u:b@h/d", "postgresql+psycopg://u:c@h/d")
+    assert len({storage_identity(url) for url in names}) == 1
+    assert storage_identity("postgresql://u:a@h/e") != storage_identity("postgresql://u:a@h/d")
+
+
+def test_several_constraints_are_refused_by_the_proxy_alone() -> None:
+    check_constraints("grpc://h:1", 1)
+    check_constraints("sqlite:////s.db", 2)
+    with pytest.raises(InputError, match="does not keep several constraints in order"):
+        check_constraints("grpc://h:1", 2)
 
 
 def test_coefficients_and_values_come_back_to_the_last_bit(url: str) -> None:

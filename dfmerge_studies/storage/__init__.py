@@ -21,12 +21,13 @@ from dfmerge_studies.storage.failures import (
 from dfmerge_studies.storage.files import network_file_system
 from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
 from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, silent_ids
-from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study
-from dfmerge_studies.storage.urls import resolve_url, safe_url
+from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study, load_study_if_any
+from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
 
 __all__ = [
     "DATABASE_ERRORS",
     "STORAGE_FAILURES",
+    "check_constraints",
     "check_name",
     "check_url",
     "found_study",
@@ -35,6 +36,7 @@ __all__ = [
     "join_study",
     "last_heartbeat",
     "load_study",
+    "load_study_if_any",
     "may_pass",
     "network_file_system",
     "open_storage",
@@ -44,6 +46,8 @@ __all__ = [
     "safe_url",
     "silent_ids",
     "storage_errors",
+    "storage_file",
+    "storage_identity",
     "storage_of",
     "study_id_of",
 ]

@@ -12,7 +12,9 @@ from optuna.study import StudyDirection
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
+from dfmerge_studies.storage.engines import open_storage
 from dfmerge_studies.storage.failures import storage_errors
+from dfmerge_studies.storage.urls import storage_file
 
 
 def check_name(name: str) -> None:
@@ -99,3 +101,22 @@ def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None =
             known = ", ".join(sorted(names)[:20]) or "none"
             raise InputError(f"there is no study named {name!r}", mend=f"Studies of this storage: {known}")
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+
+
+def load_study_if_any(url: str, name: str) -> optuna.Study | None:
+    """Load a study if its storage and the study exist; nothing is created.
+
+    Args:
+        url: of the storage, resolved.
+        name: the study's name.
+
+    Raises:
+        InputError: what the URL points to is no storage.
+        RunError: the storage failed.
+    """
+    file = storage_file(url)
+    if file is not None and not file.exists():
+        return None
+    with storage_errors(url):
+        storage = open_storage(url, create=False)
+        return load_study(storage, name) if name in optuna.get_all_study_names(storage) else None

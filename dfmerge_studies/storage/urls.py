@@ -40,6 +40,50 @@ def resolve_url(url: str, folder: Path) -> str:
     return url
 
 
+def storage_file(url: str) -> Path | None:
+    """The file that a sqlite or journal URL names; None for a server.
+
+    Args:
+        url: a storage URL, resolved.
+    """
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        return None
+    local = parsed.drivername in ("sqlite", "sqlite+pysqlite", "journal") and parsed.database not in (None, ":memory:")
+    return Path(str(parsed.database)) if local else None
+
+
+def storage_identity(url: str) -> str:
+    """A text that is the same for every way to name one storage, and without its password.
+
+    All spellings of Postgres are one storage, and it stays that one after a change of the password.
+
+    Args:
+        url: a storage URL, resolved.
+    """
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", safe_url(url))
+
+
+def check_constraints(url: str, number: int, *, where: str | None = None) -> None:
+    """Refuse a storage that would mix up several constraints of a trial.
+
+    Args:
+        url: a storage URL, resolved.
+        number: how many constraints every trial has.
+        where: what asks for them, for the message.
+
+    Raises:
+        InputError: it is Optuna's proxy, which gives them back in another order than that of their names.
+    """
+    if number > 1 and url.startswith("grpc://"):
+        raise InputError(
+            "Optuna's gRPC proxy does not keep several constraints in order, and the sampler would mix them up",
+            where=where,
+            mend="Name the database itself as the storage, or leave max_drop out",
+        )
+
+
 def unsupported(parsed: URL, url: str) -> InputError:
     """The error for a URL of a kind that no engine here opens.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -24,9 +22,11 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import (
+    check_constraints,
     found_study,
     join_study,
     load_study,
+    load_study_if_any,
     open_storage,
     resolve_url,
     safe_url,
@@ -265,12 +265,8 @@ def open_study(
     """
     check_extras(spec)
     url, method = storage_url(spec), METHODS[spec.method]
-    if url.startswith("grpc://") and spec.search.max_drop is not None and len(spec.tasks) > 1:
-        raise InputError(
-            "Optuna's gRPC proxy does not keep several constraints in order, and the sampler would mix them up",
-            where=spec.where("search.max_drop"),
-            mend="Name the database itself as the storage, or leave max_drop out",
-        )
+    if spec.search.max_drop is not None:
+        check_constraints(url, len(spec.tasks), where=spec.where("search.max_drop"))
     search_space(spec)
     cache = spec_cache(spec)
     stored = stored_study_or_none(spec, url)
@@ -314,15 +310,9 @@ def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
         spec: names the study.
         url: of its storage, from `storage_url`.
     """
-    file = re.match(r"(?:sqlite(?:\+\w+)?|journal):///([^?]+)", url)
-    if file is not None and not Path(file[1]).exists():
-        return None
     with storage_errors(url):
-        storage = open_storage(url, create=False)
-        if spec.name not in optuna.get_all_study_names(storage):
-            return None
-        study = load_study(storage, spec.name)
-    return None if provenance.is_unfinished(study) else study
+        study = load_study_if_any(url, spec.name)
+        return None if study is None or provenance.is_unfinished(study) else study
 
 
 def _join(spec: StudySpec, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:

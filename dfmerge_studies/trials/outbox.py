@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.storage import id_of, safe_url, storage_of
+from dfmerge_studies.storage import id_of, storage_identity, storage_of
 from dfmerge_studies.trials.marks import DROPPED, OWNER, RETRY_OF, mark, place_of
 from dfmerge_studies.trials.owner import is_dead
 from dfmerge_studies.trials.reading import owed, point_of
@@ -49,9 +48,7 @@ def outbox_folder(workdir: Path, url: str, name: str) -> Path:
         url: of the storage, resolved.
         name: of the study.
     """
-    # All spellings of Postgres are one storage; so it is after a change of the password.
-    storage = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", safe_url(url))
-    return outboxes(workdir) / hashlib.sha256(f"{storage}\n{name}".encode()).hexdigest()[:16]
+    return outboxes(workdir) / hashlib.sha256(f"{storage_identity(url)}\n{name}".encode()).hexdigest()[:16]
 
 
 def outboxes(workdir: Path) -> Path:
