@@ -273,7 +273,7 @@ LIGHT_CASES = [
         "coefficient-outside", "merge SPEC --out m --coefficients red=0.4,blue=1.5", "--coefficients", "1.5", "[0, 1]"
     ),
     case("unknown-expert", "merge SPEC --out m --coefficients rde=0.4,blue=1", "'rde'", "Did you mean 'red'?"),
-    case("expert-without-coefficient", "merge SPEC --out m --coefficients red=0.4", "'blue'", "Give one for every"),
+    case("expert-without-coefficient", "merge SPEC --out m --coefficients red=0.4", "'blue'", "Give one for each"),
     case("coefficient-no-number", "merge SPEC --out m --coefficients red=much,blue=1", "'red=much'", "NAME=NUMBER"),
     case("coefficient-nan", "merge SPEC --out m --coefficients red=nan,blue=1", "nan", "[0, 1]"),
     case("coefficient-twice", "merge SPEC --out m --coefficients red=1,red=0,blue=1", "'red' is given twice"),

@@ -119,7 +119,7 @@ def test_known_points_come_first_in_their_order_and_only_once(make_study: MakeSt
 
 
 def test_a_known_point_outside_the_space_is_refused_and_none_is_queued(study: optuna.Study) -> None:
-    with pytest.raises(InputError, match=r"coefficient of b is 7, outside \[0.0, 1.0\]"):
+    with pytest.raises(InputError, match=r"coefficient of 'b' is 7, outside the bounds \[0, 1\]"):
         enqueue(study, SPACE, [{"a": 0.5, "b": 0.5}, {"a": 0.5, "b": 7}])
     assert study.trials == []
 
@@ -139,7 +139,7 @@ def test_a_point_that_other_software_queued_outside_the_space_fails_and_the_run_
         summary = work(study, SPACE, evaluate, target=2)
     assert summary.failed == 1
     assert summary.counts["complete"] == 2
-    assert "coefficient of a is 7.0" in study.trials[0].user_attrs["error"]
+    assert "coefficient of 'a' is 7.0" in study.trials[0].user_attrs["error"]
 
 
 def test_a_point_that_other_software_queued_is_evaluated(study: optuna.Study) -> None:

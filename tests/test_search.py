@@ -21,11 +21,11 @@ SPACE = Space(("a", "b"))
 @pytest.mark.parametrize(
     ("point", "words"),
     [
-        ({"a": 0.5, "b": 7.0}, ["b", "7.0", "[0.0, 1.0]"]),
+        ({"a": 0.5, "b": 7.0}, ["b", "7.0", "[0, 1]"]),
         ({"a": -0.1, "b": 0.0}, ["a", "-0.1"]),
         ({"a": float("nan"), "b": 0.0}, ["a", "nan"]),
         ({"a": 0.5}, ["no coefficient for", "b"]),
-        ({"a": 0.5, "b": 0.5, "z": 1.0}, ["unknown", "z"]),
+        ({"a": 0.5, "b": 0.5, "z": 1.0}, ["unknown name", "z"]),
         ({"a": True, "b": 0.5}, ["a", "True"]),
         ({"a": "0.5", "b": 0.5}, ["a", "0.5"]),
     ],
@@ -67,7 +67,7 @@ def test_a_space_that_cannot_be_searched_is_refused(arguments: dict[str, Any]) -
 def test_a_name_may_have_a_range_of_its_own() -> None:
     space = Space(("a", "p"), 0.0, 1.8, step=0.1, own={"p": (0.1, 0.9)})
     space.check({"a": 1.7, "p": 0.55})
-    with pytest.raises(InputError, match=r"p is 1.0, outside \[0.1, 0.9\]"):
+    with pytest.raises(InputError, match=r"'p' is 1.0, outside the bounds \[0.1, 0.9\]"):
         space.check({"a": 1.7, "p": 1.0})
     assert space.distributions()["p"] == optuna.distributions.FloatDistribution(0.1, 0.9)
     with pytest.raises(InputError):

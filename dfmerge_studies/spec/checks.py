@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
-from dfmerge_studies.trials.space import is_multiple
+from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec.study import StudySpec
@@ -102,20 +102,18 @@ def _check_baselines(spec: StudySpec) -> None:
 
 
 def _check_points(spec: StudySpec) -> None:
-    step, low = spec.search.step, spec.search.bounds[0]
     for point in spec.search.enqueue:
         given = dict.fromkeys(spec.experts, point) if isinstance(point, float) else point
-        for name, value in check_coefficients(spec, given, "search.enqueue").items():
-            if step is not None and not is_multiple(value - low, step):
-                raise InputError(
-                    f"the coefficient of {name!r} is {value:g}, not {low:g} plus a multiple of the step {step:g}",
-                    where=spec.where("search.enqueue"),
-                    mend="Choose a value on the step, or leave search.step out",
-                )
+        check_coefficients(spec, given, "search.enqueue", step=spec.search.step)
 
 
 def check_coefficients(
-    spec: StudySpec, point: Mapping[str, float], field: str, *, bounds: tuple[float, float] | None = None
+    spec: StudySpec,
+    point: Mapping[str, float],
+    field: str,
+    *,
+    bounds: tuple[float, float] | None = None,
+    step: float | None = None,
 ) -> dict[str, float]:
     """A coefficient for every expert, each inside the bounds, in the order of the experts.
 
@@ -124,30 +122,11 @@ def check_coefficients(
         point: coefficient per expert.
         field: where the point stands, for messages: a field of the spec, or a flag with its dashes.
         bounds: range of a method whose coefficients may lie elsewhere than `search.bounds`.
+        step: distance between allowed values; any value of the range by default, since a merge needs no step.
 
     Raises:
-        InputError: an unknown or missing expert, or a value outside the bounds.
+        InputError: as `Space.check` has it.
     """
-    low, high = bounds or spec.search.bounds
-    where = field if field.startswith("-") else spec.where(field)
-    for name, value in point.items():
-        if name not in spec.experts:
-            raise InputError(
-                f"unknown expert {name!r}",
-                where=where,
-                mend=did_you_mean(name, spec.experts) or f"The experts are {', '.join(spec.experts)}",
-            )
-        if not low <= value <= high:
-            raise InputError(
-                f"the coefficient of {name!r} is {value}, outside the bounds [{low:g}, {high:g}]",
-                where=where,
-                mend="Choose a value inside, or widen search.bounds",
-            )
-    missing = [name for name in spec.experts if name not in point]
-    if missing:
-        raise InputError(
-            f"no coefficient for the expert {missing[0]!r}",
-            where=where,
-            mend="Give one for every expert",
-        )
+    space = Space(tuple(spec.experts), *(bounds or spec.search.bounds), step)
+    space.check(point, where=field if field.startswith("-") else spec.where(field))
     return {name: float(point[name]) for name in spec.experts}

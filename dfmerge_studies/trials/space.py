@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution
@@ -64,7 +64,7 @@ class Space:
         return None if name in self.own else self.step
 
     def check(self, point: Mapping[str, float], *, where: str | None = None) -> None:
-        """Refuse a point that the study could not have proposed.
+        """Refuse a point that is not in the space, with the first thing that is wrong with it.
 
         Args:
             point: coefficients by name.
@@ -73,26 +73,36 @@ class Space:
         Raises:
             InputError: a name is missing or unknown, or a value is outside the range or off the step.
         """
-        missing = [name for name in self.names if name not in point]
-        unknown = [name for name in point if name not in self.names]
-        if missing or unknown:
-            raise InputError(
-                f"coefficients for unknown experts {unknown}" if unknown else f"no coefficient for {missing}",
-                where=where,
-                mend=f"Give one coefficient for each of {', '.join(self.names)}",
-            )
-        for name in self.names:
-            value, (low, high), step = point[name], self._range(name), self._step(name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        for name in point:
+            if name not in self.names:
                 raise InputError(
-                    f"the coefficient of {name} is {value}, outside [{low}, {high}]",
+                    f"unknown name {name!r}",
                     where=where,
-                    mend="Choose a value in the range, or widen search.bounds in a new study",
+                    mend=did_you_mean(name, self.names) or f"The names are {', '.join(self.names)}",
                 )
-            if step is not None and not is_multiple(value - low, step):
+        for name in self.names:
+            if name not in point:
                 raise InputError(
-                    f"the coefficient of {name} is {value}, not {low} plus a multiple of {step}", where=where
+                    f"no coefficient for {name!r}", where=where, mend=f"Give one for each of {', '.join(self.names)}"
                 )
+            self._check_value(name, point[name], where)
+
+    def _check_value(self, name: str, value: float, where: str | None) -> None:
+        (low, high), step = self._range(name), self._step(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"the coefficient of {name!r} is {value!r}, not a number", where=where)
+        if not low <= value <= high:
+            raise InputError(
+                f"the coefficient of {name!r} is {value}, outside the bounds [{low:g}, {high:g}]",
+                where=where,
+                mend="Choose a value inside, or widen search.bounds",
+            )
+        if step is not None and not is_multiple(value - low, step):
+            raise InputError(
+                f"the coefficient of {name!r} is {value}, not {low:g} plus a multiple of the step {step:g}",
+                where=where,
+                mend="Choose a value on the step, or leave search.step out",
+            )
 
 
 def is_multiple(value: float, step: float) -> bool:
