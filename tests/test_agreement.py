@@ -54,13 +54,13 @@ def test_a_study_without_validation_labels_is_scored_by_agreement_and_its_test_b
     assert best["drops"] == pytest.approx({task: 100 * (1 - score) for task, score in best["tasks"].items()}, abs=1e-3)
     assert "(agreement)" in project.cli("status", "spec.yaml").stdout
     view = StudyView.of(stored_study(StudySpec.from_yaml(project.file)))
-    assert {split: view.metric(split) for split in ("validation", "test")} == printed["metrics"]
+    assert {split: view.metrics(split).text for split in ("validation", "test")} == printed["metrics"]
 
     project.json("export", "spec.yaml", "--out", "merged")
     card = ModelCard.load(project.folder / "merged/README.md")
     kinds = {(result.dataset_split, result.metric_type) for result in card.data.eval_results}
     assert kinds == {("validation", "agreement"), ("test", "accuracy")}
-    assert "validation: agreement; test: accuracy" in card.text
+    assert "Validation: agreement in percent; test: accuracy in percent" in card.text
     scores = project.json("evaluate", "spec.yaml", "--model", "merged")["tasks"]
     assert {task: entry["score"] for task, entry in scores.items()} == best["tasks"]
     assert {entry["metric"] for entry in scores.values()} == {"agreement"}
@@ -91,7 +91,7 @@ def test_with_no_label_anywhere_a_study_runs_is_extended_and_equals_an_uncut_one
     for total in ("2", "4"):
         printed = project.json("run", "spec.yaml", "--trials", total)
     assert printed["metrics"] == {"validation": "agreement", "test": "agreement"}
-    assert StudyView.of(stored_study(StudySpec.from_yaml(project.file))).metric("test") == "agreement"
+    assert StudyView.of(stored_study(StudySpec.from_yaml(project.file))).metrics("test").text == "agreement"
     assert 0 < printed["rows"][-1]["test"]["mean"] <= 1
     cut = completed(project)
     (project.folder / "colours.db").unlink()

@@ -18,7 +18,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from dfmerge_studies.importance.fisher import diagonal_fisher
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, predict
+from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
+from dfmerge_studies.tasks.metrics import METRICS, Answers
 
 TASKS = ("trec", "subj", "cr")
 FLOOR = 1e-12  # the reference adds it to every entry
@@ -81,7 +82,7 @@ def test_accuracies_are_those_of_the_reference_but_for_one_row(
     expected = reference["base_accuracy"] if model == "base" else reference["expert_accuracy"][model]
     for task in TASKS:
         losses = choice_losses(loaded, Kind.TEXT_TO_TEXT, examples[task], pad_id=0)
-        found = accuracy(predict(losses), examples[task])
+        found = METRICS["accuracy"].score(Answers(losses, labels_of(examples[task])))
         assert abs(found - expected[task]) * len(examples[task]) < 1.5, task
 
 

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import accumulate, pairwise
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.image
 import numpy as np
@@ -24,10 +25,9 @@ from dfmerge_studies.report.figures.landscape import Landscape
 from dfmerge_studies.report.page import render, study_page
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.landscape import landscape, plane_of
-from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, rows_right
+from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, row_scores
 from dfmerge_studies.study.scores import keep_multi_task_row
 from dfmerge_studies.study.session import Session, stored_study
-from dfmerge_studies.study.value import mean_score
 from tests.project import EXPERTS, Project, make_project
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "$x^{$", "_hidden & \"quoted\" 'too'")
@@ -134,7 +134,7 @@ def test_a_point_of_the_landscape_is_the_merge_at_its_coefficients(session, copi
     corners = torch.tensor(found["corners"], dtype=torch.float64).T
     for method in ("gta", "df-merge"):
         x, y, score = found["methods"][method]["1 1"]
-        assert score == pytest.approx(mean_score(merge(session.problem, point, method=method).tasks))
+        assert score == pytest.approx(fmean(merge(session.problem, point, method=method).tasks.values()))
         copied.cli("merge", "spec.yaml", "--method", method, "--coefficients", "0.5", "--out", method)
         # The projection onto the span of both task vectors, by least squares, in the coordinates of their corners.
         step = (weights(copied.folder / method) - base).unsqueeze(1)
@@ -155,7 +155,7 @@ def test_what_lies_outside_the_merges_of_a_landscape_is_not_drawn():
     x = [[a * (1 - 0.6 * b) for b in lambdas] for a in lambdas]  # the border bends inwards on both sides
     y = [[b * (1 - 0.6 * a) for b in lambdas] for a in lambdas]
     table = {"gta": [[a + b for b in lambdas] for a in lambdas]}
-    drawn = Landscape("n", "t", "c", "accuracy", ("a", "b"), lambdas, {"gta": x}, {"gta": y}, table, {"gta": {}})
+    drawn = Landscape("n", "t", "c", "accuracy", "%", ("a", "b"), lambdas, {"gta": x}, {"gta": y}, table, {"gta": {}})
     across, up, surface = drawn.surface("gta")
     middle = np.add.outer(np.abs(up - 0.46), np.abs(across - 0.46)) < 0.02  # inside the convex hull, outside the merges
     assert np.isnan(surface[middle]).all()
@@ -177,9 +177,9 @@ def test_a_choice_on_all_rows_is_the_study_s_own(session):
     found = reselect(session, [0.25, 1.0], draws=6)
     best = session.best()
     assert {choices[-1] for choices in found["chosen"]} == {best.number}
-    assert found["scores"][str(best.number)] == pytest.approx(mean_score(session.trial_scores(best, "test")))
+    assert found["scores"][str(best.number)] == pytest.approx(fmean(session.trial_scores(best, "test").values()))
     for trial in session.study.trials:
-        right = rows_right(session, trial)
+        right = row_scores(session, trial)
         assert {task: sum(row) / len(row) for task, row in right.items()} == trial.user_attrs["tasks"]
     drawn = by_name(StudyView.of(session.study))["ratio"]
     assert [drawn.means[-1], drawn.lows[-1], drawn.highs[-1]] == pytest.approx([found["scores"][str(best.number)]] * 3)

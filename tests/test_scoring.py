@@ -19,7 +19,8 @@ from transformers import (
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import accuracy, choice_losses, length_batches, predict, token_cost
+from dfmerge_studies.tasks.evaluate import choice_losses, labels_of, length_batches, token_cost
+from dfmerge_studies.tasks.metrics import predict
 from dfmerge_studies.tasks.scoring import forward_losses, probabilities
 from tests.models import FAMILIES, make_examples, make_model, randomise_
 from tests.test_fisher import loop_losses
@@ -143,13 +144,11 @@ def test_predictions_are_the_lowest_loss_and_the_first_of_equals() -> None:
     assert predict([[2.0, 1.0, 3.0], [1.0, 1.0]]) == [1, 0]
 
 
-def test_accuracy_counts_labels_and_wants_them() -> None:
+def test_a_row_without_a_label_is_named() -> None:
     examples = [Encoded(0, (1,), ((2,), (3,)), 1), Encoded(1, (1,), ((2,), (3,)), 0)]
-    assert accuracy([1, 1], examples) == 0.5
-    with pytest.raises(InputError, match="no label"):
-        accuracy([1, 1], [examples[0], replace(examples[1], label=None)])
-    with pytest.raises(InputError, match="no examples"):
-        accuracy([], [])
+    assert labels_of(examples) == [1, 0]
+    with pytest.raises(InputError, match="row 1: the row has no label"):
+        labels_of([examples[0], replace(examples[1], label=None)])
 
 
 def test_segment_ids_reach_the_model_and_texts_without_them_get_zeros() -> None:

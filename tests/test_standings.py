@@ -13,7 +13,10 @@ import pytest
 from dfmerge_studies.report.comparison import largest_drop, paired_p, ranked, spread, standings
 from dfmerge_studies.report.renderings import notes, standings_csv, standings_json, standings_latex, standings_table
 from dfmerge_studies.study.comparison import Comparison, Entry
+from dfmerge_studies.tasks.metrics import METRICS, Metrics
 
+ACCURACY = METRICS["accuracy"]
+BOTH = Metrics.named({"a": "accuracy", "b": "accuracy"})
 OURS = {0: (0.8, 0.8), 1: (0.82, 0.82), 2: (0.81, 0.81)}
 GTA = {0: (0.6, 0.8), 1: (0.62, 0.8), 2: (0.7, 0.8)}  # means 0.7, 0.71, 0.75
 FISHER = {0: (0.84, 0.8), 1: (0.78, 0.82), 2: (0.8, 0.83)}
@@ -39,6 +42,7 @@ def comparison() -> Comparison:
         variants=("gta", "fisher", "ties", "df-merge"),
         seeds=(0, 1, 2),
         splits=("test",),
+        metrics={"test": Metrics.named(dict.fromkeys(("a_1", "b"), "accuracy"))},
         entries=(*made("gta", GTA), *made("fisher", FISHER), *lost, *made("df-merge", OURS)),
         references={
             "zero-shot": dict.fromkeys((0, 1, 2), scores((0.5, 0.3))),
@@ -64,9 +68,10 @@ def test_best_and_second_are_shared_by_those_that_tie_and_references_do_not_comp
     assert ranks["a_1"] == {"df-merge": 1, "fisher": 2}
     assert ranks["b"] == {"fisher": 1, "df-merge": 2}
     assert ranks["mean"] == {"fisher": 1, "df-merge": 2}
-    assert ranked({"a": 0.3, "b": 0.1 + 0.2, "c": 0.2, "d": 0.2, "e": 0.1}) == {"a": 1, "b": 1, "c": 2, "d": 2}
-    assert ranked({"a": 0.0}) == {"a": 1}
-    assert ranked({}) == {}
+    tied = {"a": 0.3, "b": 0.1 + 0.2, "c": 0.2, "d": 0.2, "e": 0.1}
+    assert ranked(tied, ACCURACY) == {"a": 1, "b": 1, "c": 2, "d": 2}
+    assert ranked({"a": 0.0}, ACCURACY) == {"a": 1}
+    assert ranked({}, ACCURACY) == {}
 
 
 def test_the_star_is_a_paired_one_sided_t_test_over_seeds(comparison):
@@ -81,9 +86,9 @@ def test_the_star_is_a_paired_one_sided_t_test_over_seeds(comparison):
     assert rows["ties"].p is None
     one, other = {0: 0.8, 1: 0.83, 7: 0.0}, {0: 0.7, 1: 0.7, 9: 1.0}  # two common seeds: one degree of freedom
     t = 0.115 / (0.03 / math.sqrt(2) / math.sqrt(2))
-    assert paired_p(one, other) == pytest.approx(0.5 - math.atan(t) / math.pi)
-    assert paired_p({0: 0.8}, {0: 0.1}) is None
-    assert paired_p({0: 0.8, 1: 0.9}, {0: 0.1, 1: 0.2}) is None  # differences without spread
+    assert paired_p(one, other, ACCURACY) == pytest.approx(0.5 - math.atan(t) / math.pi)
+    assert paired_p({0: 0.8}, {0: 0.1}, ACCURACY) is None
+    assert paired_p({0: 0.8, 1: 0.9}, {0: 0.1, 1: 0.2}, ACCURACY) is None  # differences without spread
 
 
 def test_the_largest_drop_names_the_task_that_loses_most_against_its_expert(comparison):
@@ -91,8 +96,8 @@ def test_the_largest_drop_names_the_task_that_loses_most_against_its_expert(comp
     assert rows["gta"].drop == ("a_1", pytest.approx(26.0))
     assert rows["zero-shot"].drop == ("b", pytest.approx(55.0))
     assert rows["fine-tuned"].drop is None
-    assert largest_drop({"a": 0.9, "b": 0.7}, {"a": 0.8}) == ("a", pytest.approx(-10.0))
-    assert largest_drop({"a": 0.9}, {}) is None
+    assert largest_drop({"a": 0.9, "b": 0.7}, {"a": 0.8}, BOTH) == ("a", pytest.approx(-10.0))
+    assert largest_drop({"a": 0.9}, {}, BOTH) is None
 
 
 def test_every_form_of_the_table_holds_the_same_numbers(comparison):

@@ -10,12 +10,13 @@ from dfmerge_studies.study.value import (
     best_trial,
     constraint_values,
     directions,
-    drops,
     objective_values,
     violation,
 )
+from dfmerge_studies.tasks.metrics import Metrics
 
 SCORES = {"a": 0.9, "b": 0.4, "c": 0.5}
+ACCURACY = Metrics.named(dict.fromkeys(SCORES, "accuracy"))
 
 
 def objective(kind: str, **weights: float) -> ObjectiveSettings:
@@ -33,25 +34,26 @@ def trial(number: int, values: list[float], constraints: list[float] | None = No
 
 
 def test_the_mean_objective_is_the_mean_of_the_task_scores():
-    assert objective_values(objective("mean"), SCORES) == (pytest.approx(0.6),)
+    assert objective_values(objective("mean"), SCORES, ACCURACY) == (pytest.approx(0.6),)
 
 
 def test_the_min_objective_is_the_worst_task():
-    assert objective_values(objective("min"), SCORES) == (0.4,)
+    assert objective_values(objective("min"), SCORES, ACCURACY) == (0.4,)
 
 
 def test_the_weighted_objective_divides_by_the_sum_of_weights_and_leaves_unnamed_tasks_out():
-    assert objective_values(objective("weighted", a=3.0, b=1.0), SCORES) == (pytest.approx((3 * 0.9 + 0.4) / 4),)
+    values = objective_values(objective("weighted", a=3.0, b=1.0), SCORES, ACCURACY)
+    assert values == (pytest.approx((3 * 0.9 + 0.4) / 4),)
 
 
 def test_pareto_has_one_direction_and_one_value_per_task():
-    assert objective_values(objective("pareto"), SCORES) == (0.9, 0.4, 0.5)
+    assert objective_values(objective("pareto"), SCORES, ACCURACY) == (0.9, 0.4, 0.5)
     assert directions(objective("pareto"), list(SCORES)) == ["maximize"] * 3
     assert directions(objective("mean"), list(SCORES)) == ["maximize"]
 
 
 def test_drops_are_points_lost_against_the_task_s_own_expert():
-    assert drops(SCORES, {"a": 0.95, "b": 0.3}) == {"a": pytest.approx(5.0), "b": pytest.approx(-10.0)}
+    assert ACCURACY.drops(SCORES, {"a": 0.95, "b": 0.3}) == {"a": pytest.approx(5.0), "b": pytest.approx(-10.0)}
 
 
 def test_a_drop_of_exactly_max_drop_is_feasible():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.progress import TaskID
 
-    from dfmerge_studies.spec import ObjectiveSettings
+    from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.trials.results import Event
 
 _WORTH_A_LINE = ("failed", "recovered", "applied", "interrupted", "superseded")
@@ -22,9 +22,12 @@ _WORTH_A_LINE = ("failed", "recovered", "applied", "interrupted", "superseded")
 @dataclass
 class _Followed:
     study: optuna.Study
-    objective: ObjectiveSettings
+    spec: StudySpec
     total: int
     bar: TaskID
+
+    def shown(self, values: Sequence[float] | None) -> str:
+        return self.spec.metrics("validation").value_text(values) if values else ""
 
 
 class TrialBars:
@@ -64,17 +67,17 @@ class TrialBars:
             self._bars.update(bar, visible=False)
         self._bars.__exit__(*exception)
 
-    def follow(self, study: optuna.Study, objective: ObjectiveSettings, total: int) -> None:
+    def follow(self, study: optuna.Study, spec: StudySpec, total: int) -> None:
         """Show a study.
 
         Args:
             study: the stored study.
-            objective: what its trials are judged by.
+            spec: what its trials are judged by.
             total: the trials that it should reach.
         """
         if study.study_name not in self._studies:
             bar = self._bars.add_task(study.study_name, total=total, best="")
-            self._studies[study.study_name] = _Followed(study, objective, total, bar)
+            self._studies[study.study_name] = _Followed(study, spec, total, bar)
             self._refresh(study.study_name)
 
     @property
@@ -97,8 +100,9 @@ class TrialBars:
             text = f"trial {event.number} {event.kind}"
             self.message(f"{text}: {event.message}" if event.message else text, who)
         elif event.kind == "completed" and not self.watched:
-            total = self._studies[name].total
-            self.message(f"{name}: {done}/{total}  trial {event.number} {_shown(event.values)}  {best}", who)
+            shown = self._studies[name]
+            text = f"{name}: {done}/{shown.total}  trial {event.number} {shown.shown(event.values)}  {best}"
+            self.message(text, who)
 
     def message(self, text: str, who: str = "") -> None:
         """Print a line above the bars.
@@ -133,11 +137,8 @@ class TrialBars:
         completed = results_of(shown.study.get_trials(deepcopy=False))
         if len(completed) >= shown.total:  # somebody may have raised it meanwhile
             shown.total = max(shown.total, int(shown.study.user_attrs.get(provenance.TARGET, 0)))
-        best = best_trial(completed, shown.objective)
-        text = f"best {_shown(best.values)} (trial {best.number})" if best is not None else ""
+        best = best_trial(completed, shown.spec.objective)
+        metric = shown.spec.metrics("validation").short
+        text = f"best {shown.shown(best.values)} {metric} (trial {best.number})" if best is not None else ""
         self._bars.update(shown.bar, completed=len(completed), total=shown.total, best=text)
         return len(completed), text
-
-
-def _shown(values: Iterable[float] | None) -> str:
-    return " ".join(f"{100 * value:.1f}" for value in values or ())

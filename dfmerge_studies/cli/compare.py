@@ -67,9 +67,9 @@ def compare(
     if found.interrupted:
         common.messages().print("interrupted: nothing is lost, the same command goes on")
         if json:
-            _tell(found, settings, ablation=ablation, form="json")
+            _tell(found, ablation=ablation, form="json")
         raise typer.Exit(130)
-    _tell(found, settings, ablation=ablation, form="json" if json else "csv" if csv else "latex" if latex else "")
+    _tell(found, ablation=ablation, form="json" if json else "csv" if csv else "latex" if latex else "")
     for entry in found.failed:
         common.messages().print(f"{entry.study} failed: {entry.error}", markup=False, soft_wrap=True)
     if found.failed:
@@ -114,7 +114,7 @@ def _work(session: Session, total: int, planned: Planned) -> Summary:
     common.messages().print(f"study {planned.number} of {planned.of}: {planned.spec.name}", markup=False)
     try:
         with TrialBars() as bars:
-            bars.follow(session.study, session.spec.objective, total)
+            bars.follow(session.study, session.spec, total)
             session.merger.progress = bars.phase
             return session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
     except RunError as error:
@@ -122,7 +122,7 @@ def _work(session: Session, total: int, planned: Planned) -> Summary:
         raise
 
 
-def _tell(found: Comparison, spec: StudySpec, *, ablation: bool, form: str) -> None:
+def _tell(found: Comparison, *, ablation: bool, form: str) -> None:
     from dfmerge_studies.report import renderings
     from dfmerge_studies.report.comparison import standings
     from dfmerge_studies.study.variants import ABLATION
@@ -136,7 +136,7 @@ def _tell(found: Comparison, spec: StudySpec, *, ablation: bool, form: str) -> N
     elif form == "latex":
         common.say(renderings.standings_latex(table, labels), end="")
     else:
-        title = f"{found.study}: {table.split} {spec.metrics_text(table.split)} in percent"
+        title = f"{found.study}: {table.split} {table.metrics.heading}"
         out = common.output()
         if not out.is_terminal:
             out.width = _WIDE

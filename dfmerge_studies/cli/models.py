@@ -144,15 +144,16 @@ def evaluate(
         from dfmerge_studies.objective.evaluate import evaluate_model
 
         tasks = evaluate_model(settings, model, split, progress=progress, ranks=common.join_ranks(settings))
-    mean = sum(float(entry["score"]) for entry in tasks.values()) / len(tasks)
+    metrics = settings.metrics(split)
     if json:
+        mean = metrics.mean_of({task: float(entry["score"]) for task, entry in tasks.items()})
         common.print_json({"model": model, "split": split, "tasks": tasks, "mean": mean})
         return
     from dfmerge_studies.report.tables import Row, comparison_table
 
     scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
-    title = f"{split} {settings.metrics_text(split)} in percent"
-    common.output().print(comparison_table([Row(model, scores)], list(tasks), split, title=title))
+    title = f"{split} {metrics.heading}"
+    common.output().print(comparison_table([Row(model, scores)], metrics, split, title=title))
 
 
 def export(
@@ -192,7 +193,8 @@ def export(
         common.print_json(result)
         return
     console = common.output()
-    console.print(f"trial {found.number} ({100 * result['value']:.1f}) written to {out}", markup=False)
+    value = settings.metrics("validation").value_text([result["value"]])
+    console.print(f"trial {found.number} ({value} {result['metric']}) written to {out}", markup=False)
     if spec is not None:
         console.print(f"next:\n  dfmerge evaluate {spec} --model {out} --split test", markup=False)
 

@@ -94,7 +94,7 @@ def _work(session: Session, total: int | None) -> bool:
         Whether the work was not interrupted.
     """
     with TrialBars() as bars:
-        bars.follow(session.study, session.spec.objective, session.total(total))
+        bars.follow(session.study, session.spec, session.total(total))
         session.merger.progress = bars.phase
         summary = session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
     return not summary.interrupted
@@ -163,18 +163,22 @@ def _tell(
 
     summary = study_summary(study, spec)
     if as_json:
-        metrics = {split: spec.metrics_text(split) for row in rows[:1] for split in row.scores}
-        common.print_json({**summary, "interrupted": not finished, "metrics": metrics, "rows": rows_as_json(rows)})
+        metrics = {split: spec.metrics(split) for row in rows[:1] for split in row.scores}
+        texts = {split: each.text for split, each in metrics.items()}
+        shown = {"interrupted": not finished, "metrics": texts, "rows": rows_as_json(rows, metrics)}
+        common.print_json({**summary, **shown})
         return
     out, best = common.output(), summary["best"]
     trials = summary["trials"]
     for split in rows[0].scores if rows else ():
-        title = f"{summary['study']}: {split} {spec.metrics_text(split)} in percent"
-        out.print(comparison_table(rows, list(spec.tasks), split, title=title))
+        metrics_of = spec.metrics(split)
+        title = f"{summary['study']}: {split} {metrics_of.heading}"
+        out.print(comparison_table(rows, metrics_of, split, title=title))
     state = f"{trials['complete']} of {trials['target']} trials complete"
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:
-        out.print(f"winner: trial {best['number']}, {100 * best['value']:.1f}")
+        value = spec.metrics("validation").value_text([best["value"]])
+        out.print(f"winner: trial {best['number']}, {value} ({summary['metric']})")
         dropped = f", drop rate {best['drop_rate']:g}" if "drop_rate" in best else ""
         out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{dropped}", markup=False)
         if not best.get("feasible", True):

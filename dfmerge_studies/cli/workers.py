@@ -161,4 +161,4 @@ class _Display:
         from dfmerge_studies.study.session import stored_study
 
         if name not in (study.study_name for study in self._bars.studies):
-            self._bars.follow(stored_study(self._specs[name]), self._specs[name].objective, total)
+            self._bars.follow(stored_study(self._specs[name]), self._specs[name], total)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.inputs import fisher_rows, limited_examples
+from dfmerge_studies.objective.inputs import fisher_rows, scored_examples
 from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.objective.problem import Problem, TaskInputs
 from dfmerge_studies.spec import StudySpec
@@ -39,11 +39,11 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
     tasks = {}
     for name, task in problem.tasks.items():
         rows = fisher_rows(spec, name, len(task.validation), wanted)
-        splits = {**task.splits, "validation": limited_examples(spec, name, task.validation)}
+        splits = {**task.splits, "validation": scored_examples(spec, name, "validation", task.validation)}
         tasks[name] = TaskInputs(splits, [task.validation[row] for row in rows], task.validation)
     other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={}, expert_answers={})
     same = [split for split in ("validation", "test") if _rows(problem, split) == _rows(other, split)]
-    alike = [split for split in same if _metrics(problem.spec, split) == _metrics(spec, split)]
+    alike = [split for split in same if problem.spec.metrics(split) == spec.metrics(split)]
     other.reference_scores.update({key: s for key, s in problem.reference_scores.items() if key[1] in alike})
     other.expert_answers.update({key: a for key, a in problem.expert_answers.items() if key[1] in same})
     other.known_digests.update({split: d for split, d in problem.known_digests.items() if split in same})
@@ -65,11 +65,6 @@ def _loaded(spec: StudySpec) -> dict[str, object]:
 def _drawn_by(spec: StudySpec) -> tuple[object, ...]:
     """What of a spec decides the Fisher inputs."""
     return spec.search.seed, spec.importance.samples, spec.importance.indices
-
-
-def _metrics(spec: StudySpec, split: str) -> list[str]:
-    """What the scores of every task's inputs of a split are."""
-    return [spec.metric(task, split) for task in spec.tasks]
 
 
 def _rows(problem: Problem, split: str) -> list[list[int] | None]:

@@ -17,14 +17,15 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.write import HEADS
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.inputs import check_labels, encode_split, limited_examples, padding_id
+from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind
-from dfmerge_studies.tasks.evaluate import accuracy, agreement, choice_losses, predict
+from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
+from dfmerge_studies.tasks.metrics import Answers, predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ def evaluate_model(
         ranks: processes that share the inputs.
 
     Returns:
-        Per task: `score` in 0..1, `metric`, and `n`, the number of inputs.
+        Per task: `score`, `metric`, and `n`, the number of inputs.
 
     Raises:
         InputError: the model cannot be loaded or does not fit the tasks.
@@ -92,24 +93,23 @@ def _evaluate(
     results: dict[str, dict[str, float | int | str]] = {}
     for task in spec.tasks:
         examples = encode_split(spec, task, split, model, tokenizer, found.kind)
-        if split == "validation":
-            examples = limited_examples(spec, task, examples)
         check_labels(spec, task, examples, heads)
+        examples = scored_examples(spec, task, split, examples)
         put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
-        metric, pad_id = spec.metric(task, split), padding_id(tokenizer)
+        metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
         losses = choice_losses(
             model, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, progress=advance, ranks=ranks
         )
-        if metric == "agreement":
+        if metric.labels:
+            answers = Answers(losses, labels_of(examples), spec.tasks[task].positive_class())
+        else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
             others = choice_losses(
                 expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
             )
-            score = agreement(predict(losses), predict(others))
-        else:
-            score = accuracy(predict(losses), examples)
-        results[task] = {"score": score, "metric": metric, "n": len(examples)}
+            answers = Answers(losses, predict(others))
+        results[task] = {"score": metric.score(answers), "metric": metric.name, "n": len(examples)}
     return results
 
 

@@ -19,16 +19,63 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def limited_examples(spec: StudySpec, task: str, examples: Sequence[Encoded]) -> list[Encoded]:
-    """The validation inputs that the task's `limit` leaves, drawn with the study's seed.
+def scored_examples(spec: StudySpec, task: str, split: str, examples: Sequence[Encoded]) -> list[Encoded]:
+    """The inputs that a model is scored on: of validation those that `limit` leaves, drawn with the study's seed.
 
     Args:
         spec: where limit and seed stand.
         task: name of the task.
-        examples: all validation inputs.
+        split: "validation" or "test".
+        examples: all inputs of the split.
+
+    Raises:
+        InputError: every model would have the same score on them.
     """
-    generator = seeded_generator(spec.search.seed, "limit", task)
-    return [examples[row] for row in limited_rows(len(examples), spec.tasks[task].limit, generator)]
+    settings, metric = spec.tasks[task], spec.metrics(split)[task]
+    if split == "validation":
+        generator = seeded_generator(spec.search.seed, "limit", task)
+        examples = [examples[row] for row in limited_rows(len(examples), settings.limit, generator)]
+    labels = [example.label for example in examples if example.label is not None]
+    reason = metric.pointless(labels, settings.positive_class()) if metric.labels else None
+    if reason is not None:
+        raise InputError(
+            f"{metric.name} on {split} would be the same for every model: {reason}",
+            where=spec.where(f"tasks.{task}.metric"),
+            mend="Give more rows, correct the labels, or use another metric",
+        )
+    return list(examples)
+
+
+def check_classes(spec: StudySpec, task: str, split: str, rows: Sequence[Row]) -> None:
+    """Refuse choices that differ from row to row, where the metric compares them across rows.
+
+    Args:
+        spec: where the metric stands.
+        task: name of the task.
+        split: "validation" or "test".
+        rows: of the split, as text.
+
+    Raises:
+        InputError: naming the first such row, or a positive class that there is not.
+    """
+    settings, metric = spec.tasks[task], spec.metrics(split)[task]
+    if not metric.classes:
+        return
+    for row in rows:
+        if row.choices != rows[0].choices:
+            raise InputError(
+                f"{metric.name} compares classes, and row {row.index} of {split} has other choices than row "
+                f"{rows[0].index}",
+                where=spec.where(f"tasks.{task}.metric"),
+                mend="Use accuracy or log_likelihood, or give all rows the same choices in the same order",
+            )
+    positive = settings.positive_class()
+    if positive is not None and rows[0].choices and positive >= len(rows[0].choices):
+        raise InputError(
+            f"there is no choice of index {positive}: the rows have {len(rows[0].choices)}",
+            where=spec.where(f"tasks.{task}.positive"),
+            mend="Count from 0",
+        )
 
 
 def check_labels(
@@ -98,7 +145,10 @@ def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
         mend = "Name one, or use --split validation" if split == "test" else "Name one"
         raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
     labelled = split == "test" or spec.needs_labels
-    return load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+    rows = load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+    if split != "training":
+        check_classes(spec, task, split, rows)
+    return rows
 
 
 def encode_read(

@@ -29,7 +29,8 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.spec import StudySpec, check_coefficients
-from dfmerge_studies.tasks.evaluate import accuracy, agreement, choice_losses, predict
+from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
+from dfmerge_studies.tasks.metrics import Answers, predict
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import Prepared
 
@@ -89,7 +90,7 @@ class Outcome:
     """What one merge gave.
 
     Attributes:
-        tasks: score per task, 0..1.
+        tasks: score per task.
         seconds: wall-clock time per phase: fisher, merge, evaluate.
         computed: Fishers that were computed.
         cached: Fishers that came from the cache.
@@ -206,28 +207,30 @@ class Merger:
 
     @_everywhere
     def score(self, task: str, split: str) -> float:
-        """Score of the model as it stands on one task, 0..1.
+        """Score of the model as it stands on one task, by the metric of task and split.
 
         Args:
             task: name of the task.
             split: "validation" or "test".
         """
-        answers = self.predictions(task, split)
-        if self.problem.spec.metric(task, split) == "agreement":
-            return agreement(answers, self.problem.expert_answers[task, split])
-        return accuracy(answers, self.problem.examples(task, split))
+        return self.problem.spec.metrics(split)[task].score(self._answers(task, split))
 
-    def right(self, task: str, split: str) -> list[bool]:
-        """Which inputs the model as it stands answers as the label has it, or for agreement as the task's expert does.
+    def row_scores(self, task: str, split: str) -> list[float]:
+        """One score per input of the model as it stands; their mean is its score.
 
         Args:
-            task: name of the task.
+            task: name of the task; its metric is a mean over inputs.
             split: "validation" or "test".
         """
-        answers, wanted = self.predictions(task, split), [e.label for e in self.problem.examples(task, split)]
-        if self.problem.spec.metric(task, split) == "agreement":
-            wanted = [*self.problem.expert_answers[task, split]]
-        return [answer == each for answer, each in zip(answers, wanted, strict=True)]
+        of_rows = self.problem.spec.metrics(split)[task].of_rows
+        assert of_rows is not None
+        return list(of_rows(self._answers(task, split)))
+
+    def _answers(self, task: str, split: str) -> Answers:
+        spec, losses = self.problem.spec, self.losses(task, split)
+        if spec.metrics(split)[task].labels:
+            return Answers(losses, labels_of(self.problem.examples(task, split)), spec.tasks[task].positive_class())
+        return Answers(losses, self.problem.expert_answers[task, split])
 
     @_everywhere
     def ask_experts_(self, split: str) -> None:
@@ -238,17 +241,17 @@ class Merger:
         """
         known = self.problem.expert_answers
         for index, expert in enumerate(self.problem.spec.experts.values()):
-            if expert.task is None or self.problem.spec.metric(expert.task, split) != "agreement":
+            if expert.task is None or self.problem.spec.metrics(split)[expert.task].labels:
                 continue
             key = (expert.task, split)
             if not all(self.problem.ranks.agreed(functools.partial(known.__contains__, key))):
                 self.problem.resident.load_scaled_(index, 1.0)
-                known[key] = self.predictions(*key)
+                known[key] = predict(self.losses(*key))
 
     @_everywhere
     @memory_errors()
-    def predictions(self, task: str, split: str) -> list[int]:
-        """Answer of the model as it stands to every input of one task.
+    def losses(self, task: str, split: str) -> list[list[float]]:
+        """Losses of all choices of every input of one task under the model as it stands.
 
         Args:
             task: name of the task.
@@ -259,7 +262,7 @@ class Merger:
         """
         examples = self.problem.examples(task, split)
         self.problem.resident.use_head_(task)
-        losses = choice_losses(
+        return choice_losses(
             self.problem.resident.model,
             self.problem.kind,
             examples,
@@ -268,7 +271,6 @@ class Merger:
             progress=counted(self.progress, f"{task}: {split}", len(examples)),
             ranks=self.problem.ranks,
         )
-        return predict(losses)
 
     @_everywhere
     def expert_scores(self, split: str) -> dict[str, float]:

@@ -18,9 +18,9 @@ from dfmerge_studies.objective.inputs import (
     encode_read,
     encode_split,
     fisher_rows,
-    limited_examples,
     padding_id,
     read_split,
+    scored_examples,
 )
 from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.progress import Progress, silent
@@ -142,10 +142,9 @@ class Problem:
         """
         splits = self.tasks[task].splits
         if split not in splits:
-            splits[split] = encode_split(
-                self.spec, task, split, self.resident.model, self.resident.tokenizer, self.kind
-            )
-            check_labels(self.spec, task, splits[split], self.resident.heads)
+            found = encode_split(self.spec, task, split, self.resident.model, self.resident.tokenizer, self.kind)
+            check_labels(self.spec, task, found, self.resident.heads)
+            splits[split] = scored_examples(self.spec, task, split, found)
         return splits[split]
 
 
@@ -272,7 +271,9 @@ def _load_problem(
         everything = encode_read(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
-        tasks[name] = TaskInputs({"validation": limited_examples(spec, name, everything)}, fisher, everything)
+        tasks[name] = TaskInputs(
+            {"validation": scored_examples(spec, name, "validation", everything)}, fisher, everything
+        )
     progress("ready", steps, steps)
     return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests, ranks)
 

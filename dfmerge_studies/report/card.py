@@ -27,7 +27,7 @@ class Merged:
         drop_rate: of `dare`.
         trial: number of the trial, None for a merge outside any study.
         value: what the trial was worth.
-        scores: per split, per task, 0..1.
+        scores: per split, per task.
         expert_scores: per split, of each task's own expert.
     """
 
@@ -90,7 +90,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
             dataset_config=task,  # results of one type, config and split would be thrown together
             dataset_name=task,
             dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
-            metric_type=spec.metric(task, split),
+            metric_type=spec.metrics(split)[task].name,
             metric_value=round(score, 4),
         )
         for split, scores in merged.scores.items()
@@ -100,7 +100,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         base_model=[_public(reference) for reference in (spec.base, *(e.model for e in spec.experts.values()))],
         library_name="transformers",
         tags=["merge", "model-merging", "df-merge", spec.method],
-        metrics=sorted({spec.metric(t, s) for s in merged.scores or ("validation",) for t in spec.tasks}),
+        metrics=sorted({m.name for split in merged.scores or ("validation",) for m in spec.metrics(split).values()}),
         model_name=spec.name,
         eval_results=results or None,
     )
@@ -172,11 +172,11 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
         for split in splits:
             for source in (merged.scores, merged.expert_scores):
                 score = source.get(split, {}).get(task)
-                cells.append("-" if score is None else f"{100 * score:.1f}")
+                cells.append("-" if score is None else spec.metrics(split)[task].shown(score))
         lines.append(f"| {task} | {' | '.join(cells)} |")
-    what = "; ".join(f"{split}: {spec.metrics_text(split)}" for split in splits)
-    lines += ["", f"In percent; {what}. Coefficients were chosen on the validation split.", ""]
-    if any(spec.metric(task, split) == "agreement" for split in splits for task in spec.tasks):
+    what = "; ".join(f"{split}: {spec.metrics(split).heading}" for split in splits)
+    lines += ["", f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.", ""]
+    if any(not metric.labels for split in splits for metric in spec.metrics(split).values()):
         lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
     return lines
 

@@ -66,7 +66,8 @@ def export_trial(
         shard_size: largest size of one weights file.
 
     Returns:
-        `value` (for several objectives the mean score), `digest`, `coefficients`, `drop_rate` of `dare`, `fishers`.
+        `value` (for several objectives their mean), `metric`, `digest`, `coefficients`, `drop_rate` of `dare`,
+        `fishers`.
 
     Raises:
         InputError: the directory exists.
@@ -89,6 +90,7 @@ def export_trial(
     digest, outcome = export_merge(session.merger, session.spec, merged, out, force=force, shard_size=shard_size)
     return {
         "value": value,
+        "metric": session.spec.metrics("validation").text,
         "coefficients": dict(merged.coefficients),
         **({"drop_rate": merged.drop_rate} if merged.drop_rate is not None else {}),
         "digest": digest,

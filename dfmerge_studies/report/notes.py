@@ -21,7 +21,7 @@ from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import stored_science
-from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial, trial_value, violation
+from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial, violation
 from dfmerge_studies.trials.reading import results
 
 BEST = 3  # trials that get a note
@@ -78,7 +78,8 @@ def study_note(view: StudyView) -> str:
     ]
     if best is not None:
         lines += [
-            f"**Best: trial {best.number}, {100 * trial_value(best):.2f}**",
+            f"**Best: trial {best.number}, {view.value_text(best, 2)}** ({escape(view.measure)}"
+            f"{' in percent' if view.unit else ''} on validation)",
             "",
             *_table(
                 ["expert", "coefficient"],
@@ -102,23 +103,25 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
         trial: one of its completed trials.
         rank: 1 for the best.
     """
-    experts = view.scores("experts", "validation") or {}
+    experts, metrics = view.scores("experts", "validation") or {}, view.metrics("validation")
     rows = []
     for task, score in trial.user_attrs[TASKS].items():
-        own = experts.get(task)
+        own, metric = experts.get(task), metrics[task]
+        difference = "" if own is None else metric.shown(score - own)
         rows.append(
             [
                 task,
-                f"{100 * score:.1f}",
-                "-" if own is None else f"{100 * own:.1f}",
-                "-" if own is None else f"{100 * (score - own):+.1f}",
+                f"{metric.name}, {metric.unit}" if metric.unit else metric.name,
+                metric.shown(score),
+                "-" if own is None else metric.shown(own),
+                "-" if own is None else difference if difference.startswith("-") else f"+{difference}",
             ]
         )
     return "\n".join(
         [
-            f"**Number {rank} of the study** (percent on the validation splits)",
+            f"**Number {rank} of the study** (on the validation splits)",
             "",
-            *_table(["task", "merged", "own expert", "difference"], rows),
+            *_table(["task", "metric", "merged", "own expert", "difference"], rows),
             *_constraint(view, trial),
             "```sh",
             f"dfmerge export SPEC.yaml --trial {trial.number} --out merged-model",

@@ -63,14 +63,14 @@ def study_page(view: StudyView, command: str) -> Page:
     if view.best is None:
         summary += ", none complete yet."
     else:
-        value = 100 * view.value(view.best)
-        summary += f". The best is trial {view.best.number}, with {value:.1f} % {view.measure} on validation."
+        value = f"{view.value_text(view.best)} {view.unit}".rstrip()
+        summary += f". The best is trial {view.best.number}, with {value} {view.measure} on validation."
     tables = [merged_table(view), *score_tables(view)]
     compared = stored_comparison(view)
     if compared is not None:
         (split,) = compared.splits
         summary += f" Its storage has {len(compared.variants)} methods over {len(compared.seeds)} seeds."
-        tables.append(standings_section(standings(compared, split), view.metric(split)))
+        tables.append(standings_section(standings(compared, split)))
     return Page(
         title=f"{view.name}: {view.method}",
         summary=summary,

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dfmerge_studies.report import sections
-from dfmerge_studies.report.comparison import MEAN, OURS, SIGNIFICANT, Cell, Standing, Standings
+from dfmerge_studies.report.comparison import OURS, SIGNIFICANT, Cell, Standing, Standings
 from dfmerge_studies.study.comparison import Comparison
+from dfmerge_studies.tasks.metrics import MEAN
 
 _STYLES = {1: "bold", 2: "underline"}
 _LATEX = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
@@ -32,12 +33,12 @@ _LATEX_SIGNS = {
 _TWO = r"r@{\,}l"  # a number and what belongs to it
 CSV_COLUMNS = (
     "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
-    "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error",
+    "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error", "metric",
 )  # fmt: skip
 
 
 def standings_table(found: Standings, labels: Mapping[str, str], *, title: str) -> Table:
-    """Scores in points (of 100) for the terminal: the best of every column bold, the second underlined.
+    """Scores for the terminal: the best of every column bold, the second underlined.
 
     The spread over seeds stands at the mean only, so that many tasks fit; the other forms have it for every task.
 
@@ -52,7 +53,7 @@ def standings_table(found: Standings, labels: Mapping[str, str], *, title: str) 
     for row in found.rows:
         cells = [Text(_label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
         for column in (*found.tasks, MEAN):
-            mean, std = _numbers(row, column) or ("-", "")
+            mean, std = _numbers(found, row, column) or ("-", "")
             cells.append(Text(mean, style=_STYLES.get(found.ranks[column].get(row.method, 0), "")))
         if spreads:
             cells.append(Text(f"± {std}" if std else "").append("*" if row.star else " " if starred else ""))
@@ -84,13 +85,15 @@ def notes(found: Standings) -> list[str]:
         test = f"paired one-sided t-test of the means over {seeds} seeds, p < {SIGNIFICANT}"
         starred = any(row.star for row in found.rows)
         lines.append(f"* {OURS} is better ({test})" if starred else f"{OURS} is better than no row ({test})")
-    lines.append("largest drop: points that the worst task loses against its own expert")
+    odd = any((metric.low, metric.high) != (0.0, 1.0) for metric in found.metrics.values())
+    what = "points that the worst task loses against its own expert"
+    lines.append(f"largest drop: {what}{', hundredths of the range of its metric' if odd else ''}")
     lines.append("trials and seconds: per seed; Fishers from the cache cost no time")
     return lines
 
 
 def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
-    """The table for `--json`; scores stay 0..1.
+    """The table for `--json`; scores are never in percent.
 
     Args:
         found: the numbers.
@@ -99,6 +102,8 @@ def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
     return {
         "study": found.study,
         "split": found.split,
+        "metric": found.metrics.text,
+        "task_metrics": found.metrics.names,
         "seeds": list(found.seeds),
         "storage": comparison.storage,
         "interrupted": comparison.interrupted,
@@ -107,7 +112,7 @@ def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
 
 
 def standings_csv(found: Standings) -> str:
-    """One line per row and task, and one per row for the mean; scores stay 0..1, in full precision.
+    """One line per row and task, and one per row for the mean; scores are never in percent, in full precision.
 
     Args:
         found: the numbers.
@@ -136,6 +141,7 @@ def standings_csv(found: Standings) -> str:
                     "seconds": fmean(entry.seconds for entry in row.entries) if row.entries else None,
                     **{f"fishers_{kind}": count for kind, count in _fishers(row).items() if row.entries},
                     "error": " | ".join(row.errors),
+                    "metric": found.metrics.of(task).name,
                 }
             )
     return out.getvalue()
@@ -154,6 +160,7 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
     scores = (*found.tasks, MEAN)
     heads = [rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" if spreads else _escape(name) for name in scores]
     lines = [
+        f"% {found.split} {found.metrics.heading}",
         r"% needs \usepackage{booktabs}",
         r"% if it is too wide: \usepackage{graphicx} and \resizebox{\linewidth}{!}{...} around it",
         *(f"% {note}" for note in notes(found)),
@@ -173,18 +180,17 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def standings_section(found: Standings, metric: str) -> sections.Section:
+def standings_section(found: Standings) -> sections.Section:
     """The table for the page of a study, with the spread of every cell.
 
     Args:
         found: the numbers.
-        metric: what they are.
     """
     rows = []
     for row in found.rows:
         cells = [sections.Cell(_label(row, {}, len(found.seeds)))]
         for column in (*found.tasks, MEAN):
-            mean, std = _numbers(row, column) or ("-", "")
+            mean, std = _numbers(found, row, column) or ("-", "")
             rank = found.ranks[column].get(row.method)
             text = f"{mean} ± {std}" if std else mean
             star = "*" if column == MEAN and row.star else ""
@@ -196,7 +202,7 @@ def standings_section(found: Standings, metric: str) -> sections.Section:
             )
         )
     return sections.Section(
-        f"Methods over seeds: {found.split} {metric} in percent",
+        f"Methods over seeds: {found.split} {found.metrics.heading}",
         ["", *found.tasks, MEAN, "largest drop", "trials", "seconds"],
         rows,
         text=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes(found)),
@@ -252,18 +258,19 @@ def _label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
     return f"{name} ({len(row.entries)} of {seeds} seeds)" if 0 < len(row.entries) < seeds else name
 
 
-def _numbers(row: Standing, column: str) -> tuple[str, str] | None:
-    """Mean and standard deviation in points; no deviation for what no seed can change."""
+def _numbers(found: Standings, row: Standing, column: str) -> tuple[str, str] | None:
+    """Mean and standard deviation as text; no deviation for what no seed can change."""
     cell = row.cells.get(column)
     if cell is None:
         return None
     spread = cell.std is not None and (row.compete or cell.std > 0)
-    return f"{100 * cell.mean:.1f}", f"{100 * (cell.std or 0):.1f}" if spread else ""
+    metric = found.metrics.of(column)
+    return metric.shown(cell.mean), metric.shown(cell.std or 0) if spread else ""
 
 
 def _latex_score(found: Standings, row: Standing, column: str, *, spreads: bool) -> str:
     """The mean, and in a column of its own the spread with the star."""
-    mean, std = _numbers(row, column) or ("", "")
+    mean, std = _numbers(found, row, column) or ("", "")
     value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % mean if mean else "--"
     star = "$^{*}$" if column == MEAN and row.star else ""
     beside = (rf"{{\scriptsize$\pm$\,{std}}}" if std else "") + star

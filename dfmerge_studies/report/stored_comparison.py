@@ -36,6 +36,7 @@ def stored_comparison(view: StudyView) -> Comparison | None:
         variants=tuple(variant for variant, by_seed in alike.items() if by_seed),
         seeds=tuple(sorted({entry.seed for entry in entries})),
         splits=(split,),
+        metrics={split: view.metrics(split)},
         entries=tuple(entries),
         references=_references(view, [each for by_seed in alike.values() for each in by_seed.values()], split),
     )

@@ -11,7 +11,7 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import target_trials
-from dfmerge_studies.study.session import storage_url, stored_spec_objective
+from dfmerge_studies.study.session import storage_url, stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     DROP_RATE,
@@ -37,12 +37,14 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
     completed, counted = results_of(trials), counts_of(trials)
     best = best_trial(completed, spec.objective)
     target = int(study.user_attrs.get(provenance.TARGET, 0)) or target_trials(spec)
+    metrics = spec.metrics("validation")
     alive = workers_alive(trials, complete=len(completed) >= target)
     return {
         "study": study.study_name,
         "method": spec.method,
         "trials": {"target": target, **counted},
-        "metric": spec.metrics_text("validation"),
+        "metric": metrics.text,
+        "task_metrics": metrics.names,
         "best": _best(best, spec) if best is not None else None,
         "storage": safe_url(storage_url(spec)),
         "workers": sum(worker["current"] is not None for worker in alive),
@@ -86,12 +88,15 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
         study = optuna.load_study(study_name=name, storage=storage)
         science = provenance.stored_science(study)
         best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
+        metrics = stored_metrics(study, "validation") if science is not None else None
         entries.append(
             {
                 "study": name,
                 "method": science["method"] if science is not None else None,
                 "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
                 "best_value": trial_value(best) if best is not None else None,
+                "metric": metrics.text if metrics is not None else None,
+                "task_metrics": metrics.names if metrics is not None else None,
             }
         )
     return entries

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dfmerge_studies.study.value import mean_score
+from dfmerge_studies.tasks.metrics import MEAN, Metrics
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         name: what was scored.
-        scores: per split, per task, 0..1; the experts' row has each task's own expert.
+        scores: per split, per task; the experts' row has each task's own expert.
         compete: whether it may be the best of its column.
         detail: coefficients, or nothing.
         drop_rate: of `dare`.
@@ -33,48 +33,53 @@ class Row:
     drop_rate: float | None = None
 
 
-def comparison_table(rows: Sequence[Row], tasks: Sequence[str], split: str, *, title: str) -> Table:
-    """Scores of one split in points (of 100), one row each, the best of every column bold.
+def comparison_table(rows: Sequence[Row], metrics: Metrics, split: str, *, title: str) -> Table:
+    """Scores of one split, one row each, the best of every column bold.
 
     Args:
         rows: what to show.
-        tasks: the columns before the mean.
+        metrics: what the scores are; their tasks are the columns before the mean.
         split: whose scores.
         title: of the table.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
-    columns = [*tasks, "mean"]
+    columns = [*metrics, MEAN]
     for column in columns:
         table.add_column(column, justify="right", min_width=5)
     best: dict[str, float] = {}
     for row in rows:
         for column in columns:
-            value = _value(row, split, column)
+            value = _value(row, metrics, split, column)
             if row.compete and value is not None:
-                best[column] = max(value, best.get(column, value))
+                worth = metrics.of(column).worth(value)
+                best[column] = max(worth, best.get(column, worth))
     for row in rows:
         cells = []
         for column in columns:
-            value = _value(row, split, column)
-            wins = row.compete and value is not None and value == best[column]
-            cells.append(Text("-" if value is None else f"{100 * value:.1f}", style="bold" if wins else ""))
+            value, metric = _value(row, metrics, split, column), metrics.of(column)
+            wins = row.compete and value is not None and metric.worth(value) == best[column]
+            cells.append(Text("-" if value is None else metric.shown(value), style="bold" if wins else ""))
         table.add_row(Text(row.name, style="" if row.compete else "dim"), *cells)
     return table
 
 
-def rows_as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def rows_as_json(rows: Sequence[Row], metrics: Mapping[str, Metrics]) -> list[dict[str, Any]]:
     """The same rows for `--json`.
 
     Args:
-        rows: what to show; scores stay 0..1, a row without coefficients has null for them.
+        rows: what to show; scores are never in percent, a row without coefficients has null for them.
+        metrics: what the scores are, by split.
     """
     return [
         {
             "name": row.name,
             "coefficients": dict(row.detail) or None,
             **({"drop_rate": row.drop_rate} if row.drop_rate is not None else {}),
-            **{split: {"tasks": dict(scores), "mean": mean_score(scores)} for split, scores in row.scores.items()},
+            **{
+                split: {"tasks": dict(scores), "mean": metrics[split].mean_of(scores)}
+                for split, scores in row.scores.items()
+            },
         }
         for row in rows
     ]
@@ -99,6 +104,7 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     trials, best = summary["trials"], summary["best"]
+    metrics = Metrics.named(summary["task_metrics"])
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
@@ -109,11 +115,13 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     if summary["trials_per_hour"]["overall"] is not None:
         table.add_row("speed", pace_text(summary))
     if best is not None:
-        table.add_row("best", f"trial {best['number']}: {100 * best['value']:.1f} ({summary['metric']})")
+        table.add_row("best", f"trial {best['number']}: {metrics.value_text([best['value']])} ({summary['metric']})")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
         if "drop_rate" in best:
             table.add_row("drop rate", f"{best['drop_rate']:g}")
-        table.add_row("tasks", "  ".join(f"{task} {100 * score:.1f}" for task, score in best["tasks"].items()))
+        table.add_row(
+            "tasks", "  ".join(f"{task} {metrics[task].shown(score)}" for task, score in best["tasks"].items())
+        )
         if "drops" in best:
             text = "  ".join(f"{task} {drop:+.1f}" for task, drop in best["drops"].items())
             table.add_row("drop vs expert", f"{text}  ({'within' if best['feasible'] else 'NOT within'} max_drop)")
@@ -148,7 +156,9 @@ def status_line(summary: Mapping[str, Any]) -> str:
     parts = [f"{trials['complete']} of {trials['target']} complete"]
     parts += [f"{trials[state]} {state}" for state in ("running", "waiting", "failed") if trials[state]]
     parts += [f"{len(summary['workers_alive'])} workers"] if summary["workers_alive"] else []
-    parts += [f"best {100 * best['value']:.1f} (trial {best['number']})"] if best is not None else []
+    if best is not None:
+        metrics = Metrics.named(summary["task_metrics"])
+        parts.append(f"best {metrics.value_text([best['value']])} {summary['metric']} (trial {best['number']})")
     parts += [pace_text(summary)] if summary["trials_per_hour"]["overall"] is not None else []
     return f"{summary['study']}: {', '.join(parts)}"
 
@@ -160,20 +170,21 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         entries: from `storage_summary`.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("study", "method", "complete", "total", "best"):
-        table.add_column(name, justify="left" if name in ("study", "method") else "right")
+    for name in ("study", "method", "complete", "total", "best", "metric"):
+        table.add_column(name, justify="right" if name in ("complete", "total", "best") else "left")
     for entry in entries:
-        best = entry["best_value"]
+        best, metrics = entry["best_value"], Metrics.named(entry["task_metrics"] or {})
         table.add_row(
             Text(entry["study"]),
             entry["method"] or "-",
             str(entry["trials"]["complete"]),
             str(entry["trials"]["target"] or "-"),
-            "-" if best is None else f"{100 * best:.1f}",
+            "-" if best is None else metrics.value_text([best]),
+            Text(entry["metric"] or "-"),
         )
     return table
 
 
-def _value(row: Row, split: str, task: str) -> float | None:
+def _value(row: Row, metrics: Metrics, split: str, column: str) -> float | None:
     scores = row.scores.get(split, {})
-    return (mean_score(scores) if scores else None) if task == "mean" else scores.get(task)
+    return (metrics.mean_of(scores) if scores else None) if column == MEAN else scores.get(column)

@@ -17,9 +17,10 @@ from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_scores
-from dfmerge_studies.study.session import stored_spec_objective
-from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, mean_score, objective_values, trial_value
+from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
+from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import VARIANTS
+from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.reading import results
 
 
@@ -93,7 +94,7 @@ class StudyView:
     @property
     def measure(self) -> str:
         """What a trial's value is, in words."""
-        metric = self.metric("validation")
+        metric = self.metrics("validation").short
         words = {
             "mean": f"mean {metric}",
             "weighted": f"weighted mean {metric}",
@@ -103,19 +104,18 @@ class StudyView:
         }
         return words.get(self.objective.kind, self.objective.kind)
 
-    def metric(self, split: str) -> str:
-        """What the scores of a split are: the tasks' own metric, or agreement with each task's expert.
+    def metrics(self, split: str) -> Metrics:
+        """What the scores of a split are, by task.
 
         Args:
             split: "validation" or "test".
         """
-        return " or ".join(sorted({self._metric_of(task, split) for task in self.tasks}))
+        return stored_metrics(self.study, split)
 
-    def _metric_of(self, task: str, split: str) -> str:
-        labelled = self.spec.get("tasks", {}).get(task, {}).get("doc_to_target") is not None
-        if self.objective.kind == "agreement" and (split == "validation" or not labelled):
-            return "agreement"
-        return str(self.science.get("metrics", {}).get(task, "accuracy"))
+    @property
+    def unit(self) -> str:
+        """Of a trial's value as it is shown: "%" or nothing."""
+        return self.metrics("validation").mean.unit
 
     def scores_alike(self, other: StudyView, split: str) -> bool:
         """Whether the scores of another study may stand beside this one's.
@@ -124,7 +124,7 @@ class StudyView:
             other: a study of the same models.
             split: "validation" or "test".
         """
-        return self.metric(split) == other.metric(split)
+        return self.metrics(split) == other.metrics(split)
 
     @cached_property
     def baselines(self) -> dict[str, StudyView]:
@@ -168,14 +168,14 @@ class StudyView:
         fields = [name for name in other.science if what in name and but not in name]
         return all(self.science.get(name) == other.science[name] for name in fields)
 
-    def worth(self, scores: Mapping[str, float]) -> float:
-        """Value that task scores have under this study's objective; their mean for `pareto`.
+    def value_of(self, scores: Mapping[str, float]) -> float:
+        """What validation scores are worth under this study's objective, as `value` of a trial.
 
         Args:
-            scores: per task, 0..1.
+            scores: per task.
         """
-        values = objective_values(self.objective, scores)
-        return values[0] if len(values) == 1 else mean_score(scores)
+        metrics = self.metrics("validation")
+        return metrics.mean.worth(one_value(objective_values(self.objective, scores, metrics)))
 
     def scores(self, row: str, split: str) -> dict[str, float] | None:
         """Scores that the study keeps of the base or of the experts, if any.
@@ -227,9 +227,18 @@ class StudyView:
         return dict(trial.user_attrs[COEFFICIENTS])
 
     def value(self, trial: FrozenTrial) -> float:
-        """What a completed trial is worth, as one number.
+        """What a completed trial is worth, as one number of the study's metric.
 
         Args:
             trial: a completed trial.
         """
-        return trial_value(trial)
+        return self.metrics("validation").mean.worth(trial_value(trial))
+
+    def value_text(self, trial: FrozenTrial, digits: int = 1) -> str:
+        """The same as text, in percent where the metric is shown so.
+
+        Args:
+            trial: a completed trial.
+            digits: see `Metric.shown`.
+        """
+        return self.metrics("validation").mean.shown(self.value(trial), digits)

@@ -56,7 +56,9 @@ class SearchSettings(Settings):
         default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
     )
     max_drop: float | None = Field(
-        None, ge=0, description="no task may lose more than so many points (of 100) against its own expert"
+        None,
+        ge=0,
+        description="no task may lose more points than this against its own expert: hundredths of its metric's range",
     )
 
     @field_validator("bounds")

@@ -21,6 +21,7 @@ from dfmerge_studies.spec.fields import (
 )
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.spec.reading import apply_override, read_yaml
+from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
 from dfmerge_studies.tasks.strict import Settings
 
@@ -80,28 +81,19 @@ class StudySpec(Settings):
         """Whether validation inputs must have labels."""
         return self.objective.kind != "agreement" or self.importance.estimator == "empirical"
 
-    def metric(self, task: str, split: str) -> str:
-        """What a score of a task is: its own metric, or "agreement" with the task's expert.
-
-        Args:
-            task: name of the task.
-            split: "validation" or "test"; only what is searched on is scored by agreement where there are labels.
-        """
-        settings = self.tasks[task]
-        agrees = self.objective.kind == "agreement" and (split == "validation" or settings.doc_to_target is None)
-        return "agreement" if agrees else settings.metric
-
-    def metrics_text(self, split: str) -> str:
-        """What the scores of a split are, in words.
+    def metrics(self, split: str) -> Metrics:
+        """What the scores of a split are, by task: the task's own metric, or agreement with the task's expert.
 
         Args:
             split: "validation" or "test".
         """
-        tasks = {task: self.metric(task, split) for task in self.tasks}
-        kinds = sorted(set(tasks.values()))
-        if len(kinds) == 1:
-            return kinds[0]
-        return ", ".join(f"{kind} of {' and '.join(t for t in tasks if tasks[t] == kind)}" for kind in kinds)
+        agreement = self.objective.kind == AGREEMENT
+        return Metrics(
+            {
+                name: METRICS[AGREEMENT if agreement and agrees(split, task.doc_to_target) else task.metric]
+                for name, task in self.tasks.items()
+            }
+        )
 
     def where(self, field: str) -> str:
         """File and field, for messages.

@@ -18,13 +18,14 @@ from dfmerge_studies.study.scores import find_model, keep_multi_task_row
 from dfmerge_studies.study.session import Session, open_study, storage_url, stored_study_or_none
 from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
+from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.loop import Summary
 from dfmerge_studies.trials.marks import place_of
 from dfmerge_studies.trials.reading import results
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
 
-Scores = Mapping[str, Mapping[str, float]]  # split -> task -> score, 0..1
+Scores = Mapping[str, Mapping[str, float]]  # split -> task -> score
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Entry:
         variant: name of the variant.
         seed: of the study.
         study: name of the study in the storage.
-        scores: by split and task, 0..1; empty if it failed.
+        scores: by split and task; empty if it failed.
         coefficients: of the trial that was scored, by expert.
         trial: its Optuna number.
         trials: completed trials that it was chosen from.
@@ -94,6 +95,7 @@ class Comparison:
         variants: names of what was compared, in order.
         seeds: of the studies, the spec's first.
         splits: that everything was scored on: "validation", and "test" where it was asked for.
+        metrics: what the scores of each split are.
         entries: one per variant and seed.
         references: scores of whole models that took part without merging: `zero-shot` (the base), `fine-tuned` (each
             expert on its own task) and, if one is named, `multi-task`; by row, then by seed.
@@ -106,6 +108,7 @@ class Comparison:
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
     splits: tuple[str, ...]
+    metrics: Mapping[str, Metrics]
     entries: tuple[Entry, ...]
     references: Mapping[str, Mapping[int, Scores]]
     interrupted: bool = False
@@ -249,6 +252,7 @@ def compare(
         variants=tuple(variant.name for variant in variants),
         seeds=tuple(dict.fromkeys(each.seed for each in planned)),
         splits=splits,
+        metrics={split: spec.metrics(split) for split in splits},
         entries=tuple(entries),
         references=references,
         interrupted=interrupted,

@@ -29,7 +29,6 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.probes import keep_probe, stored_probe
 from dfmerge_studies.study.session import Session
-from dfmerge_studies.study.value import mean_score
 
 LANDSCAPE = "landscape"
 GRID = 9
@@ -195,7 +194,8 @@ def landscape(
 def _cell(merger: Merger, plane: Plane, coefficients: Mapping[str, float], tasks: Sequence[str]) -> list[float]:
     merger.merge_(coefficients)
     x, y = plane.place(dict(merger.problem.resident.model.named_parameters()))
-    return [x, y, mean_score({task: merger.score(task, "validation") for task in tasks})]
+    metrics = merger.problem.spec.metrics("validation").only(tasks)
+    return [x, y, metrics.mean_of({task: merger.score(task, "validation") for task in tasks})]
 
 
 def _of_two(problem: Problem, names: Sequence[str]) -> Problem:

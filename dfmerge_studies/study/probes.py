@@ -1,7 +1,7 @@
 """Merges outside the search that figures need: lines from the base to the experts, and subsets of the validation rows.
 
     lam        position on a line: theta_pre + lam * tau[i]
-    right[t]   per validation row of task t, whether a trial's merge answers it rightly
+    rows[t]    per validation row of task t, the score of a trial's merge on it; of accuracy, 1 or 0
     ratio      share of every task's validation rows that a choice of the best trial may see
 
 Everything is kept in the study, since validation data and weights cannot change within one; what was computed before an
@@ -21,7 +21,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.session import Session
-from dfmerge_studies.study.value import mean_score, objective_values
+from dfmerge_studies.study.value import objective_values, one_value
+from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.trials.reading import results
 
@@ -90,11 +91,11 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
     return found
 
 
-def rows_right(session: Session, trial: FrozenTrial) -> dict[str, list[bool]]:
-    """Which validation rows a trial's merge answers rightly; merged again once and then kept in the study.
+def row_scores(session: Session, trial: FrozenTrial) -> dict[str, list[float]]:
+    """The score of a trial's merge on each validation row; merged again once and then kept in the study.
 
     Args:
-        session: an open study.
+        session: an open study, whose metrics are means over rows.
         trial: a completed trial.
     """
     name = f"rows:{trial_row(trial)}"
@@ -102,15 +103,24 @@ def rows_right(session: Session, trial: FrozenTrial) -> dict[str, list[bool]]:
     if found is None:
         session.merger.ask_experts_("validation")
         session.merge_(trial)
-        right = {task: session.merger.right(task, "validation") for task in session.problem.tasks}
-        found = {task: {"rows": len(row), "bits": np.packbits(row).tobytes().hex()} for task, row in right.items()}
+        scores = {task: session.merger.row_scores(task, "validation") for task in session.problem.tasks}
+        found = {task: _pack(row) for task, row in scores.items()}
         keep_probe(session.study, name, found)
     return {task: _unpack(kept) for task, kept in found.items()}
 
 
-def _unpack(kept: Mapping[str, Any]) -> list[bool]:
+def _pack(row: Sequence[float]) -> dict[str, Any]:
+    """A bit per row where every score is 0 or 1, otherwise a float64."""
+    if set(row) <= {0.0, 1.0}:
+        return {"rows": len(row), "bits": np.packbits(np.array(row, dtype=bool)).tobytes().hex()}
+    return {"rows": len(row), "values": np.array(row, dtype="<f8").tobytes().hex()}
+
+
+def _unpack(kept: Mapping[str, Any]) -> list[float]:
+    if "values" in kept:
+        return [float(value) for value in np.frombuffer(bytes.fromhex(kept["values"]), dtype="<f8")]
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(kept["bits"]), dtype=np.uint8), count=kept["rows"])
-    return [bool(bit) for bit in bits]
+    return [float(bit) for bit in bits]
 
 
 def nested_rows(total: int, ratios: Sequence[float], generator: np.random.Generator) -> list[list[int]]:
@@ -146,7 +156,8 @@ def reselect(
 
     Returns:
         `ratios`, `split` (test where all tasks have one, else validation), `chosen` (per draw, a trial's number per
-        ratio), `scores` (by trial number, its whole-split value), `trials` (numbers of those that could be chosen).
+        ratio), `scores` (by trial number, what it is worth on the whole split), `trials` (numbers of those that could
+        be chosen).
 
     Raises:
         InputError: a ratio is not a share, or the study has constraints or no trials.
@@ -155,67 +166,72 @@ def reselect(
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise InputError("a ratio must be above 0 and at most 1", where="--ratios", mend="For instance 0.1,0.5,1")
     trials = results(session.study)
-    reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials))
+    metrics = session.spec.metrics("validation")
+    reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials), metrics)
     if reason is not None:
         raise InputError(reason, where="--figures", mend="Leave the figure `ratio` out")
     split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
-    right = {}
+    rows = {}
     for position, trial in enumerate(trials, start=1):
         progress("rows of each trial", position, len(trials))
-        right[trial.number] = rows_right(session, trial)
-    chosen = [_choices(session, right, ratios, draw) for draw in range(draws)]
+        rows[trial.number] = row_scores(session, trial)
+    chosen = [_choices(session, rows, ratios, draw) for draw in range(draws)]
     by_number = {trial.number: trial for trial in trials}
     scores = {}
     picked = sorted({number for choices in chosen for number in choices})
     for position, number in enumerate(picked, start=1):
         progress(f"{split} of chosen trials", position, len(picked))
-        scores[str(number)] = _worth(session, session.trial_scores(by_number[number], split))
-    found = {"ratios": ratios, "split": split, "chosen": chosen, "scores": scores, "trials": sorted(right)}
+        scores[str(number)] = _worth(session, session.trial_scores(by_number[number], split), split)
+    found = {"ratios": ratios, "split": split, "chosen": chosen, "scores": scores, "trials": sorted(rows)}
     keep_probe(session.study, RATIOS, found)
     return found
 
 
-def why_not_reselect(max_drop: float | None, objective: str, trials: int) -> str | None:
+def why_not_reselect(max_drop: float | None, objective: str, trials: int, metrics: Metrics) -> str | None:
     """Why a study has no choice to make again, None where it has.
 
     Args:
         max_drop: the study's constraint.
         objective: its kind.
         trials: how many have completed.
+        metrics: of its validation scores.
     """
     if max_drop is not None:
         return "a choice under max_drop depends on more than the rows of the merges"
     if objective not in ("mean", "weighted", "min", "pareto"):
         return f"the objective {objective} does not score answers against labels"
+    whole = [metric.name for metric in metrics.values() if metric.of_rows is None]
+    if whole:
+        return f"{whole[0]} is no mean over rows, so that the rows of a merge do not give it for a share of them"
     if trials < 2:
         return "there is nothing to choose between with fewer than two completed trials"
     return None
 
 
 def _choices(
-    session: Session, right: Mapping[int, Mapping[str, Sequence[bool]]], ratios: Sequence[float], draw: int
+    session: Session, rows: Mapping[int, Mapping[str, Sequence[float]]], ratios: Sequence[float], draw: int
 ) -> list[int]:
     """Number of the best trial per ratio, the earliest among equals, as `best_trial` chooses."""
     seed, tasks = session.spec.search.seed, list(session.problem.tasks)
-    totals = {task: len(next(iter(right.values()))[task]) for task in tasks}
+    totals = {task: len(next(iter(rows.values()))[task]) for task in tasks}
     subsets = {
         task: nested_rows(totals[task], ratios, seeded_generator(seed, "ratio", str(draw), task)) for task in tasks
     }
     chosen = []
     for place in range(len(ratios)):
         worth = {}
-        for number, rows in right.items():
+        for number, row in rows.items():
             shares = {
-                task: sum(rows[task][i] for i in subsets[task][place]) / len(subsets[task][place]) for task in tasks
+                task: sum(row[task][i] for i in subsets[task][place]) / len(subsets[task][place]) for task in tasks
             }
+            worst = min(session.spec.metrics("validation").worths(shares).values())
             worth[number] = (
-                _worth(session, shares),
-                min(shares.values()) if session.spec.objective.kind == "pareto" else 0,
+                _worth(session, shares, "validation"),
+                worst if session.spec.objective.kind == "pareto" else 0,
             )
         chosen.append(max(worth, key=worth.__getitem__))
     return chosen
 
 
-def _worth(session: Session, scores: Mapping[str, float]) -> float:
-    values = objective_values(session.spec.objective, scores)
-    return values[0] if len(values) == 1 else mean_score(scores)
+def _worth(session: Session, scores: Mapping[str, float], split: str) -> float:
+    return one_value(objective_values(session.spec.objective, scores, session.spec.metrics(split)))

@@ -26,7 +26,17 @@ ATTRIBUTES = frozenset({SCIENCE, SPEC, INDICES, VERSIONS, TARGET})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed
 
-_LIBRARIES = ("dfmerge-studies", "torch", "transformers", "optuna", "datasets", "peft", "numpy", "scipy")
+_LIBRARIES = (
+    "dfmerge-studies",
+    "torch",
+    "transformers",
+    "optuna",
+    "datasets",
+    "peft",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+)
 
 
 def stated_science(spec: StudySpec) -> dict[str, Any]:
@@ -38,11 +48,14 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         spec: the settings.
     """
     search, importance = spec.search, spec.importance
+    classes = {name: task.positive_class() for name, task in spec.tasks.items()}
+    positive = {name: index for name, index in classes.items() if index is not None}
     return {
         "method": spec.method,
         "experts": [[name, expert.task] for name, expert in spec.experts.items()],  # in their order
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
+        **({"positive": positive} if positive else {}),
         "importance.estimator": METHODS[spec.method].estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,

@@ -45,9 +45,9 @@ from dfmerge_studies.study.value import (
     best_trial,
     constraint_values,
     directions,
-    drops,
     objective_values,
 )
+from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
@@ -220,9 +220,10 @@ class Session:
         if self.spec.search.step is not None:  # 3 * 0.1 and 0.3 must be one point, and one entry of the cache
             coefficients = {name: round(value, 12) for name, value in coefficients.items()}
         outcome = self.merger.run(coefficients, drop_rate)
-        task_drops = drops(outcome.tasks, expert_scores)
+        metrics = self.spec.metrics("validation")
+        task_drops = metrics.drops(outcome.tasks, expert_scores)
         return TrialResult(
-            values=objective_values(self.spec.objective, outcome.tasks),
+            values=objective_values(self.spec.objective, outcome.tasks, metrics),
             attributes={
                 COEFFICIENTS: coefficients,
                 **({DROP_RATE: drop_rate} if drop_rate is not None else {}),
@@ -365,3 +366,18 @@ def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
     """The objective that a stored study was made with."""
     science = provenance.stored_science(study) or {}
     return ObjectiveSettings.model_validate(science.get("objective", {}))
+
+
+def stored_metrics(study: optuna.Study, split: str) -> Metrics:
+    """What the scores of a split of a stored study are, by task.
+
+    Args:
+        study: one that this program made.
+        split: "validation" or "test".
+    """
+    science, spec = provenance.stored_science(study) or {}, study.user_attrs.get(provenance.SPEC, {})
+    names = {task: science.get("metrics", {}).get(task, "accuracy") for task in science.get("tasks", ())}
+    if stored_spec_objective(study).kind == AGREEMENT:
+        targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
+        names = {task: AGREEMENT if agrees(split, targets[task]) else name for task, name in names.items()}
+    return Metrics.named(names)

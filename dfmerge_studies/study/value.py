@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.spec import ObjectiveSettings
+from dfmerge_studies.tasks.metrics import Metrics
 
 # User attributes of a trial.
 COEFFICIENTS = "coefficients"
@@ -27,44 +28,40 @@ def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
     return ["maximize"] * (len(tasks) if objective.kind == "pareto" else 1)
 
 
-def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float]) -> tuple[float, ...]:
-    """What a trial is worth.
+def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float], metrics: Metrics) -> tuple[float, ...]:
+    """What a trial is worth: the higher the better, so that a metric whose lower scores are better enters negated.
 
     Args:
         objective: the spec's objective.
-        scores: per task, 0..1.
+        scores: per task.
+        metrics: what the scores are.
 
     Returns:
         One value, or for `pareto` one per task in the order of `scores`.
     """
+    worths = metrics.worths(scores)
     if objective.kind == "pareto":
-        return tuple(scores.values())
+        return tuple(worths.values())
     if objective.kind == "min":
-        return (min(scores.values()),)
+        return (min(worths.values()),)
     if objective.kind == "weighted":
         assert objective.weights is not None
         total = sum(objective.weights.values())
-        return (sum(objective.weights.get(task, 0.0) * score for task, score in scores.items()) / total,)
-    return (mean_score(scores),)
+        return (sum(objective.weights.get(task, 0.0) * worth for task, worth in worths.items()) / total,)
+    return (_mean(list(worths.values())),)
 
 
-def mean_score(scores: Mapping[str, float]) -> float:
-    """Mean over tasks.
-
-    Args:
-        scores: per task, 0..1; at least one.
-    """
-    return sum(scores.values()) / len(scores)
-
-
-def drops(scores: Mapping[str, float], expert_scores: Mapping[str, float]) -> dict[str, float]:
-    """Points (of 100) that every task loses against its own expert; negative where the merge is better.
+def one_value(values: Sequence[float]) -> float:
+    """A trial's values as one number: its only one, or for `pareto` their mean.
 
     Args:
-        scores: of the merged model, 0..1.
-        expert_scores: of each task's expert, 0..1; tasks without an expert are left out.
+        values: from `objective_values`.
     """
-    return {task: 100.0 * (best - scores[task]) for task, best in expert_scores.items()}
+    return values[0] if len(values) == 1 else _mean(values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -> tuple[float, ...]:
@@ -81,12 +78,12 @@ def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -
 
 
 def trial_value(trial: FrozenTrial) -> float:
-    """What a completed trial is worth as one number: its value, or for `pareto` the mean of its task scores.
+    """What a completed trial is worth as one number.
 
     Args:
         trial: a completed trial.
     """
-    return float(trial.values[0]) if len(trial.values) == 1 else mean_score(trial.user_attrs[TASKS])
+    return float(one_value(trial.values))
 
 
 def violation(trial: FrozenTrial) -> float:

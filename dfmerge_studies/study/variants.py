@@ -75,7 +75,7 @@ def choose_variants(
         spec: what is compared on; a variant that is what the spec says anyway is left out unless it is named.
         names: which ones, in the order of the table; None for all that are installed and go with the spec.
         ablation: the rows of the ablation instead of all.
-        split: what will be shown; agreement on the validation split does not stand beside accuracies.
+        split: what will be shown; agreement on the validation split does not stand beside other metrics.
 
     Raises:
         InputError: a name is unknown or given twice, what it needs is not installed, or its scores are of another kind.
@@ -98,7 +98,7 @@ def choose_variants(
             raise InputError(f"{name!r} needs {missing}", where="--methods", mend="Install it, or leave the method out")
         if not _is_comparable(spec, VARIANTS[name], split):
             raise InputError(
-                f"{name!r} has agreement and not accuracy on the validation split",
+                f"{name!r} has agreement and not {spec.metrics(split).short} on the validation split",
                 where="--methods",
                 mend="Use --split test, or leave the method out",
             )

@@ -1,7 +1,6 @@
-"""Losses and predictions for a whole data set, in batches of similar length.
+"""Losses for a whole data set, in batches of similar length.
 
     losses[i][c]   l(x_i, c), as in `scoring`
-    prediction     the choice of lowest loss, the first of them when several are equal
 
 Batches hold inputs of similar length, as many as a budget of tokens allows, the longest first: memory runs out at once
 or not at all.
@@ -10,7 +9,7 @@ or not at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -189,46 +188,16 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance))
 
 
-def predict(losses: Iterable[Sequence[float]]) -> list[int]:
-    """Index of the lowest loss of every input, the first of equal ones.
+def labels_of(examples: Sequence[Encoded]) -> list[int]:
+    """Index of every input's right choice or class.
 
     Args:
-        losses: per input, a loss per choice or class.
-    """
-    return [min(range(len(row)), key=row.__getitem__) for row in losses]
-
-
-def accuracy(predictions: Sequence[int], examples: Sequence[Encoded]) -> float:
-    """Share of the predictions that are the label, between 0 and 1.
-
-    Args:
-        predictions: index of a choice or class per input.
-        examples: the inputs, in the same order.
+        examples: the inputs.
 
     Raises:
-        InputError: there is nothing to score, or an input has no label.
-        ValueError: there are not as many predictions as examples.
+        InputError: an input has no label.
     """
-    if not examples:
-        raise InputError("there are no examples to score", mend="Check the split and its limit")
     for example in examples:
         if example.label is None:
             raise InputError("the row has no label", where=f"row {example.index}", mend="Give doc_to_target")
-    pairs = zip(predictions, examples, strict=True)
-    return sum(prediction == example.label for prediction, example in pairs) / len(examples)
-
-
-def agreement(answers: Sequence[int], others: Sequence[int]) -> float:
-    """Share of the inputs on which two models answer alike, between 0 and 1.
-
-    Args:
-        answers: index of a choice or class per input.
-        others: those of the other model, in the same order.
-
-    Raises:
-        InputError: there is nothing to compare.
-        ValueError: there are not as many of one as of the other.
-    """
-    if not answers:
-        raise InputError("there are no examples to score", mend="Check the split and its limit")
-    return sum(one == other for one, other in zip(answers, others, strict=True)) / len(answers)
+    return [example.label for example in examples if example.label is not None]

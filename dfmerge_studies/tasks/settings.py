@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from dfmerge_studies.errors import did_you_mean
+from dfmerge_studies.tasks.metrics import METRICS, task_metrics
 from dfmerge_studies.tasks.strict import Settings
+
+
+def _known_metric(name: str) -> str:
+    known = task_metrics()
+    if name not in known:
+        raise ValueError(did_you_mean(name, known) or f"the metrics are {', '.join(known)}")
+    return name
 
 
 class _Task(Settings):
@@ -31,7 +40,10 @@ class _Task(Settings):
     limit: int | float | None = Field(
         None, gt=0, description="use only so many validation rows (count, or fraction below 1), drawn with the seed"
     )
-    metric: Literal["accuracy"] = Field("accuracy", description="what a score is")
+    metric: Annotated[str, AfterValidator(_known_metric)] = Field("accuracy", description="what a score is")
+    positive: int | str | None = Field(
+        None, description="of f1: the class that counts, by index or, where `doc_to_choice` is a list, by text"
+    )
 
     @field_validator("dataset")
     @classmethod
@@ -49,6 +61,34 @@ class _Task(Settings):
         if isinstance(value, float) and value > 1:
             raise ValueError("a fraction must lie in (0, 1]; write a count as an integer")
         return value
+
+    @model_validator(mode="after")
+    def _positive_goes_with_its_metric(self) -> Self:
+        needed = METRICS[self.metric].positive
+        if needed and self.positive is None:
+            raise ValueError(f"metric: {self.metric} needs 'positive', the class that counts: its index or its text")
+        if not needed and self.positive is not None:
+            raise ValueError(f"metric: {self.metric} has no use for 'positive'")
+        self.positive_class()
+        return self
+
+    def positive_class(self) -> int | None:
+        """Index of the positive class, None where the metric has none.
+
+        Raises:
+            ValueError: there is no such class among the choices of the spec.
+        """
+        choices = getattr(self, "doc_to_choice", None)
+        if isinstance(self.positive, str):
+            if not isinstance(choices, list):
+                raise ValueError("positive: a text needs 'doc_to_choice' to be a list; give the index of the class")
+            if self.positive not in choices:
+                raise ValueError(f"positive: {self.positive!r} is not among the choices {', '.join(choices)}")
+            return choices.index(self.positive)
+        beyond = len(choices) if isinstance(choices, list) else None
+        if self.positive is not None and (self.positive < 0 or (beyond is not None and self.positive >= beyond)):
+            raise ValueError(f"positive: there is no choice of index {self.positive}")
+        return self.positive
 
 
 class ChoiceTask(_Task):

@@ -147,13 +147,48 @@ def static_marker(name: str) -> str:
     return _STATIC_MARKERS[name]
 
 
-def percent(values: Sequence[float]) -> list[float]:
-    """Scores of 0..1 as points of 100.
+def scaled(values: Sequence[float], unit: str) -> list[float]:
+    """Scores as a figure shows them.
 
     Args:
         values: scores.
+        unit: of the shown numbers, from `Metric.unit`: "%" or nothing.
     """
-    return [100.0 * value for value in values]
+    return [_factor(unit) * value for value in values]
+
+
+def scaled_or_none(values: Sequence[float | None], unit: str) -> list[float | None]:
+    """The same where some are missing.
+
+    Args:
+        values: scores.
+        unit: of the shown numbers.
+    """
+    return [None if value is None else _factor(unit) * value for value in values]
+
+
+def _factor(unit: str) -> float:
+    return 100.0 if unit == "%" else 1.0
+
+
+def digits(unit: str, more: int = 0) -> str:
+    """Format of a shown number, for plotly.
+
+    Args:
+        unit: of the number.
+        more: digits than usual.
+    """
+    return f".{(1 if unit == '%' else 3) + more}f"
+
+
+def axis_label(words: str, unit: str) -> str:
+    """Label of an axis: `accuracy, %`, or `log_likelihood` alone.
+
+    Args:
+        words: what the numbers are.
+        unit: of the numbers.
+    """
+    return f"{words}, {unit}" if unit else words
 
 
 def layout_(figure: go.Figure, *, height: int, legend: bool = True) -> go.Figure:

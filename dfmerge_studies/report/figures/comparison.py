@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from dfmerge_studies.report.comparison import MEAN, Cell, column_score, spread
+from dfmerge_studies.report.comparison import Cell, column_score, spread
 from dfmerge_studies.report.figures.base import (
     DARK,
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
     columns_,
+    digits,
     label,
     layout_,
     legend_,
     markup,
+    scaled,
     shorten,
     tidy_,
 )
@@ -27,6 +30,7 @@ from dfmerge_studies.report.figures.scores import row_colours
 from dfmerge_studies.report.stored_comparison import stored_comparison
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT
+from dfmerge_studies.tasks.metrics import MEAN, Metrics
 
 NAME, TITLE = "comparison", "Methods over seeds"
 _GREYS = {ZERO_SHOT: "#D6D6D6", FINE_TUNED: "#7F7F7F", MULTI_TASK: "#ADADAD"}
@@ -41,7 +45,7 @@ BySeed = dict[str, dict[int, dict[str, float]]]  # {row: {seed: {task: score}}}
 
 @dataclass(frozen=True)
 class _Bars:
-    """The bars of one row: in which columns, from `start` on beside the middle of each; heights in percent."""
+    """The bars of one row: in which columns, from `start` on beside the middle of each; heights as shown."""
 
     name: str
     colour: str
@@ -59,13 +63,17 @@ class SeedScores(Drawing):
     Attributes:
         split: whose scores.
         metric: what they are.
+        unit: of the shown numbers, "%" or nothing.
+        task_metrics: what they are, by task.
         tasks: names, in their order.
-        references: {row: {seed: {task: score in 0..1}}} of whole models; the experts' may lack tasks.
+        references: {row: {seed: {task: score}}} of whole models; the experts' may lack tasks.
         methods: the same of merges.
     """
 
     split: str
     metric: str
+    unit: str
+    task_metrics: dict[str, str]
     tasks: list[str]
     references: BySeed
     methods: BySeed
@@ -83,9 +91,15 @@ class SeedScores(Drawing):
             column: a task, or "mean".
         """
         by_seed = self.methods.get(row) or self.references[row]
-        values = [column_score(scores, self.tasks, column) for scores in by_seed.values()]
+        metrics = Metrics.named(self.task_metrics)
+        values = [column_score(scores, metrics, column) for scores in by_seed.values()]
         known = [value for value in values if value is not None]
         return spread(known) if known else None
+
+    @property
+    def _is_share(self) -> bool:
+        """Whether all numbers lie between 0 and 100."""
+        return self.unit == "%" and all(metric.low >= 0 for metric in Metrics.named(self.task_metrics).values())
 
     def _bars(self) -> Iterator[_Bars]:
         """The bars of every row, the references' first."""
@@ -101,8 +115,8 @@ class SeedScores(Drawing):
                 columns=[i for i, _ in found],
                 start=(place + (gap if row in self.methods else 0.0)) * width - _GROUP / 2,
                 width=0.94 * width,
-                means=[100 * cell.mean for _, cell in found],
-                deviations=[100 * (cell.std or 0.0) for _, cell in found],
+                means=scaled([cell.mean for _, cell in found], self.unit),
+                deviations=scaled([cell.std or 0.0 for _, cell in found], self.unit),
             )
 
     def _name(self, row: str) -> str:
@@ -125,10 +139,13 @@ class SeedScores(Drawing):
                 name=markup(bars.name, 40),
                 marker={"color": bars.colour},
                 customdata=[names[i] for i in bars.columns],
-                hovertemplate="%{customdata}: %{y:.1f}" + (" ± %{error_y.array:.1f}" if any(bars.deviations) else ""),
+                hovertemplate=f"%{{customdata}}: %{{y:{digits(self.unit)}}}"
+                + (f" ± %{{error_y.array:{digits(self.unit)}}}" if any(bars.deviations) else ""),
             )
         figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False, zeroline=False)
-        figure.update_yaxes(title_text=f"{self.split} {self.metric}, %", range=[0, 105])
+        figure.update_yaxes(title_text=axis_label(f"{self.split} {self.metric}", self.unit))
+        if self._is_share:
+            figure.update_yaxes(range=[0, 105])
         return layout_(figure, height=460)
 
     def static(self) -> Figure:
@@ -147,8 +164,9 @@ class SeedScores(Drawing):
                     color=bars.colour,
                     label=label(bars.name),
                 )
-            tidy_(axes, y=f"{self.split} {self.metric}, %")
-            axes.set_ylim(0, 105)
+            tidy_(axes, y=axis_label(f"{self.split} {self.metric}", self.unit))
+            if self._is_share:
+                axes.set_ylim(0, 105)
             columns_(axes, self.columns)
             legend_(axes)
         return figure
@@ -171,13 +189,15 @@ def comparison(view: StudyView) -> SeedScores | Missing:
     methods = {
         variant: {entry.seed: dict(entry.scores[split]) for entry in found.of(variant)} for variant in found.variants
     }
-    metric = view.metric(split)
+    metrics = view.metrics(split)
+    if len({metric.unit for metric in metrics.values()}) > 1:
+        return Missing(NAME, TITLE, f"{metrics.text}: scores in percent and others do not share an axis.")
     counts = {len(by_seed) for by_seed in methods.values()}
     over = f"{max(counts)} seeds" if len(counts) == 1 else "the seeds"
     caption = (
-        f"Mean {split} {metric} over {over} of each method's study in this storage, with one sample standard deviation "
-        "to either side. Each seed has its own Fisher inputs and its own search; the trial shown is the best on "
-        "validation."
+        f"Mean {split} {metrics.text} over {over} of each method's study in this storage, with one sample standard "
+        "deviation to either side. Each seed has its own Fisher inputs and its own search; the trial shown is the "
+        "best on validation."
     )
     if references:
         caption += f" In grey, whole models: {', '.join(f'{row} ({_WORDS[row]})' for row in references)}."
@@ -186,7 +206,9 @@ def comparison(view: StudyView) -> SeedScores | Missing:
         TITLE,
         caption,
         split=split,
-        metric=metric,
+        metric=metrics.short,
+        unit=metrics.unit,
+        task_metrics=metrics.names,
         tasks=view.tasks,
         references=references,
         methods=methods,

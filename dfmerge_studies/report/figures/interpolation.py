@@ -12,15 +12,17 @@ from dfmerge_studies.report.figures.base import (
     DARK,
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
     colour,
+    digits,
     label,
     layout_,
     legend_,
     marker,
     markup,
-    percent,
+    scaled,
     shorten,
     static_marker,
     tidy_,
@@ -37,12 +39,14 @@ class Interpolation(Drawing):
 
     Attributes:
         metric: what a score is.
+        unit: of a shown score, "%" or nothing.
         lambdas: positions.
         own: per expert with a task of its own, score on that task.
         others: per expert, mean score on the other tasks (on all, for an expert without a task); may lack experts.
     """
 
     metric: str
+    unit: str
     lambdas: list[float]
     own: dict[str, list[float]]
     others: dict[str, list[float]]
@@ -60,15 +64,15 @@ class Interpolation(Drawing):
                 if expert in lines:
                     figure.add_scatter(
                         x=self.lambdas,
-                        y=percent(lines[expert]),
+                        y=scaled(lines[expert], self.unit),
                         mode="lines+markers",
                         line={"color": colour(position), "dash": style, "width": 2 if style == "solid" else 1.3},
                         marker={"symbol": marker(position), "size": 7 if style == "solid" else 4},
                         name=f"{markup(expert, 15)}: {words}",
-                        hovertemplate="λ = %{x:.2f}: %{y:.1f}",
+                        hovertemplate=f"λ = %{{x:.2f}}: %{{y:{digits(self.unit)}}}",
                     )
         figure.update_xaxes(title_text="λ: 0 is the base, 1 the expert")
-        figure.update_yaxes(title_text=f"validation {self.metric}, %")
+        figure.update_yaxes(title_text=axis_label(f"validation {self.metric}", self.unit))
         return layout_(figure, height=430)
 
     def static(self) -> Figure:
@@ -80,7 +84,7 @@ class Interpolation(Drawing):
                     if expert in lines:
                         axes.plot(
                             self.lambdas,
-                            percent(lines[expert]),
+                            scaled(lines[expert], self.unit),
                             style,
                             color=colour(position),
                             marker=static_marker(marker(position)),
@@ -88,7 +92,7 @@ class Interpolation(Drawing):
                             linewidth=1.8 if style == "-" else 1.2,
                             label=label(f"{shorten(expert, 15)}: {words}"),
                         )
-            tidy_(axes, x="λ: 0 is the base, 1 the expert", y=f"validation {self.metric}, %")
+            tidy_(axes, x="λ: 0 is the base, 1 the expert", y=axis_label(f"validation {self.metric}", self.unit))
             axes.tick_params(colors=DARK)
             legend_(axes)
         return figure
@@ -103,7 +107,9 @@ def interpolation(view: StudyView) -> Interpolation | Missing:
     found = stored_probe(view.study, INTERPOLATION)
     if found is None or set(found["scores"]) != set(view.experts):
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
-    own, others = {}, {}
+    own, others, metrics = {}, {}, view.metrics("validation")
+    if len({metric.unit for metric in metrics.values()}) > 1:
+        return Missing(NAME, TITLE, f"{metrics.text}: scores in percent and others do not share an axis.")
     for expert, task in view.experts.items():
         line = found["scores"][expert]
         if task is not None:
@@ -111,10 +117,11 @@ def interpolation(view: StudyView) -> Interpolation | Missing:
         rest = [[value for name, value in scores.items() if name != task] for scores in line]
         if all(rest):
             others[expert] = [fmean(values) for values in rest]
-    metric = view.metric("validation")
     caption = (
-        f"Validation {metric} of θ_pre + λ·τ for one expert at a time, at {len(found['lambdas'])} points from the base "
-        "(λ = 0) to the expert (λ = 1): solid on the expert's own task, dotted the mean of the other tasks. Where a "
-        "solid line is high before its end, the expert can be scaled down at little cost."
+        f"Validation {metrics.text} of θ_pre + λ·τ for one expert at a time, at {len(found['lambdas'])} points from "
+        "the base (λ = 0) to the expert (λ = 1): solid on the expert's own task, dotted the mean of the other tasks. "
+        "Where a solid line is high before its end, the expert can be scaled down at little cost."
     )
-    return Interpolation(NAME, TITLE, caption, metric=metric, lambdas=found["lambdas"], own=own, others=others)
+    return Interpolation(
+        NAME, TITLE, caption, metric=metrics.short, unit=metrics.unit, lambdas=found["lambdas"], own=own, others=others
+    )

@@ -14,10 +14,24 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 from scipy.interpolate import LinearNDInterpolator
 
-from dfmerge_studies.report.figures.base import SCALE, Drawing, Missing, blank, canvas, layout_, markup, shorten, tidy_
+from dfmerge_studies.report.figures.base import (
+    SCALE,
+    Drawing,
+    Missing,
+    axis_label,
+    blank,
+    canvas,
+    digits,
+    layout_,
+    markup,
+    scaled,
+    shorten,
+    tidy_,
+)
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.landscape import LANDSCAPE, landscape_name
 from dfmerge_studies.study.probes import stored_probe
+from dfmerge_studies.tasks.metrics import Metrics
 
 NAME, TITLE = "landscape", "Landscape of two experts"
 _FINE = 120  # points along each axis of the page's contours
@@ -30,15 +44,17 @@ class Landscape(Drawing):
 
     Attributes:
         metric: what the tasks' scores are.
+        unit: of a shown score, "%" or nothing.
         experts: the two.
         lambdas: coefficients of either.
         x: per method, for every pair of coefficients [first][second], the place along u.
         y: the place along v.
-        scores: mean validation score, 0..1.
+        scores: mean validation score.
         marks: per method, named places in the plane.
     """
 
     metric: str
+    unit: str
     experts: tuple[str, str]
     lambdas: list[float]
     x: dict[str, list[list[float]]]
@@ -48,20 +64,24 @@ class Landscape(Drawing):
 
     @property
     def range(self) -> tuple[float, float]:
-        """Lowest and highest score in percent, over all methods."""
+        """Lowest and highest score as it is shown, over all methods."""
         everything = [value for table in self.scores.values() for row in table for value in row]
-        low, high = 100 * min(everything), 100 * max(everything)
-        return low, max(high, low + 0.1)
+        low, high = scaled([min(everything), max(everything)], self.unit)
+        return low, max(high, low + scaled([0.001], self.unit)[0])
+
+    def _z(self, method: str) -> NDArray[np.float64]:
+        """A method's scores as they are shown."""
+        return np.array([scaled(row, self.unit) for row in self.scores[method]])
 
     def surface(self, method: str) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Scores in percent on a regular grid of the plane, linear between merges, NaN outside of them.
+        """Scores as they are shown on a regular grid of the plane, linear between merges, NaN outside of them.
 
         Args:
             method: whose merges.
         """
         x, y = np.ravel(self.x[method]), np.ravel(self.y[method])
         across, up = np.linspace(x.min(), x.max(), _FINE), np.linspace(y.min(), y.max(), _FINE)
-        between = LinearNDInterpolator(np.column_stack([x, y]), 100 * np.ravel(self.scores[method]))
+        between = LinearNDInterpolator(np.column_stack([x, y]), np.ravel(self._z(method)))
         places = np.column_stack([grid.ravel() for grid in np.meshgrid(across, up)])
         # The merges need not fill their convex hull: what is outside the grid's own border was never scored.
         slack = 1e-3 * max(np.ptp(x), np.ptp(y))
@@ -89,7 +109,7 @@ class Landscape(Drawing):
             figure.add_contour(
                 x=across,
                 y=up,
-                z=[[None if np.isnan(value) else round(float(value), 3) for value in row] for row in surface],
+                z=[[None if np.isnan(value) else round(float(value), 5) for value in row] for row in surface],
                 coloraxis="coloraxis",
                 contours={"start": low, "end": high, "size": (high - low) / 12},
                 line={"width": 0.5, "color": "white"},
@@ -120,7 +140,10 @@ class Landscape(Drawing):
                 "colorscale": SCALE,
                 "cmin": low,
                 "cmax": high,
-                "colorbar": {"title": {"text": f"mean<br>{self.metric}, %"}, "tickformat": ".1f"},
+                "colorbar": {
+                    "title": {"text": axis_label(f"mean<br>{self.metric}", self.unit)},
+                    "tickformat": digits(self.unit),
+                },
             },
             legend={"orientation": "h", "y": -0.16, "yanchor": "top"},
             margin={"b": 110},
@@ -129,13 +152,15 @@ class Landscape(Drawing):
     def _dots(self, method: str) -> dict[str, Any]:
         """The merges themselves, for the pointer."""
         pairs = [(i, j) for i in range(len(self.lambdas)) for j in range(len(self.lambdas))]
+        scores = self._z(method)
         return {
             "x": [self.x[method][i][j] for i, j in pairs],
             "y": [self.y[method][i][j] for i, j in pairs],
             "mode": "markers",
             "marker": {"size": 3, "color": "rgba(0,0,0,0.45)"},
-            "customdata": [(self.lambdas[i], self.lambdas[j], 100 * self.scores[method][i][j]) for i, j in pairs],
-            "hovertemplate": "λ = %{customdata[0]:.3f}, %{customdata[1]:.3f}: %{customdata[2]:.1f}<extra></extra>",
+            "customdata": [(self.lambdas[i], self.lambdas[j], scores[i][j]) for i, j in pairs],
+            "hovertemplate": "λ = %{customdata[0]:.3f}, %{customdata[1]:.3f}: "
+            f"%{{customdata[2]:{digits(self.unit)}}}<extra></extra>",
             "showlegend": False,
         }
 
@@ -150,7 +175,7 @@ class Landscape(Drawing):
             drawn: Any = None
             handles = {}
             for axes, method in zip(grid[0], self.scores, strict=True):
-                z = 100 * np.array(self.scores[method])
+                z = self._z(method)
                 drawn = axes.contourf(
                     self.x[method], self.y[method], z, levels=levels, cmap=SCALE.lower(), extend="both"
                 )
@@ -173,7 +198,9 @@ class Landscape(Drawing):
                     )
                 axes.set_title(method)
                 tidy_(axes, x=f"along u ({shorten(self.experts[0], 18)})", y="along v" if axes is grid[0, 0] else None)
-            figure.colorbar(drawn, ax=grid.ravel().tolist(), label=f"mean {self.metric}, %", format="%.0f", pad=0.02)
+            label = axis_label(f"mean {self.metric}", self.unit)
+            ticks = "%.0f" if self.unit == "%" else "%.2f"
+            figure.colorbar(drawn, ax=grid.ravel().tolist(), label=label, format=ticks, pad=0.02)
             figure.legend(
                 list(handles.values()),
                 [f" {shorten(name, 40)}" for name in handles],
@@ -202,7 +229,7 @@ def landscapes(view: StudyView) -> list[Landscape | Missing]:
     if len(view.experts) < 2:
         return [Missing(NAME, TITLE, "A landscape needs two experts.")]
     found = [
-        _landscape(i, j, stored, view.metric("validation"))
+        _landscape(i, j, stored, view.metrics("validation").only(stored["tasks"]))
         for i, j in permutations(range(len(view.experts)), 2)
         if (stored := stored_probe(view.study, landscape_name(i, j))) is not None and _is_whole(stored)
     ]
@@ -216,7 +243,7 @@ def _is_whole(found: dict[str, Any]) -> bool:
     return bool(found["methods"]) and all(len(method) == cells for method in found["methods"].values())
 
 
-def _landscape(i: int, j: int, found: dict[str, Any], metric: str) -> Landscape:
+def _landscape(i: int, j: int, found: dict[str, Any], metrics: Metrics) -> Landscape:
     names = (found["experts"][0], found["experts"][1])
     count = range(len(found["lambdas"]))
 
@@ -227,23 +254,24 @@ def _landscape(i: int, j: int, found: dict[str, Any], metric: str) -> Landscape:
     common = {"base": (0.0, 0.0), names[0]: (ax, ay), names[1]: (bx, by), "averaging": ((ax + bx) / 2, (ay + by) / 2)}
     marks = {}
     for method, cells in found["methods"].items():
-        x, y, _ = max(cells.values(), key=lambda cell: cell[2])
+        x, y, _ = max(cells.values(), key=lambda cell: metrics.mean.worth(cell[2]))
         marks[method] = {**common, "best of the grid": (x, y)}
         best = found.get("best")
         if best is not None and best["method"] == method:
             marks[method][f"best trial ({best['number']})"] = tuple(best["place"])
     methods = list(found["methods"])
     caption = (
-        f"Mean validation {metric} on {', '.join(found['tasks'])} of the merges of {names[0]} and {names[1]} alone, at "
-        f"{len(count)} by {len(count)} coefficients from 0 to 1 (dots). The plane holds the base and both experts: u "
-        f"runs along {names[0]}'s task vector, v along the part of {names[1]}'s that is orthogonal to it. "
+        f"Mean validation {metrics.short} on {', '.join(found['tasks'])} of the merges of {names[0]} and {names[1]} "
+        f"alone, at {len(count)} by {len(count)} coefficients from 0 to 1 (dots). The plane holds the base and both "
+        f"experts: u runs along {names[0]}'s task vector, v along the part of {names[1]}'s that is orthogonal to it. "
         f"Merges of {methods[0]} lie in it; those of {methods[-1]} do not and are drawn where they project onto it."
     )
     return Landscape(
         f"{NAME}-{i + 1}-{j + 1}",
         f"{TITLE}: {names[0]} and {names[1]}",
         caption,
-        metric=metric,
+        metric=metrics.short,
+        unit=metrics.unit,
         experts=names,
         lambdas=found["lambdas"],
         x={method: table(method, 0) for method in methods},

@@ -12,11 +12,13 @@ from dfmerge_studies.report.figures.base import (
     GREY,
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
+    digits,
     layout_,
     legend_,
-    percent,
+    scaled,
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
@@ -31,6 +33,7 @@ class Ratio(Drawing):
 
     Attributes:
         measure: what a score is.
+        unit: of a shown score, "%" or nothing.
         split: where the chosen trial is scored.
         ratios: shares of the validation rows.
         means: over draws, per ratio.
@@ -40,6 +43,7 @@ class Ratio(Drawing):
     """
 
     measure: str
+    unit: str
     split: str
     ratios: list[float]
     means: list[float]
@@ -49,15 +53,15 @@ class Ratio(Drawing):
 
     def plotly(self) -> go.Figure:
         """The mean and the range."""
-        across = percent(self.ratios)
+        across = scaled(self.ratios, "%")
         hidden = {"width": 0, "color": BLUE}
         figure = go.Figure()
         figure.add_scatter(
-            x=across, y=percent(self.highs), mode="lines", line=hidden, showlegend=False, hoverinfo="skip"
+            x=across, y=scaled(self.highs, self.unit), mode="lines", line=hidden, showlegend=False, hoverinfo="skip"
         )
         figure.add_scatter(
             x=across,
-            y=percent(self.lows),
+            y=scaled(self.lows, self.unit),
             mode="lines",
             line=hidden,
             fill="tonexty",
@@ -67,37 +71,47 @@ class Ratio(Drawing):
         )
         figure.add_scatter(
             x=across,
-            y=percent(self.means),
+            y=scaled(self.means, self.unit),
             mode="lines+markers",
             line={"color": BLUE, "width": 2},
             name="mean over draws",
-            hovertemplate="%{x:.0f} % of the rows: %{y:.2f}",
+            hovertemplate=f"%{{x:.0f}} % of the rows: %{{y:{digits(self.unit, 1)}}}",
         )
         if self.ratios[-1] == 1:
-            figure.add_hline(y=100 * self.means[-1], line={"color": GREY, "dash": "dash", "width": 1})
+            figure.add_hline(y=scaled(self.means, self.unit)[-1], line={"color": GREY, "dash": "dash", "width": 1})
         figure.update_xaxes(title_text="share of the validation rows, %", rangemode="tozero")
-        figure.update_yaxes(title_text=f"{self.measure} on {self.split}, %")
+        figure.update_yaxes(title_text=axis_label(f"{self.measure} on {self.split}", self.unit))
         return layout_(figure, height=400)
 
     def static(self) -> Figure:
         """The same for a file."""
-        across = percent(self.ratios)
+        across = scaled(self.ratios, "%")
         with canvas():
             figure, axes = blank(size=(7.6, 3.8))
             axes.fill_between(
                 across,
-                percent(self.lows),
-                percent(self.highs),
+                scaled(self.lows, self.unit),
+                scaled(self.highs, self.unit),
                 color=BLUE,
                 alpha=0.18,
                 linewidth=0,
                 label=f"range over {self.draws} draws",
             )
-            axes.plot(across, percent(self.means), "o-", color=BLUE, linewidth=2, markersize=5, label="mean over draws")
+            axes.plot(
+                across,
+                scaled(self.means, self.unit),
+                "o-",
+                color=BLUE,
+                linewidth=2,
+                markersize=5,
+                label="mean over draws",
+            )
             if self.ratios[-1] == 1:
-                axes.axhline(100 * self.means[-1], color=GREY, linestyle="--", linewidth=1, label="all rows seen")
+                axes.axhline(
+                    scaled(self.means, self.unit)[-1], color=GREY, linestyle="--", linewidth=1, label="all rows seen"
+                )
             axes.set_xlim(left=0)
-            tidy_(axes, x="share of the validation rows, %", y=f"{self.measure} on {self.split}, %")
+            tidy_(axes, x="share of the validation rows, %", y=axis_label(f"{self.measure} on {self.split}", self.unit))
             legend_(axes)
         return figure
 
@@ -108,7 +122,8 @@ def ratio(view: StudyView) -> Ratio | Missing:
     Args:
         view: the stored study.
     """
-    reason = why_not_reselect(view.science.get("search.max_drop"), view.objective.kind, len(view.trials))
+    metrics = view.metrics("validation")
+    reason = why_not_reselect(view.science.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
     if reason is not None:
         return Missing(NAME, TITLE, f"{reason[0].upper()}{reason[1:]}.")
     found = stored_probe(view.study, RATIOS)
@@ -118,7 +133,10 @@ def ratio(view: StudyView) -> Ratio | Missing:
         return Missing(
             NAME, TITLE, f"Computed before the latest trials: add {NAME} to --figures to bring it up to date."
         )
-    by_ratio = [[found["scores"][str(draw[i])] for draw in found["chosen"]] for i in range(len(found["ratios"]))]
+    by_ratio = [
+        [metrics.mean.worth(found["scores"][str(draw[i])]) for draw in found["chosen"]]
+        for i in range(len(found["ratios"]))
+    ]
     caption = (
         f"{view.measure.capitalize()} on {found['split']} of the trial that would have been chosen had only a share of "
         f"every task's validation rows been seen, over {len(found['chosen'])} seeded orders of the rows in which a "
@@ -130,6 +148,7 @@ def ratio(view: StudyView) -> Ratio | Missing:
         TITLE,
         caption,
         measure=view.measure,
+        unit=view.unit,
         split=found["split"],
         ratios=found["ratios"],
         means=[sum(values) / len(values) for values in by_ratio],

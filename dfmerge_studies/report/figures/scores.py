@@ -8,20 +8,25 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.report.comparison import MEAN, column_score
+from dfmerge_studies.report.comparison import column_score
 from dfmerge_studies.report.figures.base import (
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
     columns_,
+    digits,
     label,
     layout_,
     legend_,
     markup,
+    scaled,
+    scaled_or_none,
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.tasks.metrics import MEAN, Metrics
 
 NAME, TITLE = "scores", "Score per task"
 BASE, EXPERTS = "base, unmerged", "each task's own expert"
@@ -36,17 +41,30 @@ Rows = dict[str, dict[str, dict[str, float]]]  # {row: {split: {task: score}}}
 
 
 @dataclass(frozen=True)
+class _Panel:
+    """Numbers on one axis: those columns of a split that have one unit; `share` if all lie between 0 and 100 %."""
+
+    split: str
+    columns: list[str]
+    unit: str
+    label: str
+    share: bool
+
+
+@dataclass(frozen=True)
 class Scores(Drawing):
     """Scores by row, split and task.
 
     Attributes:
         tasks: names, in their order.
         metrics: what the scores are, for each split that some row has.
-        rows: {row: {split: {task: score in 0..1}}}; a row may lack a split or, the experts', a task.
+        task_metrics: the same by task.
+        rows: {row: {split: {task: score}}}; a row may lack a split or, the experts', a task.
     """
 
     tasks: list[str]
     metrics: dict[str, str]
+    task_metrics: dict[str, dict[str, str]]
     rows: Rows
 
     @property
@@ -62,51 +80,72 @@ class Scores(Drawing):
             split: "validation" or "test".
             column: a task, or "mean".
         """
-        return column_score(self.rows[row].get(split, {}), self.tasks, column)
+        return column_score(self.rows[row].get(split, {}), Metrics.named(self.task_metrics[split]), column)
+
+    def _panels(self) -> list[_Panel]:
+        """One per split; two where some numbers are in percent and others are not."""
+        panels = []
+        for split in self.splits:
+            metrics = Metrics.named(self.task_metrics[split])
+            for unit in dict.fromkeys(metrics.of(column).unit for column in [*self.tasks, MEAN]):
+                columns = [column for column in [*self.tasks, MEAN] if metrics.of(column).unit == unit]
+                share = unit == "%" and all(metrics.of(column).low >= 0 for column in columns)
+                words = " or ".join(sorted({metrics.of(column).name for column in columns if column != MEAN}))
+                panels.append(_Panel(split, columns, unit, axis_label(words, unit), share))
+        return panels
 
     def plotly(self) -> go.Figure:
         """Bars in groups, one group per task."""
-        splits, columns, colours = self.splits, [*self.tasks, MEAN], row_colours(list(self.rows))
+        panels, colours = self._panels(), row_colours(list(self.rows))
+        alike = len({tuple(panel.columns) for panel in panels}) == 1
         figure = make_subplots(
-            rows=len(splits), cols=1, shared_xaxes=True, vertical_spacing=0.12, subplot_titles=splits
+            rows=len(panels),
+            cols=1,
+            shared_xaxes=alike,
+            vertical_spacing=0.12,
+            subplot_titles=[panel.split for panel in panels],
         )
-        for place, split in enumerate(splits, start=1):
+        for place, panel in enumerate(panels, start=1):
             for row in self.rows:
-                values = [self.value(row, split, column) for column in columns]
+                values = [self.value(row, panel.split, column) for column in panel.columns]
                 figure.add_bar(
-                    x=[markup(column) for column in columns],
-                    y=[None if value is None else 100 * value for value in values],
+                    x=[markup(column) for column in panel.columns],
+                    y=scaled_or_none(values, panel.unit),
                     name=markup(row),
                     marker={"color": colours[row]},
-                    hovertemplate="%{x}: %{y:.1f}",
+                    hovertemplate=f"%{{x}}: %{{y:{digits(panel.unit)}}}",
                     legendgroup=markup(row),
                     showlegend=place == 1,
                     row=place,
                     col=1,
                 )
-            figure.update_yaxes(title_text=f"{self.metrics[split]}, %", range=[0, 100], row=place, col=1)
-        return layout_(figure, height=140 + 240 * len(splits)).update_layout(
+            figure.update_yaxes(title_text=panel.label, row=place, col=1)
+            if panel.share:
+                figure.update_yaxes(range=[0, 100], row=place, col=1)
+        return layout_(figure, height=140 + 240 * len(panels)).update_layout(
             barmode="group", bargroupgap=0.05, margin={"t": 50}
         )
 
     def static(self) -> Figure:
         """The same for a file."""
-        splits, columns, colours = self.splits, [*self.tasks, MEAN], row_colours(list(self.rows))
+        panels, colours = self._panels(), row_colours(list(self.rows))
+        alike = len({tuple(panel.columns) for panel in panels}) == 1
         with canvas():
-            width = min(18.0, 3.2 + 0.16 * len(columns) * (len(self.rows) + 2))
+            width = min(18.0, 3.2 + 0.16 * max(len(panel.columns) for panel in panels) * (len(self.rows) + 2))
             figure, grid = blank(
-                len(splits), 1, size=(max(8.0, width), 0.8 + 2.3 * len(splits)), sharex=True, squeeze=False
+                len(panels), 1, size=(max(8.0, width), 0.8 + 2.3 * len(panels)), sharex=alike, squeeze=False
             )
             bar = 0.85 / max(1, len(self.rows))
-            for axes, split in zip(grid[:, 0], splits, strict=True):
+            for axes, panel in zip(grid[:, 0], panels, strict=True):
                 for position, row in enumerate(self.rows):
-                    values = [self.value(row, split, column) for column in columns]
+                    values = [self.value(row, panel.split, column) for column in panel.columns]
                     places = [i + (position + 0.5) * bar - 0.425 for i, value in enumerate(values) if value is not None]
-                    heights = [100 * value for value in values if value is not None]
+                    heights = scaled([value for value in values if value is not None], panel.unit)
                     axes.bar(places, heights, 0.94 * bar, color=colours[row], label=label(row))
-                tidy_(axes, y=f"{split} {self.metrics[split]}, %")
-                axes.set_ylim(0, 100)
-                columns_(axes, columns)
+                tidy_(axes, y=f"{panel.split} {panel.label}")
+                if panel.share:
+                    axes.set_ylim(0, 100)
+                columns_(axes, panel.columns)
             legend_(grid[0, 0])
         return figure
 
@@ -139,16 +178,19 @@ def best_scores(view: StudyView) -> Scores:
             rows[f"{each.method} (trial {each.best.number})" if each is view else name] = {
                 split: scores for split, scores in kept.items() if scores
             }
-    metrics = {split: view.metric(split) for split in splits if any(split in row for row in rows.values())}
-    alike = len(set(metrics.values())) == 1
-    words = " and ".join([*metrics.values()][:1] if alike else [f"{kind} ({split})" for split, kind in metrics.items()])
+    metrics = {split: view.metrics(split) for split in splits if any(split in row for row in rows.values())}
+    texts = {split: each.text for split, each in metrics.items()}
+    alike = len(set(texts.values())) == 1
+    words = " and ".join([*texts.values()][:1] if alike else [f"{kind} ({split})" for split, kind in texts.items()])
     caption = (
-        f"{words.capitalize()} of the study's best trial on every task, beside the base, each task's own expert, and "
-        "the best of the other methods in the same storage. Coefficients were chosen on validation; test is only "
-        "reported, where it has been computed."
+        f"{words[:1].upper()}{words[1:]} of the study's best trial on every task, beside the base, each task's own "
+        "expert, and the best of the other methods in the same storage. Coefficients were chosen on validation; test "
+        "is only reported, where it has been computed."
     )
     found = {row: splits for row, splits in rows.items() if splits}
-    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=metrics, rows=found)
+    shorts = {split: each.short for split, each in metrics.items()}
+    names = {split: each.names for split, each in metrics.items()}
+    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=found)
 
 
 def scores(view: StudyView) -> Scores | Missing:

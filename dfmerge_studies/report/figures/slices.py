@@ -16,11 +16,13 @@ from dfmerge_studies.report.figures.base import (
     SCALE,
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
+    digits,
     layout_,
     markup,
-    percent,
+    scaled,
     shorten,
     tidy_,
 )
@@ -35,12 +37,14 @@ class Slices(Drawing):
 
     Attributes:
         measure: what a score is.
+        unit: of a shown score, "%" or nothing.
         coefficients: per coefficient, of every trial.
-        scores: of every trial, 0..1.
+        scores: of every trial.
         best: position of the best trial.
     """
 
     measure: str
+    unit: str
     coefficients: dict[str, list[float]]
     scores: list[float]
     best: int
@@ -54,7 +58,7 @@ class Slices(Drawing):
 
     def plotly(self) -> go.Figure:
         """A triangle of panels: on the diagonal the score, below it pairs of coefficients coloured by the score."""
-        names, points = list(self.coefficients), percent(self.scores)
+        names, points = list(self.coefficients), scaled(self.scores, self.unit)
         size = len(names)
         figure = make_subplots(
             rows=size,
@@ -79,25 +83,27 @@ class Slices(Drawing):
                     },
                 },
                 customdata=points,
-                hovertemplate="%{x:.3f}, %{y:.3f}: %{customdata:.1f}<extra></extra>",
+                hovertemplate=f"%{{x:.3f}}, %{{y:.3f}}: %{{customdata:{digits(self.unit)}}}<extra></extra>",
                 row=row + 1,
                 col=column + 1,
             )
             if row == size - 1:
                 figure.update_xaxes(title_text=markup(horizontal, 18), row=row + 1, col=column + 1)
             if diagonal:  # its right is free, its left has the neighbour's points
-                figure.update_yaxes(title_text="score, %", side="right", row=row + 1, col=column + 1)
+                figure.update_yaxes(
+                    title_text=axis_label("score", self.unit), side="right", row=row + 1, col=column + 1
+                )
             elif column == 0:
                 figure.update_yaxes(title_text=markup(vertical, 18), row=row + 1, col=column + 1)
         layout_(figure, height=max(360, 110 + 190 * size), legend=False)
-        bar: dict[str, Any] = {"title": {"text": "score, %"}, "len": min(1.0, 260 / (190 * size))}
+        bar: dict[str, Any] = {"title": {"text": axis_label("score", self.unit)}, "len": min(1.0, 260 / (190 * size))}
         if size > 1:  # above the diagonal nothing is drawn
             bar |= {"x": 1.0, "xanchor": "right", "y": 1.0, "yanchor": "top", "len": min(bar["len"], 0.9 - 0.9 / size)}
         return figure.update_layout(coloraxis={"colorscale": SCALE, "colorbar": bar})
 
     def static(self) -> Figure:
         """The same for a file."""
-        names, points = list(self.coefficients), percent(self.scores)
+        names, points = list(self.coefficients), scaled(self.scores, self.unit)
         size = len(names)
         edge = min(2.6, 16 / size)
         with canvas():
@@ -113,14 +119,14 @@ class Slices(Drawing):
                 axes.scatter(
                     across[self.best], up[self.best], s=90, facecolors="none", edgecolors="#D00000", linewidths=1.6
                 )
-                label = "score, %" if diagonal else shorten(vertical, 18)
+                label = axis_label("score", self.unit) if diagonal else shorten(vertical, 18)
                 tidy_(
                     axes,
                     x=shorten(horizontal, 18) if row == size - 1 else "",
                     y=label if column == 0 or diagonal else "",
                 )
             bar = figure.colorbar(drawn, ax=grid.ravel().tolist(), shrink=min(1.0, 1.4 / size + 0.3), pad=0.02)
-            bar.set_label(f"{self.measure}, %", color=DARK)
+            bar.set_label(axis_label(self.measure, self.unit), color=DARK)
         return figure
 
 
@@ -143,6 +149,7 @@ def slices(view: StudyView) -> Slices | Missing:
         TITLE,
         caption,
         measure=view.measure,
+        unit=view.unit,
         coefficients=view.points(),
         scores=[view.value(trial) for trial in view.trials],
         best=[trial.number for trial in view.trials].index(view.best.number),

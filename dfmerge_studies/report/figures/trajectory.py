@@ -16,16 +16,18 @@ from dfmerge_studies.report.figures.base import (
     DARK,
     Drawing,
     Missing,
+    axis_label,
     blank,
     canvas,
     colour,
     dash,
+    digits,
     label,
     layout_,
     legend_,
     marker,
     markup,
-    percent,
+    scaled,
     static_dash,
     static_marker,
     tidy_,
@@ -53,9 +55,10 @@ class Trajectory(Drawing):
 
     Attributes:
         measure: what a score is.
+        unit: of a shown score, "%" or nothing.
         places: ordinal of every trial.
         numbers: Optuna's number of every trial.
-        scores: of every trial, 0..1.
+        scores: of every trial.
         kinds: how each trial's coefficients came about: a key of `KINDS`.
         feasible: whether a trial keeps the study's constraints.
         best: score of the trial that would be chosen after each.
@@ -65,6 +68,7 @@ class Trajectory(Drawing):
     """
 
     measure: str
+    unit: str
     places: list[int]
     numbers: list[int]
     scores: list[float]
@@ -86,11 +90,17 @@ class Trajectory(Drawing):
             shade, dashes = _level_looks(position)
             style = {"color": shade, "width": 1.4, "dash": dashes}
             figure.add_scatter(
-                x=[first, last], y=[100 * level] * 2, mode="lines", line=style, name=markup(name), row=1, col=1
+                x=[first, last],
+                y=scaled([level] * 2, self.unit),
+                mode="lines",
+                line=style,
+                name=markup(name),
+                row=1,
+                col=1,
             )
         figure.add_scatter(
             x=self.places,
-            y=percent(self.best),
+            y=scaled(self.best, self.unit),
             mode="lines",
             line={"color": BLUE, "width": 2.5, "shape": "hv"},
             name="best so far",
@@ -102,7 +112,7 @@ class Trajectory(Drawing):
             if chosen:
                 figure.add_scatter(
                     x=[self.places[i] for i in chosen],
-                    y=[100 * self.scores[i] for i in chosen],
+                    y=scaled([self.scores[i] for i in chosen], self.unit),
                     mode="markers",
                     marker={
                         "symbol": [symbol if self.feasible[i] else f"{symbol}-open" for i in chosen],
@@ -110,7 +120,7 @@ class Trajectory(Drawing):
                         "color": BLUE,
                     },
                     customdata=[self.numbers[i] for i in chosen],
-                    hovertemplate="trial %{customdata}: %{y:.2f}<extra></extra>",
+                    hovertemplate=f"trial %{{customdata}}: %{{y:{digits(self.unit, 1)}}}<extra></extra>",
                     name=f"trial, {words}",
                     row=1,
                     col=1,
@@ -127,7 +137,7 @@ class Trajectory(Drawing):
                 row=2,
                 col=1,
             )
-        figure.update_yaxes(title_text=f"{self.measure}, %", row=1, col=1)
+        figure.update_yaxes(title_text=axis_label(self.measure, self.unit), row=1, col=1)
         figure.update_yaxes(title_text=self.chosen, row=2, col=1)
         figure.update_xaxes(title_text="trial", row=2, col=1)
         layout_(figure, height=560)
@@ -140,13 +150,24 @@ class Trajectory(Drawing):
         with canvas():
             figure, (top, bottom) = blank(2, 1, size=(8.6, 5.6), sharex=True, height_ratios=(3, 2))
             top.plot(
-                self.places, percent(self.best), color=BLUE, linewidth=2, drawstyle="steps-post", label="best so far"
+                self.places,
+                scaled(self.best, self.unit),
+                color=BLUE,
+                linewidth=2,
+                drawstyle="steps-post",
+                label="best so far",
             )
             for kind, (words, symbol) in KINDS.items():
                 self._static_points(top, kind, f"trial, {words}", static_marker(symbol))
             for position, (name, level) in enumerate(self.levels.items()):
                 shade, dashes = _level_looks(position)
-                top.axhline(100 * level, color=shade, linestyle=static_dash(dashes), linewidth=1.3, label=label(name))
+                top.axhline(
+                    *scaled([level], self.unit),
+                    color=shade,
+                    linestyle=static_dash(dashes),
+                    linewidth=1.3,
+                    label=label(name),
+                )
             for position, (expert, values) in enumerate(self.coefficients.items()):
                 bottom.plot(
                     self.places,
@@ -158,7 +179,7 @@ class Trajectory(Drawing):
                     linewidth=1,
                     label=label(expert),
                 )
-            tidy_(top, y=f"{self.measure}, %")
+            tidy_(top, y=axis_label(self.measure, self.unit))
             tidy_(bottom, x="trial", y=self.chosen)
             bottom.xaxis.get_major_locator().set_params(integer=True)
             legend_(top)
@@ -171,7 +192,7 @@ class Trajectory(Drawing):
             if chosen:
                 axes.plot(
                     [self.places[i] for i in chosen],
-                    [100 * self.scores[i] for i in chosen],
+                    scaled([self.scores[i] for i in chosen], self.unit),
                     symbol,
                     color=BLUE,
                     fillstyle="full" if feasible else "none",
@@ -209,12 +230,13 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         if view.scores_alike(other, "validation")
     }
     if set(experts) == set(view.tasks):
-        levels = {"each task's own expert": view.worth(experts), **levels}
+        levels = {"each task's own expert": view.value_of(experts), **levels}
     return Trajectory(
         NAME,
         TITLE,
         _caption(view),
         measure=view.measure,
+        unit=view.unit,
         places=[place_of(trial) for trial in view.trials],
         numbers=[trial.number for trial in view.trials],
         scores=[view.value(trial) for trial in view.trials],
@@ -229,7 +251,7 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
 
 def _level(view: StudyView, other: StudyView) -> float:
     assert other.best is not None
-    return view.worth(other.trial_scores(other.best, "validation") or {})
+    return view.value_of(other.trial_scores(other.best, "validation") or {})
 
 
 def _kind(view: StudyView, trial: FrozenTrial) -> str:

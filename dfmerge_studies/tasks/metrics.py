@@ -1,0 +1,355 @@
+"""What a score is: the table of metrics, and the metrics of several tasks side by side.
+
+    losses[i][c]   loss of choice or class c of input i, as in `scoring`
+    wanted[i]      the right one of input i, by index; for agreement the one that the task's own expert takes
+    taken[i]       the one that the model takes: the one of lowest loss, the first of them when several are equal
+
+A new metric is a new row of `METRICS`; everything that shows, compares or constrains a score asks its row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dfmerge_studies.errors import InputError
+
+MEAN = "mean"  # name of the column after the tasks
+AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
+
+
+def predict(losses: Iterable[Sequence[float]]) -> list[int]:
+    """Index of the lowest loss of every input, the first of equal ones.
+
+    Args:
+        losses: per input, a loss per choice or class.
+    """
+    return [min(range(len(row)), key=row.__getitem__) for row in losses]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of the inputs of one task.
+
+    Attributes:
+        losses: per input, a loss per choice or class.
+        wanted: per input, the right one.
+        positive: the class that `f1` is about.
+    """
+
+    losses: Sequence[Sequence[float]]
+    wanted: Sequence[int]
+    positive: int | None = None
+
+    @cached_property
+    def taken(self) -> list[int]:
+        """Per input, the choice or class that the model takes."""
+        return predict(self.losses)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table; it has either `of_rows` or `of_all`.
+
+    Attributes:
+        name: as `metric` of a task names it; lm-evaluation-harness's and scikit-learn's name where they have one.
+        of_rows: one number per input, where the score is their mean: any subset of the inputs then has a score.
+        of_all: the score of all inputs together, where it is no mean over them.
+        low: the worst score that there can be, or the best where `higher_is_better` is false.
+        high: the other end.
+        higher_is_better: which of two scores is the better one.
+        percent: shown in percent; otherwise as a plain number.
+        labels: needs the labels of the data.
+        classes: compares choices across inputs, so that all inputs of a task must have the same ones.
+        positive: needs the task's `positive`.
+        pointless: from the labels of all inputs and `positive`, why every model would score the same, if so.
+    """
+
+    name: str
+    of_rows: Callable[[Answers], Sequence[float]] | None = None
+    of_all: Callable[[Answers], float] | None = None
+    low: float = 0.0
+    high: float = 1.0
+    higher_is_better: bool = True
+    percent: bool = True
+    labels: bool = True
+    classes: bool = False
+    positive: bool = False
+    pointless: Callable[[Sequence[int], int | None], str | None] = lambda labels, positive: None
+
+    def score(self, answers: Answers) -> float:
+        """The score of a model on one task.
+
+        Args:
+            answers: to at least one input.
+
+        Raises:
+            InputError: there is nothing to score.
+            ValueError: there are not as many losses as labels.
+        """
+        if len(answers.losses) != len(answers.wanted):
+            raise ValueError(f"{len(answers.losses)} answers to {len(answers.wanted)} inputs")
+        if not answers.wanted:
+            raise InputError("there are no examples to score", mend="Check the split and its limit")
+        if self.of_rows is not None:
+            rows = self.of_rows(answers)
+            return sum(rows) / len(rows)
+        assert self.of_all is not None
+        return float(self.of_all(answers))
+
+    def worth(self, score: float) -> float:
+        """A score such that higher is better; applied to that it gives the score again.
+
+        Args:
+            score: of this metric.
+        """
+        return score if self.higher_is_better else -score
+
+    def drop(self, score: float, reference: float) -> float:
+        """Points by which a score is worse than another one: hundredths of the range from `low` to `high`.
+
+        A range without an end has no hundredths; there a point is 0.01 of the metric's own unit.
+
+        Args:
+            score: of a merged model.
+            reference: what it is compared with.
+        """
+        span = self.high - self.low
+        return 100.0 * (self.worth(reference) - self.worth(score)) / (span if math.isfinite(span) else 1.0)
+
+    @property
+    def unit(self) -> str:
+        """What stands behind a shown number: "%" or nothing."""
+        return "%" if self.percent else ""
+
+    @property
+    def factor(self) -> float:
+        """What a score is multiplied by to be shown."""
+        return 100.0 if self.percent else 1.0
+
+    def shown(self, score: float, digits: int = 1) -> str:
+        """A score as text: `82.1` for 0.821 in percent, otherwise `0.821`.
+
+        Args:
+            score: of this metric.
+            digits: after the point, of percents; a plain number has two more.
+        """
+        return f"{self.factor * score:.{digits if self.percent else digits + 2}f}"
+
+
+class Metrics(Mapping[str, Metric]):
+    """The metrics of a split's tasks by task, and what their mean is.
+
+    Args:
+        by_task: at least one.
+    """
+
+    def __init__(self, by_task: Mapping[str, Metric]) -> None:
+        self._by_task = dict(by_task)
+
+    @classmethod
+    def named(cls, names: Mapping[str, str]) -> Metrics:
+        """The metrics of these names, which may be those of a study that another version has stored.
+
+        Args:
+            names: by task.
+        """
+        return cls({task: METRICS.get(name) or Metric(name, percent=False) for task, name in names.items()})
+
+    def __getitem__(self, task: str) -> Metric:
+        return self._by_task[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_task)
+
+    def __len__(self) -> int:
+        return len(self._by_task)
+
+    def only(self, tasks: Iterable[str]) -> Metrics:
+        """Those of some of the tasks.
+
+        Args:
+            tasks: at least one.
+        """
+        return Metrics({task: self[task] for task in tasks})
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Name of each task's metric."""
+        return {task: metric.name for task, metric in self.items()}
+
+    @cached_property
+    def mean(self) -> Metric:
+        """What the mean over the tasks is: their metric if they have one, otherwise a number in percent if all are.
+
+        Where for some tasks higher is better and for others lower, the mean is that of `worth`.
+        """
+        first, *others = dict.fromkeys(self.values())
+        if not others:
+            return first
+        everything = [first, *others]
+        return Metric(
+            self.short,
+            low=min(metric.low for metric in everything),
+            high=max(metric.high for metric in everything),
+            higher_is_better=any(metric.higher_is_better for metric in everything),
+            percent=all(metric.percent for metric in everything),
+        )
+
+    def of(self, column: str) -> Metric:
+        """What the numbers of a table's column are.
+
+        Args:
+            column: a task, or "mean".
+        """
+        return self[column] if column in self._by_task else self.mean
+
+    def worths(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """Scores such that higher is better.
+
+        Args:
+            scores: by task.
+        """
+        return {task: self[task].worth(score) for task, score in scores.items()}
+
+    def mean_of(self, scores: Mapping[str, float]) -> float:
+        """Mean over tasks.
+
+        Args:
+            scores: of at least one task.
+        """
+        return self.mean.worth(sum(self.worths(scores).values()) / len(scores))
+
+    def drops(self, scores: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
+        """Points (see `Metric.drop`) that every task loses against a reference; negative where it gains.
+
+        Args:
+            scores: of a merged model.
+            references: of each task's expert; tasks that are not among them are left out.
+        """
+        return {task: self[task].drop(scores[task], reference) for task, reference in references.items()}
+
+    @cached_property
+    def short(self) -> str:
+        """What the scores are, in few words: `accuracy`, or `accuracy or f1`."""
+        return " or ".join(sorted(set(self.names.values())))
+
+    @cached_property
+    def text(self) -> str:
+        """What the scores are, task by task if they differ: `accuracy of a and b, f1 of c`."""
+        return ", ".join(f"{name} of {' and '.join(t)}" if t else name for name, t in self._groups())
+
+    @cached_property
+    def heading(self) -> str:
+        """What the shown numbers are: `accuracy in percent`, or `accuracy of a in percent, log_likelihood of b`."""
+        if len({metric.percent for metric in self.values()}) == 1:
+            return f"{self.text} in percent" if self.mean.percent else self.text
+        percent = {metric.name for metric in self.values() if metric.percent}
+        return ", ".join(
+            f"{name} of {' and '.join(t)}{' in percent' if name in percent else ''}" for name, t in self._groups()
+        )
+
+    @property
+    def unit(self) -> str:
+        """Of the mean as it is shown."""
+        return self.mean.unit
+
+    def value_text(self, values: Sequence[float], digits: int = 1) -> str:
+        """What a trial is worth, as its numbers are shown: one, or for `pareto` one per task.
+
+        Args:
+            values: of the trial.
+            digits: see `Metric.shown`.
+        """
+        kinds = [self.mean] if len(values) == 1 else list(self.values())
+        return " ".join(kind.shown(kind.worth(value), digits) for kind, value in zip(kinds, values, strict=True))
+
+    def _groups(self) -> list[tuple[str, list[str]]]:
+        """Metrics by name with their tasks, which are left out if all have the same one."""
+        kinds = sorted(set(self.names.values()))
+        if len(kinds) == 1:
+            return [(kinds[0], [])]
+        return [(kind, [task for task, name in self.names.items() if name == kind]) for kind in kinds]
+
+
+def agrees(split: str, doc_to_target: object) -> bool:
+    """Whether `objective: agreement` scores a split by agreement: what is searched on, and what has no labels.
+
+    Args:
+        split: "validation" or "test".
+        doc_to_target: of the task.
+    """
+    return split == "validation" or doc_to_target is None
+
+
+def _right(answers: Answers) -> list[float]:
+    return [float(one == other) for one, other in zip(answers.taken, answers.wanted, strict=True)]
+
+
+def _log_probability(answers: Answers) -> list[float]:
+    """Log p(wanted|x), where p is the softmax over the choices of minus their losses, as in `scoring`."""
+    return [-row[right] - _log_sum(row) for row, right in zip(answers.losses, answers.wanted, strict=True)]
+
+
+def _log_sum(losses: Sequence[float]) -> float:
+    """Log Σ exp(-l) without overflow."""
+    lowest = min(losses)
+    return math.log(sum(math.exp(lowest - loss) for loss in losses)) - lowest
+
+
+def _balanced_accuracy(answers: Answers) -> float:
+    """Mean recall over the classes that the labels have: `balanced_accuracy_score`, which would warn of others."""
+    from sklearn.metrics import recall_score
+
+    present = sorted(set(answers.wanted))
+    return float(recall_score(answers.wanted, answers.taken, labels=present, average="macro", zero_division=0.0))
+
+
+def _f1(answers: Answers) -> float:
+    from sklearn.metrics import f1_score
+
+    sides = ([each == answers.positive for each in side] for side in (answers.wanted, answers.taken))
+    return float(f1_score(*sides, zero_division=0.0))
+
+
+def _macro_f1(answers: Answers) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(answers.wanted, answers.taken, average="macro", zero_division=0.0))
+
+
+def _mcc(answers: Answers) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(answers.wanted, answers.taken))
+
+
+def _no_positive(labels: Sequence[int], positive: int | None) -> str | None:
+    return None if positive in labels else f"no row is of the positive class {positive}"
+
+
+def _one_class(labels: Sequence[int], positive: int | None) -> str | None:
+    return None if len(set(labels)) > 1 else "all rows are of one class"
+
+
+_accuracy = Metric("accuracy", of_rows=_right)
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _accuracy,
+        # Classes that neither labels nor answers have do not count in the three that follow: scikit-learn's rule.
+        Metric("balanced_accuracy", of_all=_balanced_accuracy, classes=True),
+        Metric("f1", of_all=_f1, classes=True, positive=True, pointless=_no_positive),
+        Metric("macro_f1", of_all=_macro_f1, classes=True),
+        Metric("mcc", of_all=_mcc, low=-1.0, classes=True, pointless=_one_class),
+        Metric("log_likelihood", of_rows=_log_probability, low=-math.inf, high=0.0, percent=False),
+        replace(_accuracy, name=AGREEMENT, labels=False),
+    )
+}
+
+
+def task_metrics() -> list[str]:
+    """Names that a task's `metric` can have."""
+    return [name for name in METRICS if name != AGREEMENT]
