@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 # Control characters, surrogates, and what turns the direction of text: a terminal must not obey a file's name.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -92,7 +91,8 @@ def first_line(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
-        return f"{reason}: {error.filename}" if error.filename is not None else reason
+        named = str(error.filename) if error.filename is not None else ""
+        return f"{reason}: {named}" if 0 < len(named) <= _LONGEST else reason
     if isinstance(error, UnicodeDecodeError):
         return f"not {error.encoding.upper()} text (byte {error.object[error.start]:#04x} at position {error.start})"
     if isinstance(error, RecursionError):
@@ -111,27 +111,3 @@ def printable(text: str) -> str:
         text: any text; names in it may come from anywhere.
     """
     return UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
-
-
-@contextmanager
-def reading(where: str, what: str, mend: str) -> Iterator[None]:
-    """The boundary to a library that reads what a user gave: whatever it raises becomes one `InputError`.
-
-    Libraries raise types of every kind for bad files, panics of their Rust parts included, so that no list of types
-    would be whole.  Nothing but the call into the library belongs into the block: a mistake of ours would be told as
-    the file's.
-
-    Args:
-        where: the file, or file and field, that is being read.
-        what: what cannot be done, as a clause that the reason follows after a colon.
-        mend: what the reader can do about it.
-
-    Raises:
-        InputError: for whatever was raised; errors of this package and lack of memory pass.
-    """
-    try:
-        yield
-    except (DFMergeError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise out_of_memory(error) or InputError(f"{what}: {first_line(error)}", where=where, mend=mend) from error

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
-from dfmerge_studies.errors import InputError
 
 _CONTENT = (
     "*.safetensors",
@@ -60,11 +60,8 @@ def file_digest(file: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(file), mend="Check its permissions") from error
+    with reading(str(file), "cannot be read", "Check its permissions"), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def json_digest(value: Any) -> str:

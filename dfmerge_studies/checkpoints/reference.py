@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.boundary import kind_of, local_path, read_json, reading
+from dfmerge_studies.errors import InputError, first_line
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 _PACKAGE = "package:"
@@ -45,7 +45,7 @@ class Checkpoint:
             InputError: the file is missing or is not JSON.
         """
         file = self.path / "config.json"
-        if not file.is_file():
+        if kind_of(file) == "":
             if self.is_adapter:
                 return {}
             raise InputError(
@@ -65,10 +65,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"not readable as JSON: {error}", where=str(file), mend="Copy the checkpoint again") from error
+    content = read_json(file, mend="Copy the checkpoint again")
     if not isinstance(content, dict):
         raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
     return content
@@ -87,12 +84,10 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
     Raises:
         InputError: nothing is there, or the Hub cannot be reached.
     """
-    if "\0" in reference:
-        raise InputError(f"{reference!r} is no path", where=where, mend="Correct the path")
     if reference.startswith(_PACKAGE):
         path = _package_folder(reference, where)
     else:
-        path = (root / Path(reference).expanduser()).resolve()
+        path = local_path(reference, root, where)
         if not path.is_dir():
             if path.exists():
                 raise InputError(f"{path} is a file, expected a model directory", where=where, mend="Name its folder")
@@ -112,7 +107,8 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
 
 def _package_folder(reference: str, where: str) -> Path:
     module, _, folder = reference.removeprefix(_PACKAGE).partition("/")
-    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    with reading(where, f"the Python package {module!r} cannot be looked for", "Correct its name"):
+        found = importlib.util.find_spec(module) if module.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise InputError(
             f"the Python package {module!r} that brings the model {reference!r} is not installed",
@@ -137,9 +133,8 @@ def _download(reference: str, path: Path, where: str) -> Path:
         folder = Path(fetch(allow_patterns=_HUB_FILES))
         return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=_HUB_FILES + _HUB_PICKLES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"no directory {path}, and the Hub does not give {reference!r} ({reason})",
+            f"no directory {path}, and the Hub does not give {reference!r} ({first_line(error)})",
             where=where,
             mend="Correct the path or the Hub id, or check the connection (HF_HUB_OFFLINE, HF_TOKEN)",
         ) from error

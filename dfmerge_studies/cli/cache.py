@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfmerge_studies.cli import common
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, first_line
 
 if TYPE_CHECKING:
     from dfmerge_studies.importance.cache import FisherCache
@@ -136,7 +136,9 @@ def _reachable(cache: FisherCache) -> Iterator[FisherCache]:
         yield cache
     except OSError as error:
         raise RunError(
-            f"the cache cannot be reached: {error}", where=cache.location, mend="Check the place and the credentials"
+            f"the cache cannot be reached: {first_line(error)}",
+            where=cache.location,
+            mend="Check the place and the credentials",
         ) from error
 
 
@@ -159,9 +161,11 @@ def _open(spec: Path | None, cache: str | None) -> FisherCache:
 
 
 def _short(metadata: Mapping[str, str]) -> dict[str, Any]:
-    coefficient = metadata.get("coefficient")
+    coefficient = None
+    with suppress(ValueError, OverflowError):  # whoever shares the cache may have written anything
+        coefficient = float.fromhex(metadata["coefficient"]) if "coefficient" in metadata else None
     return {
         "expert": metadata.get("expert_name"),
-        "coefficient": float.fromhex(coefficient) if coefficient else None,
+        "coefficient": coefficient,
         "estimator": metadata.get("estimator"),
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dfmerge_studies.boundary import local_path, read_json
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.errors import InputError
@@ -101,14 +101,11 @@ def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     given = spec.importance.indices
     if not isinstance(given, str):
         return given
-    file = spec.root / given
     where = spec.where("importance.indices")
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no such file: {file}", where=where, mend="Correct the path") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not readable as JSON: {error}", where=where, mend="Correct it") from error
+    file = local_path(given, spec.root, where)
+    if not file.exists():
+        raise InputError(f"no such file: {file}", where=where, mend="Correct the path")
+    content: Any = read_json(file, where=f"{where} ({file})", mend="Correct it")
     if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
         content = content["fisher_indices"]
     rows_by_task = isinstance(content, dict) and all(

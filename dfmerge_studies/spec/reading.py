@@ -8,7 +8,11 @@ from typing import Any
 
 import yaml
 
+from dfmerge_studies.boundary import kind_of, read_text, reading
 from dfmerge_studies.errors import InputError
+
+_MEND = "Name a YAML file"
+_LARGEST = 4 * 2**20  # bytes of a spec
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,15 +45,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, unreadable, no YAML, or no mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError("no such spec", where=str(path), mend="Give the path of a YAML file") from error
-    except IsADirectoryError as error:
-        raise InputError("this is a folder, not a spec", where=str(path), mend="Name a YAML file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "this is not UTF-8 text"
-        raise InputError(f"cannot be read: {what}", where=str(path), mend="Give a YAML text file") from error
+    with reading(str(path), "cannot be read", _MEND):
+        missing = kind_of(path) == ""
+    if missing:
+        raise InputError("no such spec", where=str(path), mend="Give the path of a YAML file")
+    text = read_text(path, mend=_MEND, limit=_LARGEST)
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not

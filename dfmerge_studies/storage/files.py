@@ -7,6 +7,7 @@ import os
 import sqlite3
 from pathlib import Path
 
+from dfmerge_studies.boundary import check_regular, local_path
 from dfmerge_studies.errors import InputError, RunError
 
 _SMALLEST_DATABASE = 512  # one page; SQLite takes a file of a few bytes for an empty database
@@ -26,8 +27,7 @@ def check_file(path: Path, create: bool) -> None:
         InputError: it is a folder, its folder is missing, it is missing and may not be, or it cannot be written to.
     """
     where = str(path)
-    if path.is_dir():
-        raise InputError("this is a folder, not a file", where=where, mend="Name a file in it")
+    check_regular(local_path(path, Path.cwd(), where), where, "Name a file in it")
     if not path.parent.is_dir():
         raise InputError(
             f"the folder {path.parent} does not exist", where=where, mend="Create it, or name another file"

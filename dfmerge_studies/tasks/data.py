@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.tasks.files import empty_split, opened_split
+from dfmerge_studies.tasks.files import documents, empty_split, opened_split
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 from dfmerge_studies.tasks.templates import is_there, renderer
 
@@ -76,7 +76,7 @@ def _render(
     pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
     to_pair = renderer(pair, columns, f"{where}.doc_to_text_pair") if pair is not None else None
     rows = []
-    for index, document in enumerate(dataset):
+    for index, document in enumerate(documents(dataset, where)):
         choices = to_choices(document, index)
         row = Row(
             index,
@@ -108,7 +108,7 @@ def _choice_renderer(
         if isinstance(value, str):
             try:
                 value = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested deeply
                 value = [value]
         return _checked_choices(value, where, index)
 

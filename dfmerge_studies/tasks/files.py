@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from dfmerge_studies.boundary import check_regular, local_path, reading
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 
@@ -69,7 +72,9 @@ def opened_split(arguments: Mapping[str, Any], split: str, root: Path, where: st
     files = resolved.get("data_files")
     _check_split(files, split, where)
     if isinstance(files, dict):  # files of other splits may have other columns: labels, say
-        resolved["data_files"] = {part: files[part] for part in _split_names(split)}
+        files = {part: files[part] for part in _split_names(split)}
+    if files is not None:
+        resolved["data_files"] = _literal(files)
     with ExitStack() as stack:
         if _is_local(resolved):
             try:
@@ -105,24 +110,42 @@ def _load(resolved: Mapping[str, Any], split: str, where: str, files: str) -> Da
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
-    try:
-        with _silent_datasets(counted=str(resolved["path"]) not in _LOCAL_BUILDERS):
+    mend = "Check the files, the format named in 'path', and the split"
+    with (
+        reading(f"{where}.dataset ({files})", "the data set cannot be read", mend),
+        _silent_datasets(counted=str(resolved["path"]) not in _LOCAL_BUILDERS),
+    ):
+        try:
             return datasets.load_dataset(**resolved, split=split)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        raise InputError(
-            f"the data set {resolved['path']!r} cannot be found: {first_line(error)}",
-            where=f"{where}.dataset",
-            mend="Correct the path or the Hub id, or check the connection",
-        ) from error
-    except (DatasetGenerationError, ValueError, TypeError, OSError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
-            raise empty_split(split, where) from error
-        raise InputError(
-            f"the data set cannot be read: {first_line(cause)}",
-            where=f"{where}.dataset ({files})",
-            mend="Check the files, the format named in 'path', and the split",
-        ) from error
+        except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+            raise InputError(
+                f"the data set {resolved['path']!r} cannot be found: {first_line(error)}",
+                where=f"{where}.dataset",
+                mend="Correct the path or the Hub id, or check the connection",
+            ) from error
+        except (DatasetGenerationError, ValueError) as error:
+            if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
+                raise empty_split(split, where) from error
+            raise (error.__cause__ or error) from None  # the loader's own words are only that something failed
+
+
+def documents(dataset: Dataset, where: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a split, as columns by name.
+
+    Args:
+        dataset: from `opened_split`.
+        where: file and task, for messages.
+
+    Raises:
+        InputError: a row cannot be read.
+    """
+    rows = iter(dataset)
+    for index in count():
+        with reading(f"{where}.dataset", f"row {index} cannot be read", "Correct the data"):
+            document = next(rows, None)
+        if document is None:
+            return
+        yield document
 
 
 def empty_split(split: str, where: str) -> InputError:
@@ -155,37 +178,65 @@ def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict
     """Make local paths absolute and check that they exist, since the loader's own message names no field."""
     resolved = dict(arguments)
     path = str(arguments["path"])
-    if path not in _LOCAL_BUILDERS and (root / path).is_dir():
-        resolved["path"] = str((root / path).resolve())
+    if path not in _LOCAL_BUILDERS and local_path(path, root, f"{where}.dataset.path").is_dir():
+        resolved["path"] = _plain_folder(path, root, f"{where}.dataset.path")
     if "data_files" in arguments:
         resolved["data_files"] = _absolute(arguments["data_files"], root, f"{where}.dataset.data_files")
     elif path in _LOCAL_BUILDERS and "data_dir" not in arguments:
         raise InputError(
             f"'path: {path}' needs data_files", where=f"{where}.dataset", mend="Add data_files: {validation: FILE}"
         )
-    if "data_dir" in arguments and (root / str(arguments["data_dir"])).is_dir():
-        resolved["data_dir"] = str((root / str(arguments["data_dir"])).resolve())
+    field = f"{where}.dataset.data_dir"
+    if "data_dir" in arguments and local_path(str(arguments["data_dir"]), root, field).is_dir():
+        resolved["data_dir"] = _plain_folder(str(arguments["data_dir"]), root, field)
     return resolved
 
 
+def _plain_folder(text: str, root: Path, where: str) -> str:
+    """A folder whose files the loader finds by patterns, to which it puts the folder's own name."""
+    folder = str(local_path(text, root, where))
+    if glob.has_magic(folder):
+        raise InputError(
+            f"{folder} has one of the signs *?[ in its name, which the loader of data sets takes for a pattern",
+            where=where,
+            mend="Name the files with data_files, or move the folder",
+        )
+    return folder
+
+
 def _absolute(files: Any, root: Path, where: str) -> Any:
+    """The same structure with absolute paths; a pattern becomes the list of the files that match."""
     if isinstance(files, dict) and files:
-        return {split: _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
+        return {str(split): _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
     if files in ([], {}, "", None):
         raise InputError("it names no file", where=where, mend="Name at least one")
     if isinstance(files, list):
-        return [_absolute(value, root, where) for value in files]
+        found = [_absolute(value, root, where) for value in files]
+        return [path for one in found for path in (one if isinstance(one, list) else [one])]
     if "://" in str(files):
         return files
-    path = root / str(files)
-    if any(sign in str(files) for sign in "*?["):
-        if not any(root.glob(str(files))):
-            raise InputError(f"no file matches {path}", where=where, mend="Correct the pattern")
-    elif not path.is_file():
+    path = local_path(str(files), root, where)
+    if glob.has_magic(str(files)) and not path.exists():
+        pattern = str(Path(glob.escape(str(root))) / Path(str(files)).expanduser())
+        matched = [local_path(one, root, where) for one in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+        if not any(one.is_file() for one in matched):
+            raise InputError(f"no file matches {root / str(files)}", where=where, mend="Correct the pattern")
+        return sorted(str(one) for one in matched if one.is_file())
+    check_regular(path, where, "Correct the path; it is relative to the spec")
+    if not path.exists():
         raise InputError(f"no such file: {path}", where=where, mend="Correct the path; it is relative to the spec")
-    elif path.stat().st_size == 0:
+    if path.stat().st_size == 0:
         raise InputError(f"the data set is empty: {path} has no bytes", where=where, mend="Give it at least one row")
-    return str(path.resolve()) if path.is_file() else str(path)
+    return str(path)
+
+
+def _literal(files: Any) -> Any:
+    """Files for the loader, which takes every path for a pattern."""
+    if isinstance(files, dict):
+        return {split: _literal(value) for split, value in files.items()}
+    if isinstance(files, list):
+        return [_literal(value) for value in files]
+    return files if "://" in str(files) else glob.escape(str(files))
 
 
 def _describe_files(files: Any, split: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dfmerge_studies.boundary import kind_of, local_path
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache.base import Copied, Entry, FisherCache, copy_entries
 from dfmerge_studies.importance.cache.file import load_fisher, save_fisher
@@ -52,7 +53,7 @@ def open_cache(
                 mend="Leave them out; put credentials into the environment or into fsspec's configuration",
             )
         return RemoteCache(location, limit=limit)
-    path = (folder / Path(location.removeprefix("file://")).expanduser()).resolve()
+    path = local_path(location.removeprefix("file://"), folder, where)
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file", where=where, mend="Name a folder")
+        raise InputError(f"{path} is a {kind_of(path) or 'file'}", where=where, mend="Name a folder")
     return LocalCache(path, limit=limit)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dfmerge_studies.errors import first_line
 from dfmerge_studies.importance.cache.key import FisherKey, key_metadata
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,11 @@ class FisherCache(ABC):
     def _lost(self, what: str, error: OSError) -> None:
         self._away_until = time.monotonic() + PAUSE
         logger.warning(
-            "the Fisher cache %s cannot be %s (%s): going on without it for %d s", self.location, what, error, PAUSE
+            "the Fisher cache %s cannot be %s (%s): going on without it for %d s",
+            self.location,
+            what,
+            first_line(error),
+            PAUSE,
         )
 
     @abstractmethod

@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from dfmerge_studies.errors import first_line
+
+_LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _HEADER = 8  # bytes that say how long the JSON header is
 
 
@@ -74,8 +77,8 @@ def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         values = load(data)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # a type that torch lacks, say
+        raise ValueError(f"no values of tensors: {first_line(error)}") from error
     metadata = parse_metadata(data)
     if metadata.get("sha256") != checksum(values):
         raise ValueError("the checksum does not match the values")
@@ -93,10 +96,10 @@ def parse_metadata(data: bytes) -> dict[str, str]:
     """
     length = int.from_bytes(data[:_HEADER], "little")
     try:
-        header = json.loads(data[_HEADER : _HEADER + length])
-        return dict(header.get("__metadata__") or {})
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"no safetensors header: {error}") from error
+        metadata = json.loads(data[_HEADER : _HEADER + length]).get("__metadata__") or {}
+        return {str(name): str(text) for name, text in metadata.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError("no safetensors header") from error
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -112,8 +115,8 @@ def read_metadata(file: Path) -> dict[str, str]:
     with file.open("rb") as stream:
         start = stream.read(_HEADER)
         length = int.from_bytes(start, "little")
-        if length > file.stat().st_size:
-            raise ValueError("the header is longer than the file")
+        if length > min(file.stat().st_size, _LARGEST_HEADER):
+            raise ValueError("the header is longer than the file, or than any header")
         return parse_metadata(start + stream.read(length))
 
 

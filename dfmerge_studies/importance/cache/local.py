@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,8 +104,10 @@ class LocalCache(FisherCache):
         """The entries that are there, the least recently used first; others may be deleting at the same time."""
         found = []
         for file in self.folder.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError):
-                found.append((file, file.stat()))
+            with contextlib.suppress(OSError):
+                state = file.stat()
+                if stat.S_ISREG(state.st_mode):  # whoever shares the folder may have put a pipe there
+                    found.append((file, state))
         return sorted(found, key=lambda item: item[1].st_mtime)
 
 

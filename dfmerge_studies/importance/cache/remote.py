@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.importance.cache.base import Entry, FisherCache
 from dfmerge_studies.importance.cache.file import checksum, parse_fisher
 
@@ -144,9 +144,14 @@ class RemoteCache(FisherCache):
     def _manifest(data: bytes) -> dict[str, Any]:
         try:
             manifest = json.loads(data)
-            return {field: manifest[field] for field in ("data", "sha256", "size", "metadata")}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"the manifest is damaged: {error}") from error
+            return {
+                "data": str(manifest["data"]),
+                "sha256": str(manifest["sha256"]),
+                "size": int(manifest["size"]),
+                "metadata": {str(name): str(text) for name, text in manifest["metadata"].items()},
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"the manifest is damaged: {first_line(error)}") from error
 
     def _note_use(self, digest: str) -> None:
         """Before the data is read: from now on, and for the grace, nobody deletes the entry."""
@@ -206,7 +211,7 @@ def _failures_as_os_errors() -> Iterator[None]:
     except (OSError, ValueError):
         raise
     except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        raise OSError(first_line(error)) from error
 
 
 def _is_aside(name: str) -> bool:

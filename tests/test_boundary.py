@@ -1,0 +1,202 @@
+"""What comes from outside, good or bad, meets one boundary: a refusal names the file or the field, never an exception.
+
+Every case spoils one thing of a good project and runs a command, in this process.  What must hold of every refusal
+stands in `refusal`; a case adds what the message must name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.project import Done, Project
+
+CLASS_NAME = re.compile(r"\b(?:[A-Z]\w*)?(?:Error|Exception|Warning)\b(?!:? [a-z]+ing\b)|\bTraceback\b|\bpanicked\b")
+
+
+def refusal(project: Project, *command: str, codes: tuple[int, ...] = (2,), **environment: str) -> str:
+    """Run a command that must be refused, and return its message.
+
+    The exit code is right, there is one message without the name of an exception, `--json` gives one JSON object with
+    the same words, and the folder is as it was.
+    """
+    before = snapshot(project.folder)
+    done = project.cli(*command, "--json", check=None, **environment)
+    assert done.returncode in codes, done
+    check_told(done)
+    problems = json.loads(done.stdout)["problems"]
+    assert problems
+    assert all(set(problem) == {"where", "what", "mend"} and problem["what"] for problem in problems)
+    assert snapshot(project.folder) == before, "something is left behind"
+    return done.stderr
+
+
+def check_told(done: Done) -> None:
+    """There is one message, and it shows neither an exception's class nor a traceback nor a control character."""
+    assert done.stderr.startswith("error: "), done
+    assert not CLASS_NAME.search(done.stderr), done.stderr
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.stderr), done.stderr
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """Every path below a folder with what it is; of a file, its content."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        state = path.lstat()
+        found[str(path.relative_to(folder))] = (state.st_mode, path.read_bytes() if path.is_file() else None)
+    return found
+
+
+def header_of(file: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of a safetensors file, and the bytes of its tensors."""
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def with_header(file: Path, header: Any, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+# Weights, by their headers.
+
+NORM = "encoder.final_layer_norm.weight"
+
+
+def entry(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda header: header[NORM].update(changes)
+
+
+def gap(header: dict[str, Any]) -> None:
+    last = max((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    header.pop(min((n for n in header if n not in ("__metadata__", last)), key=lambda n: header[n]["data_offsets"]))
+
+
+HEADERS: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("a type that is not known", entry(dtype="F3"), NORM),
+    ("a type that is no text", entry(dtype=["F32"]), NORM),
+    ("a shape with a size below 0", entry(shape=[-16]), NORM),
+    ("a shape with half a size", entry(shape=[16.5]), NORM),
+    ("a shape of another size than the bytes", entry(shape=[17]), NORM),
+    ("a shape beyond all memory", entry(shape=[2**62, 2**62]), NORM),
+    ("no shape", lambda h: h[NORM].pop("shape"), NORM),
+    ("places that are texts", entry(data_offsets=["0", "64"]), NORM),
+    ("three places", entry(data_offsets=[0, 1, 2]), NORM),
+    ("an end before the beginning", entry(data_offsets=[64, 0]), NORM),
+    ("a place below 0", entry(data_offsets=[-64, 0]), NORM),
+    ("bytes of another tensor", entry(data_offsets=[1, 65]), "overlap"),
+    ("a place behind the end", entry(data_offsets=[10**9, 10**9 + 64]), "gap"),
+    ("bytes that belong to no tensor", gap, "gap"),
+    ("an entry that is a number", lambda h: h.update({NORM: 5}), NORM),
+    ("metadata that is a list", lambda h: h.update(__metadata__=[1]), "__metadata__"),
+    ("metadata with a number", lambda h: h.update(__metadata__={"format": 1}), "__metadata__"),
+    ("a name with an escape sequence", lambda h: h.update({"\x1b[31mred": 5}), r"\x1b[31mred"),
+]
+
+
+@pytest.mark.parametrize(("change", "names"), [row[1:] for row in HEADERS], ids=[row[0] for row in HEADERS])
+def test_weights_whose_header_is_wrong_are_refused_by_file_and_tensor(
+    project: Project, change: Callable[[dict[str, Any]], Any], names: str
+) -> None:
+    file = project.folder / "red" / "model.safetensors"
+    header, data = header_of(file)
+    change(header)
+    with_header(file, header, data)
+    message = refusal(project, "run", "spec.yaml")
+    assert str(file) in message
+    assert names in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 7,
+        b"\xff" * 64,
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"null",
+        struct.pack("<Q", 3) + b"\xff\xfe{",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        struct.pack("<Q", 45) + b'{"a":{"dtype":"F32"},"a":{"dtype":"F32"}}    ',
+        struct.pack("<Q", 10_006) + b'{"a":' + b"1" * 10_000 + b"}",
+    ],
+    ids=["nothing", "cut", "no length", "a list", "null", "no text", "nested", "twice", "a huge number"],
+)
+def test_weights_without_a_header_are_refused_by_file(project: Project, content: bytes) -> None:
+    file = project.folder / "red" / "model.safetensors"
+    file.write_bytes(content)
+    assert str(file) in refusal(project, "run", "spec.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": "../base/x"}}',
+        "[" * 99999,
+        json.dumps({"weight_map": {"a": "x" * 300}}),
+        '{"weight_map": {"a": "gone"}}',
+    ],
+    ids=range(9),
+)
+def test_an_index_of_shards_that_is_none_is_refused_by_file(project: Project, content: str) -> None:
+    file = project.folder / "red" / "model.safetensors.index.json"
+    file.write_text(content)
+    assert str(file) in refusal(project, "run", "spec.yaml")
+
+
+# Special files.
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_socket(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)  # the path of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
+SPECIAL = [
+    "spec.yaml",
+    "red/model.safetensors",
+    "red/config.json",
+    "base/tokenizer.json",
+    "base/generation_config.json",
+    "red.validation.jsonl",
+    "rows.json",
+    "colours.db",
+]
+
+
+@pytest.mark.parametrize("special", [a_pipe, a_device, a_socket])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_a_special_file_is_refused_by_name_and_never_opened(
+    project: Project, name: str, special: Callable[[Path], None]
+) -> None:
+    file = project.folder / name
+    file.unlink(missing_ok=True)
+    special(file)
+    more = ["--set", "importance.indices=rows.json"] if name == "rows.json" else []
+    message = refusal(project, "run", "spec.yaml", *more)
+    assert name in message or "/dev/zero" in message
+    assert re.search("is a (pipe|device|socket)", message)
