@@ -368,7 +368,7 @@ def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_t
         return points[0]
 
     late = proposed("late", 1.0)
-    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.0)  # now it draws at once, whoever was first
+    monkeypatch.setattr("dfmerge_studies.trials.turns._TURN_SECONDS", 0.0)  # now it draws at once, whoever was first
     assert late != proposed("never", None)
     monkeypatch.undo()
     assert late == proposed("at once", 0.0)
@@ -380,7 +380,7 @@ def test_a_worker_does_not_wait_for_its_turn_behind_one_that_has_died(
     rival = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     _foreign(study, whose={"pid": rival.pid, "started": _started(rival.pid), "worker": "rival"})
     threading.Timer(0.5, rival.kill).start()
-    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", math.inf)
+    monkeypatch.setattr("dfmerge_studies.trials.turns._TURN_SECONDS", math.inf)
     assert work(study, SPACE, evaluate, target=3).counts["complete"] == 3
     rival.communicate()
 
@@ -389,10 +389,10 @@ def test_a_worker_waits_for_its_turn_behind_a_silent_machine_once(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _foreign(study, beat=time.time())
-    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.2)
+    monkeypatch.setattr("dfmerge_studies.trials.turns._TURN_SECONDS", 0.2)
 
     def patient(event: Event) -> None:
-        monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", math.inf)
+        monkeypatch.setattr("dfmerge_studies.trials.turns._TURN_SECONDS", math.inf)
         if counts(study)["complete"] == 2:
             signal.raise_signal(signal.SIGINT)
 
@@ -404,7 +404,7 @@ def test_a_running_trial_of_another_machine_keeps_its_place(
 ) -> None:
     study = make_study()
     _foreign(study, beat=time.time())
-    monkeypatch.setattr("dfmerge_studies.trials.loop._TURN_SECONDS", 0.2)
+    monkeypatch.setattr("dfmerge_studies.trials.turns._TURN_SECONDS", 0.2)
 
     def stop(event: Event) -> None:
         if counts(study)["complete"] == 2:  # only the other's trial is left, and a worker would wait for it

@@ -20,7 +20,7 @@ from dfmerge_studies.storage.failures import (
 )
 from dfmerge_studies.storage.files import network_file_system
 from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
-from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, silent_ids
+from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, stale_ids
 from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study, load_study_if_any
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
 
@@ -44,7 +44,7 @@ __all__ = [
     "resolve_url",
     "root_text",
     "safe_url",
-    "silent_ids",
+    "stale_ids",
     "storage_errors",
     "storage_file",
     "storage_identity",

@@ -30,7 +30,7 @@ def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
     return seconds
 
 
-def silent_ids(study: optuna.Study) -> set[int]:
+def stale_ids(study: optuna.Study) -> set[int]:
     """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats.
 
     Args:

@@ -25,7 +25,7 @@ from dfmerge_studies.trials.marks import ERROR, OWNER, place_of
 from dfmerge_studies.trials.outbox import Outbox, outbox_folder, outboxes
 from dfmerge_studies.trials.queue import retry_failures
 from dfmerge_studies.trials.reading import failures, last_sign, point_of
-from dfmerge_studies.trials.recovery import orphans, recover
+from dfmerge_studies.trials.recovery import recover, stale_trials
 
 # What `write_model`, the cache and the outbox call their files until these are whole.
 _LEFTOVER = re.compile(r"(?:\.(?P<name>.+)\.(?:[0-9a-f]{12}|[0-9a-f]{32})\.(?P<end>tmp|old)|.+\.[0-9a-f]{32}\.tmp)")
@@ -52,7 +52,7 @@ class Report:
 
     Attributes:
         name: of the study.
-        orphans: running trials whose worker is gone, as JSON values.
+        orphans: stale trials (running ones whose worker is gone), as JSON values.
         results: files of the outbox, as JSON values.
         failures: failed trials that may be tried again, as JSON values.
         unfinished: whether a first start was killed before it had written what the study is about.
@@ -88,7 +88,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
     trials = study.get_trials(deepcopy=False)
     return Report(
         study.study_name,
-        [{**_trial(trial), **_owner(study, trial)} for trial in orphans(study)],
+        [{**_trial(trial), **_owner(study, trial)} for trial in stale_trials(study)],
         [{"file": str(e.path), "trial": e.trial, "state": e.state} for e in Outbox(outbox, study).entries()],
         [{**_trial(trial), "error": trial.user_attrs.get(ERROR)} for trial in failures(trials)],
         provenance.is_unfinished(study),
@@ -96,7 +96,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
 
 
 def mend(study: optuna.Study, outbox: Path, *, failures: bool = False) -> dict[str, int]:
-    """Apply results, put orphaned trials back in the queue, and failed ones if asked.
+    """Apply results, put stale trials back in the queue, and failed ones if asked.
 
     Args:
         study: the study.

@@ -1,16 +1,12 @@
 """The loop of one worker: claim a place, evaluate its coefficients, store the result, until the study has its total.
 
-A study's total is exact over any number of workers and restarts.  Before a worker takes a place it counts what has a
-result, runs or waits; afterwards it looks again, and gives the place back if others were as quick.  A new trial has the
-highest number, so it yields to lower ones; a trial from the queue yields whenever there are too many.  The last to
-arrive therefore always sees the others, and yields.
-
-A worker that finds every place taken waits until the others are done: should one of them die, its trial is taken up.
+A trial is claimed (`claims.py`), drawn in its turn (`turns.py`), evaluated under signs of life and signals
+(`guards.py`), kept in the outbox and told (`results.py`).  A worker that loses its storage goes on as a new one: what
+it left is mended like what a dead worker leaves.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -23,7 +19,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage import (
@@ -33,15 +29,14 @@ from dfmerge_studies.storage import (
     may_pass,
     root_text,
     storage_errors,
-    storage_of,
-    study_id_of,
 )
+from dfmerge_studies.trials.claims import Claims
 from dfmerge_studies.trials.guards import Interrupts, signs_of_life
-from dfmerge_studies.trials.marks import DRAWN, DROPPED, ERROR, INTERRUPTED, OWNER, PLACE, mark, place_of
+from dfmerge_studies.trials.marks import DRAWN, DROPPED, ERROR, INTERRUPTED, OWNER, mark, place_of
 from dfmerge_studies.trials.outbox import Outbox
-from dfmerge_studies.trials.owner import is_dead, working
-from dfmerge_studies.trials.queue import requeue
-from dfmerge_studies.trials.reading import counts, free_place, holders, point_of, started
+from dfmerge_studies.trials.owner import working
+from dfmerge_studies.trials.queue import put_back
+from dfmerge_studies.trials.reading import counts
 from dfmerge_studies.trials.recovery import recover
 from dfmerge_studies.trials.results import (
     Event,
@@ -55,14 +50,11 @@ from dfmerge_studies.trials.results import (
     tell,
 )
 from dfmerge_studies.trials.space import GridExhausted, Space
+from dfmerge_studies.trials.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3
-_WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
-_GLANCE = 0.2  # seconds after which a waiting worker notices a signal
-_TURN = 0.05  # seconds between two looks at whether those before have drawn
-_TURN_SECONDS = 10.0  # after which a worker draws out of turn: a machine before it has died, or many are before it
 PATIENCE_SECONDS = 120.0  # how long a worker waits for a storage that does not answer
 
 Evaluate = Callable[[dict[str, float], int], TrialResult]
@@ -120,7 +112,6 @@ def work(
     with Interrupts() as interrupts, storage_errors():
         worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, interrupts, raised)
         while True:
-            # A worker that lost its storage goes on as a new one: what it left is mended like what a dead one leaves.
             with working() as owner:
                 try:
                     worker.run(owner)
@@ -131,7 +122,7 @@ def work(
                             raise worker.undelivered from None
                         raise
         now = counts(study)
-        early = interrupts.requested and now["complete"] + now["pruned"] < worker.target and not worker.exhausted
+        early = interrupts.requested and now["complete"] + now["pruned"] < worker.claims.target and not worker.exhausted
         return Summary(worker.completed, worker.failed, early, worker.exhausted, now)
 
 
@@ -159,17 +150,15 @@ class _Worker:
         self.study = study
         self.space = space
         self.evaluate = evaluate
-        self.target = target
         self.outbox = outbox
         self.on_event = on_event
         self.owner: dict[str, Any] = {}
-        self.overdue: set[int] = set()  # numbers of trials whose turn has been waited for long enough
         self.former: set[str] = set()  # what this worker was called before it lost the storage
         self.away_since: float | None = None
         self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
         self.interrupts = interrupts
-        self.raised = raised
-        self.storage = storage_of(study)
+        self.claims = Claims(study, target, raised, interrupts, on_event, self._answered)
+        self.turns = Turns(study, interrupts)
         self.objectives = len(study.directions)
         self.constraints: int | None = None  # how many the study's trials have, once one is complete
         self.completed = 0
@@ -186,7 +175,7 @@ class _Worker:
         recover(self.study, on_event=self.on_event)
         self.completed += self.outbox.apply(self.on_event)
         while not self.interrupts.requested and not self.exhausted:
-            trial = self._claim()
+            trial = self.claims.claim(self.owner)
             if trial is None:
                 return
             self._run(trial)
@@ -212,74 +201,15 @@ class _Worker:
         time.sleep(random.uniform(0.5, 1.5))  # so that many workers do not come back at one moment
         return True
 
-    # Claiming a place
-
-    def _claim(self) -> FrozenTrial | None:
-        """Take the next waiting trial or a new one; None when the study has its total."""
-        waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
-        while not self.interrupts.requested:
-            recover(self.study, on_event=self.on_event)
-            kept = holders(self.study.get_trials(deepcopy=False))
-            self.away_since = self.undelivered = None
-            begun = started(kept)
-            waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
-            if len(begun) >= self.target:
-                self.target = max(self.target, self.raised() if self.raised is not None else 0)
-                if len(begun) < self.target:
-                    continue
-                if not any(trial.state == TrialState.RUNNING and OWNER in trial.user_attrs for trial in begun):
-                    return None
-                self._pause(next(waits))
-                continue
-            trial = self._take(waiting[0]) if waiting else self._draw(free_place(kept))
-            if trial is not None:
-                return trial
-            time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
-        return None
-
-    def _pause(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while not self.interrupts.requested and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, _GLANCE))
-
-    def _take(self, waiting: FrozenTrial) -> FrozenTrial | None:
-        trial_id = id_of(waiting)
-        try:
-            # Named before it runs: were it the other way round, a process killed in between would leave an orphan.
-            mark(self.study, trial_id, {OWNER: self.owner, PLACE: place_of(waiting)})
-            if not self.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
-                return None
-        except UpdateFinishedTrialError:
-            return None
-        begun = started(self.study.get_trials(deepcopy=False))
-        if len(begun) > self.target:
-            self._put_back(trial_id)
-            return None
-        return self.storage.get_trial(trial_id)
-
-    def _draw(self, place: int) -> FrozenTrial | None:
-        # Owner and place are part of the row from its first moment.
-        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, OWNER: self.owner})
-        trial_id = self.storage.create_new_trial(study_id_of(self.study), template_trial=template)
-        trial = self.storage.get_trial(trial_id)
-        lower = [t for t in holders(self.study.get_trials(deepcopy=False)) if t.number < trial.number]
-        live = [t for t in lower if t.state != TrialState.FAIL]
-        if len(live) >= self.target or any(place_of(t) == place for t in lower):
-            fail(self.study, trial_id, {DROPPED: True})
-            return None
-        return trial
-
-    def _put_back(self, trial_id: int) -> None:
-        """End a trial that was not this process's fault, and queue its coefficients again."""
-        fail(self.study, trial_id, {INTERRUPTED: True})
-        requeue(self.study)
+    def _answered(self) -> None:
+        self.away_since = self.undelivered = None
 
     # Running a trial
 
     def _run(self, trial: FrozenTrial) -> None:
         with signs_of_life(self.study, id_of(trial)):
             try:
-                self._wait_for_turn(trial)
+                self.turns.wait(trial)
                 coefficients = self._suggest(id_of(trial))
                 self._event("started", trial, coefficients)
                 result = self._evaluate(trial, coefficients)
@@ -309,13 +239,13 @@ class _Worker:
             self._failed(trial, coefficients, error)
             return None
         except KeyboardInterrupt:
-            self._put_back(id_of(trial))
+            put_back(self.study, id_of(trial))
             self._event("interrupted", trial, coefficients)
             if not self.interrupts.requested:
                 raise  # not of our handler's making: whoever made it decides what it means
             return None
         except BaseException:
-            self._put_back(id_of(trial))
+            put_back(self.study, id_of(trial))
             raise
         return result
 
@@ -340,24 +270,6 @@ class _Worker:
         self.completed += 1
         self.failures.clear()
         self._event("completed", trial, coefficients, result.values)
-
-    def _wait_for_turn(self, trial: FrozenTrial) -> None:
-        """Let the trials with lower numbers be drawn first.
-
-        A model that does not know what is being drawn elsewhere at the same moment would propose that point once more.
-        """
-        if point_of(trial) is not None:
-            return
-        until = time.monotonic() + _TURN_SECONDS
-        while not self.interrupts.requested:
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            drawing = {t.number for t in running if t.number < trial.number and _draws(t)} - self.overdue
-            if not drawing:
-                return
-            if time.monotonic() >= until:
-                self.overdue |= drawing
-                return
-            time.sleep(_TURN)
 
     def _suggest(self, trial_id: int) -> dict[str, float]:
         live = optuna.Trial(self.study, trial_id)
@@ -399,9 +311,3 @@ class _Worker:
         message: str | None = None,
     ) -> None:
         self.on_event(Event(kind, trial.number, place_of(trial), coefficients, values, message))
-
-
-def _draws(trial: FrozenTrial) -> bool:
-    """Tell whether the worker of a running trial may be about to store its coefficients."""
-    owner = trial.user_attrs.get(OWNER)
-    return owner is not None and point_of(trial) is None and not is_dead(owner)

@@ -168,7 +168,7 @@ class Outbox:
             return False
         trial = _latest(trials, trials[record.number])
         if trial.state == TrialState.FAIL and owed([*trials]):
-            return False  # its successor is not in the queue yet: `requeue` comes first
+            return False  # its successor is not in the queue yet: `retry_vacated` comes first
         if trial.state == TrialState.WAITING and not self._start(trial, owner):
             return False  # another worker was faster
         mine = storage_of(self._study).get_trial(id_of(trial))

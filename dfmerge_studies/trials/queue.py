@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import optuna
 
 from dfmerge_studies.storage import id_of, storage_errors
-from dfmerge_studies.trials.marks import CRASHES, DROPPED, PLACE, RETRY_OF, place_of
+from dfmerge_studies.trials.marks import CRASHES, DROPPED, INTERRUPTED, PLACE, RETRY_OF, place_of
 from dfmerge_studies.trials.reading import crashes_of, duplicates, failures, free_place, owed, point_of
 from dfmerge_studies.trials.results import Event, OnEvent, fail
 from dfmerge_studies.trials.space import Space
@@ -41,7 +41,7 @@ def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, flo
     return added
 
 
-def requeue(study: optuna.Study, on_event: OnEvent | None = None) -> int:
+def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
     """Put the coefficients of every vacated trial that is owed a retry back in the queue, and drop duplicates.
 
     Ending a trial and queueing its successor are two steps; because this looks at the study and not at who died, a
@@ -67,6 +67,17 @@ def requeue(study: optuna.Study, on_event: OnEvent | None = None) -> int:
     for trial in duplicates(study.get_trials(deepcopy=False) if back else trials):
         fail(study, id_of(trial), {DROPPED: True})
     return len(back)
+
+
+def put_back(study: optuna.Study, trial_id: int) -> None:
+    """End a running trial that is not at fault, and put its coefficients back in the queue.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of the trial.
+    """
+    fail(study, trial_id, {INTERRUPTED: True})
+    retry_vacated(study)
 
 
 def retry_failures(study: optuna.Study) -> int:

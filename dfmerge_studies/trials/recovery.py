@@ -13,10 +13,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.storage import id_of, silent_ids
+from dfmerge_studies.storage import id_of, stale_ids
 from dfmerge_studies.trials.marks import BEAT, DRAWN, ERROR, OWNER, PLACE
 from dfmerge_studies.trials.owner import is_dead
-from dfmerge_studies.trials.queue import requeue
+from dfmerge_studies.trials.queue import retry_vacated
 from dfmerge_studies.trials.reading import MAX_RETRIES, crashes_of
 from dfmerge_studies.trials.results import OnEvent, fail, ignore
 
@@ -36,26 +36,26 @@ def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:
     Returns:
         The number of trials put back.
     """
-    for trial in orphans(study):
+    for trial in stale_trials(study):
         marks: dict[str, Any] = {}
         if crashes_of(trial) > MAX_RETRIES:
             marks[ERROR] = f"its process died {crashes_of(trial)} times on these coefficients"
         fail(study, id_of(trial), marks)
-    return requeue(study, on_event)
+    return retry_vacated(study, on_event)
 
 
-def orphans(study: optuna.Study) -> list[FrozenTrial]:
+def stale_trials(study: optuna.Study) -> list[FrozenTrial]:
     """List the running trials whose worker is gone.
 
     Args:
         study: the study to look at.
     """
-    silent = silent_ids(study)
+    silent = stale_ids(study)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [trial for trial in running if id_of(trial) in silent or _is_orphan(trial)]
+    return [trial for trial in running if id_of(trial) in silent or _is_stale(trial)]
 
 
-def _is_orphan(trial: FrozenTrial) -> bool:
+def _is_stale(trial: FrozenTrial) -> bool:
     owner = trial.user_attrs.get(OWNER)
     verdict = is_dead(owner) if owner is not None else None
     if verdict is not None:

@@ -1,0 +1,120 @@
+"""Claiming trials: a study's total is exact over any number of workers and restarts.
+
+Before a worker takes a place it counts what has a result, runs or waits; afterwards it looks again, and gives the place
+back if others were as quick.  A new trial has the highest number, so it yields to lower ones; a trial from the queue
+yields whenever there are too many.  The last to arrive therefore always sees the others, and yields.
+
+A worker that finds every place taken waits until the others are done: should one of them die, its trial is taken up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from dfmerge_studies.storage import id_of, storage_of, study_id_of
+from dfmerge_studies.trials.guards import Interrupts
+from dfmerge_studies.trials.marks import DROPPED, OWNER, PLACE, mark, place_of
+from dfmerge_studies.trials.queue import put_back
+from dfmerge_studies.trials.reading import free_place, holders, started
+from dfmerge_studies.trials.recovery import recover
+from dfmerge_studies.trials.results import OnEvent, fail
+
+_WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
+_GLANCE = 0.2  # seconds after which a waiting worker notices a signal
+
+
+class Claims:
+    """Takes trials for one worker until the study has its total.
+
+    Args:
+        study: whose trials.
+        target: the total of results.
+        raised: asked, once the target is reached, whether it has become larger meanwhile.
+        interrupts: a signal ends the waiting.
+        on_event: told of the trials of dead workers that were put back.
+        answered: called whenever the storage has answered.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        target: int,
+        raised: Callable[[], int] | None,
+        interrupts: Interrupts,
+        on_event: OnEvent,
+        answered: Callable[[], None],
+    ) -> None:
+        self.target = target
+        self._study = study
+        self._storage = storage_of(study)
+        self._raised = raised
+        self._interrupts = interrupts
+        self._on_event = on_event
+        self._answered = answered
+
+    def claim(self, owner: Mapping[str, Any]) -> FrozenTrial | None:
+        """Take the next waiting trial or a new one; None when the study has its total, or a signal came.
+
+        Args:
+            owner: who takes it, as `owner.working` describes it.
+        """
+        waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
+        while not self._interrupts.requested:
+            recover(self._study, on_event=self._on_event)
+            kept = holders(self._study.get_trials(deepcopy=False))
+            self._answered()
+            begun = started(kept)
+            waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
+            if len(begun) >= self.target:
+                self.target = max(self.target, self._raised() if self._raised is not None else 0)
+                if len(begun) < self.target:
+                    continue
+                if not any(trial.state == TrialState.RUNNING and OWNER in trial.user_attrs for trial in begun):
+                    return None
+                self._pause(next(waits))
+                continue
+            trial = self._take(waiting[0], owner) if waiting else self._create(free_place(kept), owner)
+            if trial is not None:
+                return trial
+            time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
+        return None
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._interrupts.requested and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _GLANCE))
+
+    def _take(self, waiting: FrozenTrial, owner: Mapping[str, Any]) -> FrozenTrial | None:
+        trial_id = id_of(waiting)
+        try:
+            # Named before it runs: were it the other way round, a process killed in between would leave no owner.
+            mark(self._study, trial_id, {OWNER: owner, PLACE: place_of(waiting)})
+            if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                return None
+        except UpdateFinishedTrialError:
+            return None
+        begun = started(self._study.get_trials(deepcopy=False))
+        if len(begun) > self.target:
+            put_back(self._study, trial_id)
+            return None
+        return self._storage.get_trial(trial_id)
+
+    def _create(self, place: int, owner: Mapping[str, Any]) -> FrozenTrial | None:
+        # Owner and place are part of the row from its first moment.
+        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, OWNER: owner})
+        trial_id = self._storage.create_new_trial(study_id_of(self._study), template_trial=template)
+        trial = self._storage.get_trial(trial_id)
+        lower = [t for t in holders(self._study.get_trials(deepcopy=False)) if t.number < trial.number]
+        live = [t for t in lower if t.state != TrialState.FAIL]
+        if len(live) >= self.target or any(place_of(t) == place for t in lower):
+            fail(self._study, trial_id, {DROPPED: True})
+            return None
+        return trial
