@@ -14,11 +14,8 @@ Points that run elsewhere are taken to give what the process expects of them: mu
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,23 +37,9 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import BoTorchSampler
 from torch import Tensor
 
-LATTICE = 4096  # points of a stepped space that are compared, all of them where there are no more
+from dfmerge_studies.lattice import Steps, free_points
+
 _QUIET = (ExperimentalWarning, BotorchWarning, GPInputWarning, NumericalWarning)  # of numerics that are provided for
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The lattice of a stepped space, the same in every dimension.
-
-    Attributes:
-        low: smallest value.
-        step: distance between values.
-        count: values in one dimension.
-    """
-
-    low: float
-    step: float
-    count: int
 
 
 class UCBSampler(BaseSampler):
@@ -159,8 +142,7 @@ def candidates_function(kappa: float, steps: Steps | None = None) -> Candidates:
         if steps is None:
             return low + best.detach() * width
         taken = points if pending is None else torch.cat([points, pending])
-        lattice = _lattice(steps, _rungs(low + best.detach() * width, steps)[0], _rungs(taken, steps))
-        chosen = steps.low + steps.step * lattice.to(points)
+        chosen = free_points(steps, low + best.detach()[0] * width, taken)
         with torch.no_grad():
             scores = acquisition(((chosen - low) / width).unsqueeze(1))
         return chosen[scores.argmax()].unsqueeze(0)
@@ -239,24 +221,3 @@ def _order(*columns: Tensor) -> list[int]:
     """Row numbers in lexicographic order of the rows."""
     rows = torch.cat(columns, dim=1).tolist()
     return sorted(range(len(rows)), key=rows.__getitem__)
-
-
-def _rungs(points: Tensor, steps: Steps) -> Tensor:
-    """Points as whole numbers of steps."""
-    return ((points - steps.low) / steps.step).round().long().clamp(0, steps.count - 1)
-
-
-def _lattice(steps: Steps, best: Tensor, taken: Tensor) -> Tensor:
-    """Points of the lattice to choose from: those not taken, and `best` with its neighbours where all are too many."""
-    dimensions = len(best)
-    if math.pow(steps.count, dimensions) <= LATTICE:
-        every = torch.tensor(list(itertools.product(range(steps.count), repeat=dimensions)))
-    else:
-        near = torch.cat(
-            [torch.eye(dimensions).long(), -torch.eye(dimensions).long(), torch.zeros(1, dimensions).long()]
-        )
-        drawn = torch.randint(steps.count, (LATTICE, dimensions))  # under the sampler's own seed
-        every = torch.cat([(best + near).clamp(0, steps.count - 1), drawn])
-    gone = set(map(tuple, taken.tolist()))
-    free = [row for row in every.tolist() if tuple(row) not in gone]
-    return torch.tensor(free) if free else every

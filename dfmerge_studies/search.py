@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.trials.marks import DROPPED, FIXED, RETRY_OF, place_of
 from dfmerge_studies.trials.space import GridExhausted, Space
+from dfmerge_studies.trust_region import PLAIN_MEAN, Goal, TrustRegionSampler
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -175,12 +176,14 @@ class SamplerSettings:
         startup_trials: completed trials before the model proposes.
         grid: values by name, for the grid.
         kappa: of `ucb`, weight of the deviation against the mean.
+        goal: of `auto`, what task scores are worth together.
     """
 
     space: Space
     startup_trials: int = 10
     grid: Mapping[str, Sequence[float]] | None = None
     kappa: float = 2.576
+    goal: Goal = PLAIN_MEAN
 
 
 def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -188,11 +191,18 @@ def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
 
 
 def _ucb(settings: SamplerSettings, seed: int) -> BaseSampler:
-    from dfmerge_studies.acquisitions import Steps, UCBSampler  # an extra
+    from dfmerge_studies.acquisitions import UCBSampler  # an extra
+    from dfmerge_studies.lattice import Steps
 
     space = settings.space
     steps = Steps(space.low, space.step, 1 + round((space.high - space.low) / space.step)) if space.step else None
     return UCBSampler(kappa=settings.kappa, startup_trials=max(1, settings.startup_trials), seed=seed, steps=steps)
+
+
+def _auto(settings: SamplerSettings, seed: int) -> BaseSampler:
+    return TrustRegionSampler(
+        space=settings.space, goal=settings.goal, startup_trials=settings.startup_trials, seed=seed
+    )
 
 
 def _random(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -205,6 +215,7 @@ def _grid(settings: SamplerSettings, seed: int) -> BaseSampler:
 
 # A sampler is a function from the settings and one trial's seed to a fresh Optuna sampler for that trial.
 SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {
+    "auto": _auto,
     "gp": _gp,
     "random": _random,
     "grid": _grid,
@@ -244,6 +255,7 @@ def make_sampler(
     startup_trials: int = 10,
     grid: Mapping[str, Sequence[float]] | None = None,
     kappa: float = 2.576,
+    goal: Goal = PLAIN_MEAN,
 ) -> BaseSampler:
     """Build the sampler of a study, of one objective or several.
 
@@ -255,6 +267,7 @@ def make_sampler(
         startup_trials: completed trials before the Gaussian process proposes (at least 1).
         grid: values by name, for the grid sampler.
         kappa: of `ucb`, weight of the deviation against the mean.
+        goal: of `auto`, what task scores are worth together.
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
@@ -266,7 +279,7 @@ def make_sampler(
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
-    settings = SamplerSettings(space, startup_trials, grid, kappa)
+    settings = SamplerSettings(space, startup_trials, grid, kappa, goal)
     row = SAMPLERS[name]
     row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
     return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

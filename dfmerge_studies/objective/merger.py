@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.importance.cache import FisherCache
+from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import (
     METHODS,
@@ -165,7 +166,8 @@ class Merger:
             values: Mapping[str, Tensor] | None = None
             if self.method.importance is not Importance.UNIFORM:
                 at = importance_coefficient(self.method, coefficients[expert])
-                values, hit = self.importance(index, at)
+                raw, hit = self.importance(index, at)
+                values = scaled(raw, normalise=spec.importance.normalise, power=spec.importance.power)
                 cached, computed = cached + hit, computed + (not hit)
             middle = time.perf_counter()
             total.add(vectors[index], coefficients[expert], values)

@@ -33,6 +33,10 @@ class ImportanceSettings(Settings):
         None, description="the validation rows themselves, by task, or a JSON file with that, instead of a draw"
     )
     floor: float = Field(1e-12, gt=0, description="added to every entry, so that unseen parameters fall back to C = I")
+    normalise: Literal["none", "expert", "tensor"] = Field(
+        "none", description="divide an expert's importance by its mean, over all entries or tensor by tensor"
+    )
+    power: float = Field(1.0, gt=0, le=1, description="of every entry of an importance, before it is normalised")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="how Fishers are stored in the cache")
     row_budget: int = Field(
         8192, gt=0, description="tokens in one chunk of rows: bounds memory; changes results by rounding only"
@@ -42,7 +46,9 @@ class ImportanceSettings(Settings):
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
-    sampler: Literal["gp", "random"] = Field("gp", description="Gaussian process, or uniform draws")
+    sampler: Literal["auto", "gp", "random"] = Field(
+        "gp", description="auto: one Gaussian process per task in a trust region; gp: Optuna's; random: uniform draws"
+    )
     acquisition: Literal["ei", "ucb"] = Field(
         "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
     )

@@ -11,6 +11,9 @@ from dfmerge_studies.methods import METHODS, SHARED, Coefficients, fixed_coeffic
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.trials.space import Space
+from dfmerge_studies.trust_region import Goal
+
+_MEANS = ("mean", "weighted", "agreement")  # objectives that are a mean of task scores
 
 
 def search_space(spec: StudySpec) -> Space:
@@ -62,6 +65,7 @@ def study_sampler(spec: StudySpec) -> BaseSampler:
         startup_trials=search.startup_trials,
         grid=method.grid or None,
         kappa=search.kappa,
+        goal=Goal("mean" if spec.objective.kind in _MEANS else spec.objective.kind, spec.objective.weights),
     )
 
 

@@ -39,6 +39,10 @@ _LIBRARIES = (
 )
 
 
+# What studies did before a field came to be stated: whoever does not state it, did this.
+_FORMERLY: Mapping[str, Any] = {"importance.normalise": "none", "importance.power": 1.0}
+
+
 def stated_science(spec: StudySpec) -> dict[str, Any]:
     """What decides a study's results, as far as the spec alone says it.
 
@@ -60,6 +64,8 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
         "importance.dtype": importance.dtype,
+        "importance.normalise": importance.normalise,
+        "importance.power": importance.power,
         "search.sampler": search.sampler,
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
@@ -104,6 +110,7 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         stored: the science of the stored study.
         ours: that of this run.
     """
+    stored, ours = {**_FORMERLY, **stored}, {**_FORMERLY, **ours}
     return [
         f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
         for field in ours

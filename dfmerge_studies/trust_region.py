@@ -1,0 +1,174 @@
+"""The sampler `auto`: `surrogate`'s proposals for an Optuna study whose trials keep their task scores.
+
+It keeps nothing between two trials: the region, the processes and the draws derive from the stored trials, in the order
+of their places, and from the trial's own seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from dfmerge_studies.trials.marks import place_of
+from dfmerge_studies.trials.space import Space
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from torch import Tensor
+
+
+# Attributes of a trial.
+TASKS = "tasks"  # score per task
+DROPS = "drops"  # points of 100 that each task loses against its expert
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What task scores are worth together, as the surrogate must know it.
+
+    Attributes:
+        kind: "mean" (of `weights`, or plain), "min" or "pareto".
+        weights: per task, None for equal ones.
+    """
+
+    kind: str = "mean"
+    weights: Mapping[str, float] | None = None
+
+
+PLAIN_MEAN = Goal()
+
+
+class TrustRegionSampler(BaseSampler):
+    """Proposes one trial where the per-task processes expect most; nothing is proposed in the startup trials.
+
+    Args:
+        space: what is searched.
+        goal: what task scores are worth together.
+        startup_trials: completed trials before it proposes, at least 2.
+        seed: of the draws.
+    """
+
+    def __init__(self, *, space: Space, goal: Goal, startup_trials: int, seed: int) -> None:
+        self._space = space
+        self._goal = goal
+        self._startup_trials = max(2, startup_trials)
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return nothing: whoever calls `sample_relative` says what is searched.
+
+        Args:
+            study: not looked at.
+            trial: not looked at.
+        """
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Propose all coefficients together; empty in the startup trials.
+
+        Args:
+            study: whose completed and running trials count, in whatever order.
+            trial: the trial to be drawn.
+            search_space: ranges by name.
+        """
+        trials = study.get_trials(deepcopy=False)
+        names = self._space.names
+        whole = [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get(TASKS) and _has(t, names)]
+        whole.sort(key=place_of)
+        if len(whole) < self._startup_trials:
+            return {}
+        running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number and _has(t, names)]
+        return _next_point(whole, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Propose one coefficient uniformly.
+
+        Args:
+            study: the study of the trial.
+            trial: the trial to be drawn.
+            param_name: whose coefficient.
+            param_distribution: the range to draw from.
+        """
+        return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
+
+
+def _has(trial: FrozenTrial, names: Sequence[str]) -> bool:
+    return all(name in trial.params for name in names)
+
+
+def _next_point(
+    complete: Sequence[FrozenTrial],
+    running: Sequence[FrozenTrial],
+    space: Space,
+    goal: Goal,
+    *,
+    startup: int,
+    seed: int,
+) -> dict[str, float]:
+    """The proposal after a history of trials.
+
+    Args:
+        complete: in the order of their places.
+        running: those whose points are known.
+        space: what is searched.
+        goal: what task scores are worth together.
+        startup: how many came before the first region.
+        seed: of the draws.
+    """
+    import torch
+
+    from dfmerge_studies import surrogate
+    from dfmerge_studies.lattice import Steps
+
+    tasks = list(complete[0].user_attrs[TASKS])
+    history = surrogate.History(
+        torch.tensor([_unit(trial, space) for trial in complete], dtype=torch.float64),
+        torch.tensor([[trial.user_attrs[TASKS][task] for task in tasks] for trial in complete], dtype=torch.float64),
+        torch.tensor(sorted(_unit(trial, space) for trial in running), dtype=torch.float64) if running else None,
+        _thresholds(complete[-1], tasks),
+    )
+    if goal.kind == "pareto":
+        worth, region = surrogate.scalarisation(history.s, seed), surrogate.WHOLE
+    else:
+        weights = None if goal.weights is None else [goal.weights.get(task, 0.0) for task in tasks]
+        worth = surrogate.utility(goal.kind, weights)
+        merits = list(zip([-_violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
+        region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
+    low, width = space.low, space.high - space.low
+    steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
+    point = surrogate.proposal(history, worth, region=region, steps=steps, seed=seed)
+    return {name: low + width * value for name, value in zip(space.names, point.tolist(), strict=True)}
+
+
+def _unit(trial: FrozenTrial, space: Space) -> list[float]:
+    """A trial's point in the unit cube."""
+    return [(float(trial.params[name]) - space.low) / (space.high - space.low) for name in space.names]
+
+
+def _violation(trial: FrozenTrial) -> float:
+    return sum(max(0.0, value) for value in trial.constraints.values())
+
+
+def _thresholds(trial: FrozenTrial, tasks: Sequence[str]) -> Tensor | None:
+    """The score that every task must keep, from any trial with constraints.
+
+    A constraint is the drop against the expert in points of 100, minus what is allowed: 100 (e_t - s_t) - max_drop.
+    """
+    import torch
+
+    drops = list(trial.user_attrs.get(DROPS, {}))
+    if not trial.constraints or len(drops) != len(trial.constraints):
+        return None
+    limits = dict(zip(drops, (trial.constraints[name] for name in sorted(trial.constraints)), strict=True))
+    kept = [trial.user_attrs[TASKS][task] + limits[task] / 100.0 if task in limits else -math.inf for task in tasks]
+    return torch.tensor(kept, dtype=torch.float64)
