@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution
@@ -35,10 +35,30 @@ class Goal:
     Attributes:
         kind: "mean" (of `weights`, or plain), "min" or "pareto".
         weights: per task, None for equal ones.
+        points: score of one point (a hundredth of the metric's range) per task, negative where lower is better; tasks
+            that are not named have accuracy's 0.01.
     """
 
     kind: str = "mean"
     weights: Mapping[str, float] | None = None
+    points: Mapping[str, float] = field(default_factory=dict)
+
+    def point(self, task: str) -> float:
+        """Score of one point of a task.
+
+        Args:
+            task: its name.
+        """
+        return self.points.get(task, 0.01)
+
+    def worth(self, trial: FrozenTrial, task: str) -> float:
+        """A task's score in a trial, such that higher is better.
+
+        Args:
+            trial: a completed trial.
+            task: its name.
+        """
+        return math.copysign(1.0, self.point(task)) * float(trial.user_attrs[TASKS][task])
 
 
 PLAIN_MEAN = Goal()
@@ -133,9 +153,9 @@ def _next_point(
     tasks = list(complete[0].user_attrs[TASKS])
     history = surrogate.History(
         torch.tensor([_unit(trial, space) for trial in complete], dtype=torch.float64),
-        torch.tensor([[trial.user_attrs[TASKS][task] for task in tasks] for trial in complete], dtype=torch.float64),
+        torch.tensor([[goal.worth(trial, task) for task in tasks] for trial in complete], dtype=torch.float64),
         torch.tensor(sorted(_unit(trial, space) for trial in running), dtype=torch.float64) if running else None,
-        _thresholds(complete[-1], tasks),
+        _thresholds(complete[-1], tasks, goal),
     )
     if goal.kind == "pareto":
         worth, region = surrogate.scalarisation(history.s, seed), surrogate.WHOLE
@@ -159,10 +179,10 @@ def _violation(trial: FrozenTrial) -> float:
     return sum(max(0.0, value) for value in trial.constraints.values())
 
 
-def _thresholds(trial: FrozenTrial, tasks: Sequence[str]) -> Tensor | None:
+def _thresholds(trial: FrozenTrial, tasks: Sequence[str], goal: Goal) -> Tensor | None:
     """The score that every task must keep, from any trial with constraints.
 
-    A constraint is the drop against the expert in points of 100, minus what is allowed: 100 (e_t - s_t) - max_drop.
+    A constraint is the drop against the expert in points, minus what is allowed: (e_t - s_t) / point_t - max_drop.
     """
     import torch
 
@@ -170,5 +190,8 @@ def _thresholds(trial: FrozenTrial, tasks: Sequence[str]) -> Tensor | None:
     if not trial.constraints or len(drops) != len(trial.constraints):
         return None
     limits = dict(zip(drops, (trial.constraints[name] for name in sorted(trial.constraints)), strict=True))
-    kept = [trial.user_attrs[TASKS][task] + limits[task] / 100.0 if task in limits else -math.inf for task in tasks]
+    kept = [
+        goal.worth(trial, task) + limits[task] * abs(goal.point(task)) if task in limits else -math.inf
+        for task in tasks
+    ]
     return torch.tensor(kept, dtype=torch.float64)

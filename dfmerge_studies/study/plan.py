@@ -65,8 +65,16 @@ def study_sampler(spec: StudySpec) -> BaseSampler:
         startup_trials=search.startup_trials,
         grid=method.grid or None,
         kappa=search.kappa,
-        goal=Goal("mean" if spec.objective.kind in _MEANS else spec.objective.kind, spec.objective.weights),
+        goal=_goal(spec),
     )
+
+
+def _goal(spec: StudySpec) -> Goal:
+    """What task scores are worth together."""
+    kind = spec.objective.kind
+    metrics = spec.metrics("validation")
+    points = {task: math.copysign(metric.span / 100.0, metric.worth(1.0)) for task, metric in metrics.items()}
+    return Goal("mean" if kind in _MEANS else kind, spec.objective.weights, points)
 
 
 def known_points(spec: StudySpec) -> list[Mapping[str, float]]:

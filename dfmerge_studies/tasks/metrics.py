@@ -116,8 +116,13 @@ class Metric:
             score: of a merged model.
             reference: what it is compared with.
         """
+        return 100.0 * (self.worth(reference) - self.worth(score)) / self.span
+
+    @property
+    def span(self) -> float:
+        """Length of the range from `low` to `high`; 1 where it has no end."""
         span = self.high - self.low
-        return 100.0 * (self.worth(reference) - self.worth(score)) / (span if math.isfinite(span) else 1.0)
+        return span if math.isfinite(span) else 1.0
 
     @property
     def unit(self) -> str:
