@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.checkpoints.files import check_files
+from dfmerge_studies.checkpoints.folding import fold, plain
 from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, quiet_transformers, refused
-from dfmerge_studies.checkpoints.reference import Checkpoint
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_PEFT_ERRORS = (*LOADING_ERRORS, AttributeError, NotImplementedError, AssertionError, IndexError)
+_TASK_TYPES = {
+    ModelClass.SEQ2SEQ: "SEQ_2_SEQ_LM",
+    ModelClass.CAUSAL: "CAUSAL_LM",
+    ModelClass.CLASSIFICATION: "SEQ_CLS",
+}
+# Besides those that peft itself counts as prompt learning.
+_BESIDE_THE_WEIGHTS = ("ADAPTION_PROMPT", "XLORA", "POLY", "CARTRIDGE", "SHADOW")
+_NOT_IN_THE_WEIGHTS = {
+    "layer_replication": "the adapter's model has more layers than the base",
+    "alora_invocation_tokens": "the adapter acts only after these tokens, so it is no change of weights",
+    "arrow_config": "the adapter's share depends on the input, so it is no change of weights",
+}
+_OF_TRAINING_ALONE = ("corda", "lora_ga", "loftq")  # made from data, or from quantised weights
+_CONVERT = "Save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+_BRING_EVERYTHING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "OFT", "BOFT")
 
 
 def load_adapter(
@@ -26,43 +48,188 @@ def load_adapter(
         dtype: of the base's weights in memory.
 
     Raises:
-        InputError: peft is not installed, or the adapter does not fit the base.
+        InputError: peft is not installed, the adapter does not fit the base, or folding would make another model of it.
     """
+    import torch
+
+    check_files(checkpoint)
+    config = _read_config(checkpoint, model_class)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _folded(checkpoint, config, base, model_class, dtype)
+        if not _all_in_the_file(config):
+            torch.manual_seed(1)
+            again = _folded(checkpoint, _read_config(checkpoint, model_class), base, model_class, dtype)
+            _check_drawn_alike(model, again, config, str(checkpoint.path))
+    return model
+
+
+def note_other_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Warn where an adapter names another base than the one it is folded into.
+
+    Paths differ between machines and models get renamed, so only names are compared, and nothing is refused.
+
+    Args:
+        checkpoint: the adapter.
+        base: the whole model that it sits on.
+    """
+    named = str(read_json_object(checkpoint.path / "adapter_config.json").get("base_model_name_or_path") or "")
+    name = _letters(named.replace("\\", "/").rstrip("/").rpartition("/")[2])
+    known = [*base.path.parts[-3:], *base.reference.split("@")[0].split("/")]
+    known.append(str(base.read_config().get("_name_or_path") or "").rpartition("/")[2])
+    of_package = base.reference.startswith("package:") and name in _letters(base.reference)
+    # The Hub's cache has folders such as models--google--flan-t5-base.
+    if not name or of_package or name in [_letters(part.rpartition("--")[2]) for part in known]:
+        return
+    logger.warning("%s: the adapter names the base %s; it is folded into %s", checkpoint.path, named, base.path)
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _read_config(checkpoint: Checkpoint, model_class: ModelClass) -> PeftConfig:
+    """The adapter's configuration; what cannot be folded, or was not meant for such models, is refused by name."""
     try:
-        from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+        from peft import PeftConfig
     except ImportError as error:
         raise InputError(
             "this expert is a PEFT adapter and the package peft is not installed",
             where=str(checkpoint.path),
             mend="Run: pip install peft",
         ) from error
-    import transformers
 
-    check_files(checkpoint)
+    file = checkpoint.path / "adapter_config.json"
+    written = read_json_object(file)
+    kind = written.get("peft_type")
+    try:
+        with quiet_transformers():
+            config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint.path))
+    except _PEFT_ERRORS as error:
+        raise InputError(
+            f"not the configuration of an adapter that the installed peft knows (peft_type {kind!r}): "
+            f"{first_line(error)}",
+            where=str(file),
+            mend="Install the version of peft that the adapter was trained with, or copy the file again",
+        ) from error
+    kind = _kind(config)
+    if config.is_prompt_learning or kind in _BESIDE_THE_WEIGHTS:
+        raise InputError(
+            f"an adapter of the type {kind} acts beside the weights, not in them, so it has no task vector to merge",
+            where=str(file),
+            mend="Train one that adds to weights, such as LoRA",
+        )
+    for field, why in _NOT_IN_THE_WEIGHTS.items():
+        if getattr(config, field, None):
+            raise InputError(f"{field} is set: {why}", where=str(file), mend="Train the adapter without it")
+    if (drawn := str(getattr(config, "init_lora_weights", ""))).lower().startswith(_OF_TRAINING_ALONE):
+        raise InputError(
+            f"init_lora_weights is {drawn!r}: the adapter adds to weights computed when its training started, "
+            "and the base does not have them",
+            where=str(file),
+            mend=_CONVERT,
+        )
+    _check_task_type(config, model_class, str(file))
+    for field in sorted(field for field, value in written.items() if value and not hasattr(config, field)):
+        logger.warning("%s: the installed peft does not know the field %s and ignores it", file, field)
+    config.inference_mode = True
+    return config
+
+
+def _kind(config: PeftConfig) -> str:
+    """PEFT's name of the kind of adapter, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _check_task_type(config: PeftConfig, model_class: ModelClass, where: str) -> None:
+    expected = _TASK_TYPES[model_class]
+    found = config.task_type
+    found = str(getattr(found, "value", found)) if found is not None else None
+    if found not in (None, expected):
+        raise InputError(
+            f"task_type is {found}, but these tasks need adapters of the type {expected}",
+            where=where,
+            mend="Name an adapter that was trained for such tasks, or tasks of the adapter's kind",
+        )
+
+
+def _folded(
+    checkpoint: Checkpoint, config: PeftConfig, base: Checkpoint, model_class: ModelClass, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base with the adapter folded into its weights."""
+    import transformers
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    where = str(checkpoint.path)
     labels = _adapter_labels(checkpoint) if model_class is ModelClass.CLASSIFICATION else {}
     try:
         with quiet_transformers():
             model = getattr(transformers, model_class.value).from_pretrained(
                 base.path, dtype=dtype, trust_remote_code=base.trust_remote_code, weights_only=True, **labels
             )
-            config = PeftConfig.from_pretrained(str(checkpoint.path))
-            config.inference_mode = True
-            wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config)
+            before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
+            wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
             # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
-            result = wrapped.load_adapter(str(checkpoint.path), "default")
-            folded = wrapped.merge_and_unload()
-    except LOADING_ERRORS as error:
+            result = wrapped.load_adapter(where, "default")
+    except _PEFT_ERRORS as error:
         what = f"this adapter does not fit the base {base.path}"
-        raise refused(error, str(checkpoint.path), what, "Name the base that the adapter was trained on") from error
-    for what, names in (("is missing", result.missing_keys), ("has no place in the base", result.unexpected_keys)):
+        raise refused(error, where, what, "Name the base that the adapter was trained on") from error
+    missing, odd = _missing(wrapped, result.missing_keys), _odd(config, result.unexpected_keys)
+    for what, names in (("is missing", missing), ("has no place in the base", odd)):
         if names:
             raise InputError(
                 f"tensor {min(names)} of the adapter {what}",
-                where=str(checkpoint.path),
+                where=where,
                 mend="Copy the adapter again, or name the base that it was trained on",
             )
-    folded.eval()
-    return folded  # type: ignore[no-any-return]  # peft types its return as Module
+    try:
+        with quiet_transformers():
+            return fold(wrapped, before, where=where)
+    except _PEFT_ERRORS as error:
+        raise InputError(
+            f"this adapter of the type {_kind(config)} cannot be folded into weights: {first_line(error)}",
+            where=where,
+            mend="Train one that only adds to weights, such as LoRA",
+        ) from error
+
+
+def _missing(wrapped: Any, names: list[str]) -> list[str]:
+    """What the file lacks, without second names of what it has."""
+    parameters = dict(wrapped.named_parameters(remove_duplicate=False))
+    known = {id(parameter) for name, parameter in parameters.items() if name not in names}
+    return [name for name in names if name not in parameters or id(parameters[name]) not in known]
+
+
+def _odd(config: PeftConfig, names: list[str]) -> list[str]:
+    """What the file has too much, without the biases of a head that peft writes twice."""
+    twice = ".modules_to_save.bias" if getattr(config, "bias", None) == "all" else None
+    return [name for name in names if twice is None or not name.endswith(twice)]
+
+
+def _named_tokens(config: PeftConfig) -> list[int]:
+    """Token ids that an adapter trains on their own."""
+    found: Any = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    lists = found.values() if isinstance(found, dict) else [found]
+    return [token for each in lists for token in each]
+
+
+def _all_in_the_file(config: PeftConfig) -> bool:
+    """Whether an adapter is known to bring all its numbers, so that none is drawn or computed when it is loaded."""
+    known = getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "eva", "orthogonal")
+    return known and _kind(config) in _BRING_EVERYTHING
+
+
+def _check_drawn_alike(a: PreTrainedModel, b: PreTrainedModel, config: PeftConfig, where: str) -> None:
+    """Refuse an adapter whose numbers differ with the state of the random generator that it was loaded under."""
+    others = dict(b.named_parameters())
+    for name, parameter in a.named_parameters():
+        if not parameter.equal(others[name]):
+            raise InputError(
+                "peft draws random numbers whenever this adapter is loaded, so it is another model each time "
+                f"({_kind(config)}, init_lora_weights: {getattr(config, 'init_lora_weights', None)!r}; tensor {name})",
+                where=where,
+                mend=_CONVERT,
+            )
 
 
 def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -48,6 +48,13 @@ class Checkpoint:
         if kind_of(file) == "":
             if self.is_adapter:
                 return {}
+            inner = sorted(found.parent.name for found in self.path.glob("*/adapter_config.json"))
+            if inner:
+                raise InputError(
+                    f"holds {len(inner)} adapters in folders of their own: {', '.join(inner[:5])}",
+                    where=str(self.path),
+                    mend=f"Name one of them, such as {self.path / inner[0]}",
+                )
             raise InputError(
                 "there is no config.json",
                 where=str(self.path),

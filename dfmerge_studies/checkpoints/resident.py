@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.checkpoints.adapters import load_adapter
+from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.load import (
     ModelClass,
     check_same_tokenizer,
@@ -181,6 +181,7 @@ def _expert_parameters(
 ) -> dict[str, Tensor]:
     """Parameters of an expert; tensors without a place in the model are refused unless the base has them too."""
     if checkpoint.is_adapter:
+        note_other_base(checkpoint, base)
         model = load_adapter(checkpoint, base, model_class, dtype=dtype)
     else:
         _check_architecture(checkpoint, base)

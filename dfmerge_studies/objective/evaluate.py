@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.adapters import load_adapter
+from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
@@ -76,6 +76,7 @@ def _evaluate(
     dtype, device = getattr(torch, spec.dtype), choose_device(spec, ranks)
     progress("loading", 0, 1)
     if checkpoint.is_adapter:
+        note_other_base(checkpoint, found.base)
         model, missing = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype), frozenset[str]()
     else:
         loaded = load_model(checkpoint, found.model_class, dtype=dtype)
