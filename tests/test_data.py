@@ -172,6 +172,84 @@ def test_a_split_may_be_several_files_or_a_pattern(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path, choice_task(dataset=several), "test")) == 3
 
 
+EMPTY = [DOCUMENTS[0], {**DOCUMENTS[0], "more": None, "options": ["yes", None], "a": None, "answer": None}]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"doc_to_text": "more"},
+        {"doc_to_text": "{{text}} {{more}}"},
+        {"doc_to_text": "{{ more ~ text }}"},
+        {"doc_to_text": "{{ [text, more] | join(' ') }}"},
+        {"doc_to_text": "{{ more | trim }}."},
+        {"doc_to_text": "{{ more | upper }}."},
+        {"doc_to_text": "{{ '%s %s' | format(text, more) }}"},
+        {"doc_to_text": "{{ '{}'.format(more) }}"},
+        {"doc_to_text": "{% set x = more %}{{ x }}"},
+        {"doc_to_text": "{{ {'more': more} }}"},
+        {"doc_to_text": "{{ options }}"},
+        {"doc_to_text": "{{ options[1] }}"},
+        {"doc_to_choice": "options"},
+        {"doc_to_choice": "{{options}}"},
+        {"doc_to_choice": ["{{a}}", "b"]},
+        {"doc_to_choice": "{{[a, b]}}"},
+        {"doc_to_choice": ["None", "no"], "doc_to_target": "answer"},
+        {"doc_to_choice": ["None", "no"], "doc_to_target": "{{answer}}"},
+        {"doc_to_choice": ["None", "no"], "doc_to_target": "{{answer | string}}"},
+    ],
+    ids=str,
+)
+def test_an_empty_cell_never_becomes_the_text_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    task = choice_task(**{"doc_to_choice": ["yes", "no"], "doc_to_target": 0, **changes})
+    with pytest.raises(InputError, match=r"row 1.*(empty|there is no label)"):
+        rows_of(write_rows(tmp_path, EMPTY), task)
+
+
+def test_a_template_may_say_what_stands_for_an_empty_cell(tmp_path: Path) -> None:
+    def second(source: str) -> str:
+        return rows_of(write_rows(tmp_path, EMPTY), choice_task(doc_to_text=source, doc_to_choice=["a", "b"]))[1].text
+
+    assert second("{{text}} {{ more or '' }}.") == "the river ."
+    assert second("{{text}}{% if more %} {{more}}{% endif %}.") == "the river."
+    assert second("{{text}}{% if more is none %}.{% endif %}") == "the river."
+    assert second("{{text}}{{ '.' if more == none else more }}") == "the river."
+    assert second("{{text}}{{ more | default('.', true) }}") == "the river."
+    assert second("{{ options | reject('none') | join(', ') }}") == "yes"
+    assert second("{{ {'more': more} | tojson }}") == '{"more": null}'
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_an_empty_cell_of_a_table_is_refused_by_its_column_whatever_its_type(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    cells = {"word": ["so", None], "number": [0.5, None], "real": [0.5, float("nan")]}
+    data = datasets.Dataset.from_dict({"text": ["the river", "a train"], **cells})
+    {"csv": data.to_csv, "parquet": data.to_parquet}[kind](tmp_path / "data")
+    for column in cells:
+        task = choice_task(
+            dataset={"path": kind, "data_files": {"validation": "data"}},
+            doc_to_text=f"{{{{text}}}}: {{{{{column}}}}}",
+            doc_to_choice=["yes", "no"],
+            doc_to_target=0,
+        )
+        with pytest.raises(InputError, match=f"row 1: the cell of the column '{column}' is empty") as caught:
+            rows_of(tmp_path, task)
+        assert f"{{{{ {column} or '' }}}}" in str(caught.value.mend)
+
+
+def test_words_that_a_reader_of_csv_takes_for_empty_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,answer\nis it rain,None\nis it,NA\n")
+    dataset = {"path": "csv", "data_files": {"validation": "rows.csv"}}
+    task = choice_task(dataset=dataset, doc_to_choice=["NA", "None"], doc_to_target="answer")
+    with pytest.raises(InputError, match="there is no label"):
+        rows_of(tmp_path, task)
+    kept = choice_task(
+        dataset={**dataset, "keep_default_na": False}, doc_to_choice=["NA", "None"], doc_to_target="answer"
+    )
+    assert [row.label for row in rows_of(tmp_path, kept)] == [1, 0]
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Other bytes under the same name, size and time, as `rsync` without checksums or an archive leaves them."""
     before = path.stat()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.files import documents, empty_split, opened_split
+from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
-from dfmerge_studies.tasks.templates import is_there, renderer
+from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,6 +45,8 @@ def load_rows(
     root: Path,
     spec_file: str,
     labelled: bool = True,
+    classes: Sequence[str] = (),
+    remarks: list[str] | None = None,
 ) -> list[Row]:
     """Load a split and render prompts, choices and labels.
 
@@ -54,6 +57,9 @@ def load_rows(
         root: folder that local data files are relative to.
         spec_file: the spec, for messages.
         labelled: whether the column of `doc_to_target` must be there; otherwise rows without it have no label.
+        classes: of a classification task, the names of its head's classes, as far as they are known; labels are indices
+            into them, whatever order the data's own names have.
+        remarks: takes a sentence on labels that could be read otherwise too.
 
     Raises:
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
@@ -62,39 +68,68 @@ def load_rows(
     with opened_split(task.dataset, split, root, where) as dataset:
         if len(dataset) == 0:
             raise empty_split(split, where)
-        return _render(dataset, task, split, where, labelled)
+        columns = list(dataset.column_names)
+        target = task.doc_to_target if labelled or is_there(task.doc_to_target, columns) else None
+        names = _class_names(dataset, bare_column(target, columns))
+        rows, values = _render(dataset, task, target, names or known_names(classes), where)
+    if target is not None:
+        choices = [row.choices for row in rows]
+        if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
+            labels, remark = read_index(target, choices, where=f"{where}.doc_to_target", split=split), None
+        else:
+            labels, remark = read_labels(values, choices, names=names, where=f"{where}.doc_to_target", split=split)
+        if remark is not None and remarks is not None:
+            remarks.append(remark)
+        rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
+    return [_in_order_of(classes, row, f"{where}.doc_to_choice") for row in rows] if classes else rows
+
+
+def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
+    """The names that the data gives to a column of class numbers; nothing for any other column."""
+    from datasets import ClassLabel
+
+    feature = dataset.features.get(column)
+    return tuple(feature.names or ()) if isinstance(feature, ClassLabel) else ()
+
+
+def _in_order_of(classes: Sequence[str], row: Row, where: str) -> Row:
+    """A row of a classification task with its label as a class of the head."""
+    if not row.choices:
+        return row
+    order = class_order(row.choices, tuple(classes), where)
+    return replace(
+        row,
+        choices=tuple(row.choices[order.index(place)] for place in range(len(order))),
+        label=None if row.label is None else order[row.label],
+    )
 
 
 def _render(
-    dataset: Dataset, task: ChoiceTask | ClassificationTask, split: str, where: str, labelled: bool
-) -> list[Row]:
+    dataset: Dataset, task: ChoiceTask | ClassificationTask, target: str | int | None, names: Sequence[str], where: str
+) -> tuple[list[Row], list[Any]]:
+    """Rows without their labels, and what `doc_to_target` gives for each."""
     columns = list(dataset.column_names)
     to_text = renderer(task.doc_to_text, columns, f"{where}.doc_to_text")
-    target = task.doc_to_target if labelled or is_there(task.doc_to_target, columns) else None
-    to_target = renderer(target, columns, f"{where}.doc_to_target") if target is not None else None
-    to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice")
+    source = bare_column(target, columns) or target
+    to_target = None if source is None else renderer(source, columns, f"{where}.doc_to_target")
+    to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice", tuple(names))
     pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
-    to_pair = renderer(pair, columns, f"{where}.doc_to_text_pair") if pair is not None else None
-    rows = []
+    to_pair = None if pair is None else renderer(pair, columns, f"{where}.doc_to_text_pair")
+    rows, values = [], []
     for index, document in enumerate(documents(dataset, where)):
-        choices = to_choices(document, index)
-        row = Row(
-            index,
-            _text(to_text(document, index), f"{where}.doc_to_text", index),
-            _text(to_pair(document, index), f"{where}.doc_to_text_pair", index) if to_pair else None,
-            choices,
-            _label(to_target(document, index), choices, f"{where}.doc_to_target", split, index) if to_target else None,
-        )
-        rows.append(row)
-    return rows
+        text = _text(to_text(document, index), task.doc_to_text, f"{where}.doc_to_text", index)
+        second = _text(to_pair(document, index), pair, f"{where}.doc_to_text_pair", index) if to_pair and pair else None
+        rows.append(Row(index, text, second, to_choices(document, index), None))
+        values.append(to_target(document, index) if to_target else None)
+    return rows, values
 
 
 def _choice_renderer(
-    task: ChoiceTask | ClassificationTask, columns: Sequence[str], where: str
+    task: ChoiceTask | ClassificationTask, columns: Sequence[str], where: str, names: tuple[str, ...]
 ) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
     source = task.doc_to_choice
     if source is None:
-        return lambda _document, _index: ()
+        return lambda _document, _index: names
     if isinstance(source, list):
         parts = [
             renderer(part, columns, where) if "{{" in part or "{%" in part else (lambda _d, _i, part=part: part)
@@ -116,8 +151,15 @@ def _choice_renderer(
 
 
 def _checked_choices(value: Any, where: str, index: int) -> tuple[str, ...]:
-    if not isinstance(value, Iterable) or isinstance(value, (str, Mapping)):
+    if not isinstance(value, (list, tuple)):
         raise InputError(f"row {index}: {value!r} is no list of choices", where=where, mend="Give a list of texts")
+    odd = next((choice for choice in value if is_missing(choice) or isinstance(choice, (Mapping, list, tuple))), "")
+    if odd != "":
+        raise InputError(
+            f"row {index} has {'an empty cell' if is_missing(odd) else repr(odd)} among its choices: {list(value)}",
+            where=where,
+            mend="Give every choice a text",
+        )
     choices = tuple(str(choice) for choice in value)
     if len(choices) < 2:
         raise InputError(
@@ -134,25 +176,9 @@ def _checked_choices(value: Any, where: str, index: int) -> tuple[str, ...]:
     return choices
 
 
-def _label(value: Any, choices: tuple[str, ...], where: str, split: str, index: int) -> int:
-    """Index of the right choice, from an index or from its text."""
-    if isinstance(value, str) and value in choices:
-        return choices.index(value)
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0 or (choices and number >= len(choices)) or (isinstance(value, float) and value != number):
-        expected = f"an index below {len(choices)} or one of {list(choices)}" if choices else "a class number from 0 up"
-        raise InputError(
-            f"row {index} of the split {split!r}: label {value!r} is not among the choices, expected {expected}",
-            where=where,
-            mend="Correct the data or doc_to_target",
-        )
-    return number
-
-
-def _text(value: Any, where: str, index: int) -> str:
+def _text(value: Any, source: str, where: str, index: int) -> str:
+    if is_missing(value):
+        raise empty_cell(source, index, where)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"row {index}: {value!r} is no text", where=where, mend="Name a column with text in every row")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,98 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from dfmerge_studies.errors import InputError, did_you_mean
 
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+CSV_HINT = "; if a CSV file has NA, None or null as texts, add keep_default_na: false to dataset"
+_BARE = re.compile(r"\{\{-?\s*([^\W\d]\w*)\s*-?\}\}")
 
 Renderer = Callable[[Mapping[str, Any], int], Any]
+
+
+class EmptyCell(Exception):
+    """A template writes a cell that has no value.
+
+    Args:
+        column: where the cell is.
+    """
+
+    def __init__(self, column: str) -> None:
+        self.column = column
+        super().__init__(column)
+
+
+class Empty:
+    """A cell without a value, for templates: false, equal to none, and not to be written as the text "None".
+
+    Args:
+        column: where the cell is.
+    """
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, Empty)
+
+    def __hash__(self) -> int:
+        return hash(None)
+
+    def __str__(self) -> str:
+        raise EmptyCell(self._column)
+
+    __repr__ = __str__
+
+
+def _environment() -> SandboxedEnvironment:
+    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.tests["none"] = lambda value: value is None or isinstance(value, Empty)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null}
+    return environment
+
+
+def _null(value: Any) -> None:
+    """What `tojson` makes of what is no JSON."""
+    if not isinstance(value, Empty):
+        raise TypeError(f"{type(value).__name__} is no JSON")
+
+
+_TEMPLATES = _environment()
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell has no value: null, or the number NaN that tables write for it.
+
+    Args:
+        value: of the cell.
+    """
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def empty_cell(column: str, index: int, where: str) -> InputError:
+    """The error of a cell without a value where a text is needed.
+
+    Args:
+        column: its column.
+        index: its row.
+        where: file and field, for the message.
+    """
+    return InputError(
+        f"row {index}: the cell of the column {column!r} is empty",
+        where=where,
+        mend=f"Fill it, or write {{{{ {column} or '' }}}} where it may be empty{CSV_HINT}",
+    )
+
+
+def _marked(value: Any, column: str) -> Any:
+    """A cell with `Empty` in place of every missing value in it."""
+    if is_missing(value):
+        return Empty(column)
+    if isinstance(value, Mapping):
+        return {key: _marked(each, column) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_marked(each, column) for each in value]
+    return value
 
 
 def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
@@ -43,15 +133,32 @@ def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
 
     def render(document: Mapping[str, Any], index: int) -> str:
         try:
-            return template.render(**document)
+            return template.render({column: _marked(value, column) for column, value in document.items()})
+        except EmptyCell as error:
+            raise empty_cell(error.column, index, where) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            empty = [column for column, value in document.items() if is_missing(value)]
+            also = f"; empty on this row: {', '.join(empty)}" if empty else ""
             raise InputError(
-                f"the template fails on row {index}: {error} (columns: {', '.join(columns)})",
+                f"the template fails on row {index}: {error} (columns: {', '.join(columns)}{also})",
                 where=where,
                 mend="Use only columns that the data has",
             ) from error
 
     return render
+
+
+def bare_column(source: str | int | None, columns: Sequence[str]) -> str | None:
+    """The column that a source is, be it named or written as a template of nothing else; None for any other source.
+
+    Args:
+        source: a column, a template, or a number.
+        columns: of the data.
+    """
+    if not isinstance(source, str) or source in columns:
+        return source if isinstance(source, str) else None
+    match = _BARE.fullmatch(source)
+    return match[1] if match and match[1] in columns else None
 
 
 def is_there(source: str | int | None, columns: Sequence[str]) -> bool:
