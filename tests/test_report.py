@@ -19,10 +19,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dfmerge_studies import StudySpec, merge, open_study
-from dfmerge_studies.report.comparison import Cell
 from dfmerge_studies.report.figures import FIGURES, Drawing, Missing, StudyView, figures, plotly_figures
 from dfmerge_studies.report.figures.landscape import Landscape
 from dfmerge_studies.report.page import render, study_page
+from dfmerge_studies.report.standings import Cell
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.landscape import landscape, plane_of
 from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, row_scores
@@ -83,6 +83,21 @@ def test_the_bars_are_the_scores_that_the_commands_print(done):
         for split in ("validation", "test"):
             assert drawn.rows[name][split] == row[split]["tasks"]
             assert drawn.value(name, split, "mean") == pytest.approx(row[split]["mean"])
+
+
+def test_run_the_page_and_the_card_show_the_same_scores(copied):
+    lines = [line.split() for line in copied.cli("run", "spec.yaml").stdout.splitlines()]
+    copied.cli("export", "spec.yaml", "--out", "out")
+    card = (copied.folder / "out" / "README.md").read_text(encoding="utf-8").splitlines()
+    _, *tables = study_page(view_of(copied), "").tables
+    assert [table.title.split()[0] for table in tables] == ["Validation", "Test"]
+    for table in tables:
+        assert len(table.rows) == 4
+        for row in table.rows:
+            assert " ".join(cell.text for cell in row.cells).split() in lines
+    for place, task in enumerate(EXPERTS, start=1):
+        cells = [table.rows[row].cells[place].text for table in tables for row in (-1, 1)]  # the merge, its expert
+        assert f"| {task} | {' | '.join(cells)} |" in card
 
 
 def test_importance_favours_the_coefficient_that_decides(tmp_path):

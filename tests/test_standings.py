@@ -9,9 +9,19 @@ import math
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
-from dfmerge_studies.report.comparison import largest_drop, paired_p, ranked, spread, standings
-from dfmerge_studies.report.renderings import notes, standings_csv, standings_json, standings_latex, standings_table
+from dfmerge_studies.report.latex import standings_latex
+from dfmerge_studies.report.renderings import (
+    notes,
+    rows_json,
+    standings_csv,
+    standings_json,
+    standings_section,
+    standings_table,
+    task_lines,
+)
+from dfmerge_studies.report.standings import Scored, largest_drop, paired_p, ranked, side_by_side, spread, standings
 from dfmerge_studies.study.comparison import Comparison, Entry
 from dfmerge_studies.tasks.metrics import METRICS, Metrics
 
@@ -160,11 +170,9 @@ def test_the_latex_table_of_one_seed_has_no_columns_for_a_spread(comparison):
 
 
 def test_the_terminal_s_table_marks_best_second_star_and_failure(comparison):
-    from rich.console import Console
-
     found = standings(comparison, "test")
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(standings_table(found, {}, title="t"))
+    console.print(standings_table(found, title="t"))
     text = console.export_text(clear=False)
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "± 2.6*" in lines["gta"]
@@ -173,3 +181,45 @@ def test_the_terminal_s_table_marks_best_second_star_and_failure(comparison):
     styled = console.export_text(styles=True)
     assert "\x1b[1m 81.0" in styled or "\x1b[1m81.0" in styled
     assert any("gta" not in note and "better" in note for note in notes(found))
+
+
+def test_a_study_s_own_table_its_json_page_and_card_are_one_table():
+    metrics = {"validation": BOTH, "test": BOTH}
+    rows = [
+        Scored("base", {"validation": {"a": 0.5, "b": 0.9}, "test": {"a": 0.25, "b": 0.5}}, compete=False),
+        Scored("gta", {"validation": {"a": 0.6, "b": 0.4}}, detail={"coefficients": {"x": 0.3}}),
+        Scored("df-merge", {"validation": {"a": 0.7, "b": 0.3}, "test": {"a": 0.75, "b": 0.125}}),
+        Scored("nothing yet", {}),
+    ]
+    tables = side_by_side(rows, metrics, "s")
+    assert [row.method for row in tables["test"].rows] == ["base", "df-merge"]
+    assert tables["validation"].ranks["a"] == {"df-merge": 1, "gta": 2}
+    assert tables["validation"].ranks["mean"] == {"gta": 1, "df-merge": 1}
+    assert rows_json(tables)[1] == {
+        "name": "gta",
+        "coefficients": {"x": 0.3},
+        "validation": {"tasks": {"a": 0.6, "b": 0.4}, "mean": 0.5},
+    }
+    cells = [["base", "25.0", "50.0", "37.5"], ["df-merge", "75.0", "12.5", "43.8"]]
+    section = standings_section(tables["test"], "Test")
+    assert section.columns == ["", "a", "b", "mean"]
+    assert [[cell.text for cell in row.cells] for row in section.rows] == cells
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(standings_table(tables["test"], title="t"))
+    assert console.export_text().split()[-8:] == [*cells[0], *cells[1]]
+    assert task_lines(tables)[2:] == [
+        "| a | 50.0 | 60.0 | 70.0 | 25.0 | 75.0 |",
+        "| b | 90.0 | 40.0 | 30.0 | 50.0 | 12.5 |",
+    ]
+
+
+def test_a_row_without_all_tasks_has_no_mean_in_any_table():
+    experts = Scored("own", {"validation": {"a": 0.9}}, compete=False)
+    tables = side_by_side([experts, Scored("df-merge", {"validation": {"a": 0.5, "b": 0.5}})], {"validation": BOTH})
+    assert rows_json(tables)[0]["validation"] == {"tasks": {"a": 0.9}, "mean": None}
+    assert [cell.text for cell in standings_section(tables["validation"], "").rows[0].cells] == [
+        "own",
+        "90.0",
+        "-",
+        "-",
+    ]

@@ -124,7 +124,8 @@ def _work(session: Session, total: int, planned: Planned) -> Summary:
 
 def _tell(found: Comparison, *, ablation: bool, form: str) -> None:
     from dfmerge_studies.report import renderings
-    from dfmerge_studies.report.comparison import standings
+    from dfmerge_studies.report.latex import standings_latex
+    from dfmerge_studies.report.standings import standings
     from dfmerge_studies.study.variants import ABLATION
 
     table = standings(found, found.splits[-1])
@@ -134,12 +135,12 @@ def _tell(found: Comparison, *, ablation: bool, form: str) -> None:
     elif form == "csv":
         common.say(renderings.standings_csv(table), end="")
     elif form == "latex":
-        common.say(renderings.standings_latex(table, labels), end="")
+        common.say(standings_latex(table, labels), end="")
     else:
         title = f"{found.study}: {table.split} {table.metrics.heading}"
         out = common.output()
         if not out.is_terminal:
             out.width = _WIDE
-        out.print(renderings.standings_table(table, labels, title=title))
+        out.print(renderings.standings_table(table, title=title, labels=labels))
         for note in renderings.notes(table):
             out.print(note, markup=False)

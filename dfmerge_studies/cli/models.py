@@ -149,11 +149,12 @@ def evaluate(
         mean = metrics.mean_of({task: float(entry["score"]) for task, entry in tasks.items()})
         common.print_json({"model": model, "split": split, "tasks": tasks, "mean": mean})
         return
-    from dfmerge_studies.report.tables import Row, comparison_table
+    from dfmerge_studies.report.renderings import standings_table
+    from dfmerge_studies.report.standings import Scored, side_by_side
 
     scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
-    title = f"{split} {metrics.heading}"
-    common.output().print(comparison_table([Row(model, scores)], metrics, split, title=title))
+    found = side_by_side([Scored(model, scores)], {split: metrics})[split]
+    common.output().print(standings_table(found, title=f"{split} {metrics.heading}"))
 
 
 def export(

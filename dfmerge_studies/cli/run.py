@@ -16,7 +16,7 @@ from dfmerge_studies.ranks import launched
 if TYPE_CHECKING:
     import optuna
 
-    from dfmerge_studies.report.tables import Row
+    from dfmerge_studies.report.standings import Standings
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.session import Session
 
@@ -77,12 +77,12 @@ def run(
     if add is not None:
         total = session.total() + add
     finished = _work(session, total)
-    rows: list[Row] = []
+    tables: dict[str, Standings] = {}
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)
         if finished:
-            rows = _rows(session, baselines, splits)
-    _tell(session.study, settings, rows, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
+            tables = _tables(session, baselines, splits)
+    _tell(session.study, settings, tables, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
     if not finished:
         raise typer.Exit(130)
 
@@ -119,15 +119,15 @@ def _splits(spec: StudySpec, test: bool) -> list[str]:
     return ["validation", "test"] if with_test else ["validation"]
 
 
-def _rows(session: Session, baselines: list[Session], splits: list[str]) -> list[Row]:
+def _tables(session: Session, baselines: list[Session], splits: list[str]) -> dict[str, Standings]:
     """Base, experts, baselines and the winner; what is not in the study yet is scored now."""
-    from dfmerge_studies.report.tables import Row
+    from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, side_by_side
 
     with common.progress_bar() as progress:
         session.merger.progress = progress
         rows = [
-            Row("base, unmerged", {s: session.reference_scores("base", s) for s in splits}, compete=False),
-            Row("each task's own expert", {s: session.reference_scores("experts", s) for s in splits}, compete=False),
+            Scored(BASE, {s: session.reference_scores("base", s) for s in splits}, compete=False),
+            Scored(EXPERTS, {s: session.reference_scores("experts", s) for s in splits}, compete=False),
         ]
         for each in [*baselines, session]:
             best = each.best()
@@ -135,8 +135,9 @@ def _rows(session: Session, baselines: list[Session], splits: list[str]) -> list
             each.merger.progress = progress
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
-            rows.append(Row(name, scores, detail=each.coefficients(best), drop_rate=each.drop_rate(best)))
-    return rows
+            dropped = {} if each.drop_rate(best) is None else {"drop_rate": each.drop_rate(best)}
+            rows.append(Scored(name, scores, detail={"coefficients": each.coefficients(best), **dropped}))
+    return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
 
 
 def _tell_interrupted(spec: StudySpec, again: str, *, as_json: bool, seconds: float) -> None:
@@ -145,35 +146,33 @@ def _tell_interrupted(spec: StudySpec, again: str, *, as_json: bool, seconds: fl
 
     study = stored_study_or_none(spec, storage_url(spec))
     if study is not None:
-        _tell(study, spec, [], again, finished=False, as_json=as_json, seconds=seconds)
+        _tell(study, spec, {}, again, finished=False, as_json=as_json, seconds=seconds)
 
 
 def _tell(
     study: optuna.Study,
     spec: StudySpec,
-    rows: list[Row],
+    tables: dict[str, Standings],
     again: str,
     *,
     finished: bool,
     as_json: bool,
     seconds: float,
 ) -> None:
+    from dfmerge_studies.report.renderings import rows_json, standings_table
     from dfmerge_studies.report.summary import study_summary
-    from dfmerge_studies.report.tables import coefficients_text, comparison_table, rows_as_json
+    from dfmerge_studies.report.tables import coefficients_text
 
     summary = study_summary(study, spec)
     if as_json:
-        metrics = {split: spec.metrics(split) for row in rows[:1] for split in row.scores}
-        texts = {split: each.text for split, each in metrics.items()}
-        shown = {"interrupted": not finished, "metrics": texts, "rows": rows_as_json(rows, metrics)}
+        texts = {split: table.metrics.text for split, table in tables.items()}
+        shown = {"interrupted": not finished, "metrics": texts, "rows": rows_json(tables)}
         common.print_json({**summary, **shown})
         return
     out, best = common.output(), summary["best"]
     trials = summary["trials"]
-    for split in rows[0].scores if rows else ():
-        metrics_of = spec.metrics(split)
-        title = f"{summary['study']}: {split} {metrics_of.heading}"
-        out.print(comparison_table(rows, metrics_of, split, title=title))
+    for split, table in tables.items():
+        out.print(standings_table(table, title=f"{summary['study']}: {split} {table.metrics.heading}"))
     state = f"{trials['complete']} of {trials['target']} trials complete"
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:

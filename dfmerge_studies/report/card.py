@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.report.renderings import task_lines
+from dfmerge_studies.report.standings import Scored, side_by_side
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 
@@ -164,19 +166,18 @@ def _command(spec: StudySpec, merged: Merged) -> str:
 def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
     if not merged.scores:
         return []
-    splits = list(merged.scores)
-    header = [f"{split}: {what}" for split in splits for what in ("merged", "own expert")]
-    lines = ["## Scores", "", f"| task | {' | '.join(header)} |", "|---" * (1 + len(header)) + "|"]
-    for task in spec.tasks:
-        cells = []
-        for split in splits:
-            for source in (merged.scores, merged.expert_scores):
-                score = source.get(split, {}).get(task)
-                cells.append("-" if score is None else spec.metrics(split)[task].shown(score))
-        lines.append(f"| {task} | {' | '.join(cells)} |")
-    what = "; ".join(f"{split}: {spec.metrics(split).heading}" for split in splits)
-    lines += ["", f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.", ""]
-    if any(not metric.labels for split in splits for metric in spec.metrics(split).values()):
+    rows = [Scored("merged", merged.scores), Scored("own expert", merged.expert_scores, compete=False)]
+    tables = side_by_side(rows, {split: spec.metrics(split) for split in merged.scores})
+    what = "; ".join(f"{split}: {table.metrics.heading}" for split, table in tables.items())
+    lines = [
+        "## Scores",
+        "",
+        *task_lines(tables),
+        "",
+        f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.",
+        "",
+    ]
+    if any(not metric.labels for table in tables.values() for metric in table.metrics.values()):
         lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
     return lines
 

@@ -16,11 +16,11 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.report.comparison import standings
 from dfmerge_studies.report.figures.base import Drawing, Missing, canvas
 from dfmerge_studies.report.renderings import standings_section
-from dfmerge_studies.report.sections import Section, merged_table, score_tables
-from dfmerge_studies.report.stored_comparison import stored_comparison
+from dfmerge_studies.report.sections import Section, merged_table
+from dfmerge_studies.report.standings import standings
+from dfmerge_studies.report.stored_comparison import stored_comparison, stored_standings
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
 from dfmerge_studies.trials.reading import counts
@@ -65,12 +65,15 @@ def study_page(view: StudyView, command: str) -> Page:
     else:
         value = f"{view.value_text(view.best)} {view.unit}".rstrip()
         summary += f". The best is trial {view.best.number}, with {value} {view.measure} on validation."
-    tables = [merged_table(view), *score_tables(view)]
+    scores = stored_standings(view)
+    tables = [merged_table(view)]
+    tables += [standings_section(t, f"{split.capitalize()} {t.metrics.heading}") for split, t in scores.items()]
     compared = stored_comparison(view)
     if compared is not None:
         (split,) = compared.splits
         summary += f" Its storage has {len(compared.variants)} methods over {len(compared.seeds)} seeds."
-        tables.append(standings_section(standings(compared, split)))
+        found = standings(compared, split)
+        tables.append(standings_section(found, f"Methods over seeds: {split} {found.metrics.heading}"))
     return Page(
         title=f"{view.name}: {view.method}",
         summary=summary,

@@ -1,12 +1,12 @@
-"""A comparison's table as text for the terminal, JSON, CSV and LaTeX, and as a section of a page."""
+"""Tables of scores as text for the terminal, JSON, CSV, sections of a page and Markdown; `latex.py` has LaTeX."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Mapping
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -14,52 +14,39 @@ from rich.table import Table
 from rich.text import Text
 
 from dfmerge_studies.report import sections
-from dfmerge_studies.report.comparison import OURS, SIGNIFICANT, Cell, Standing, Standings
+from dfmerge_studies.report.standings import OURS, SIGNIFICANT, Cell, Standing, Standings
 from dfmerge_studies.study.comparison import Comparison
 from dfmerge_studies.tasks.metrics import MEAN
 
+_OF_STUDIES = ("largest drop", "trials", "seconds")  # columns that only rows of a comparison have
 _STYLES = {1: "bold", 2: "underline"}
-_LATEX = {1: r"\textbf{%s}", 2: r"\underline{%s}"}
-_LATEX_SIGNS = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",
-    "*": "{*}",
-}
-_TWO = r"r@{\,}l"  # a number and what belongs to it
 CSV_COLUMNS = (
     "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
     "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error", "metric",
 )  # fmt: skip
 
 
-def standings_table(found: Standings, labels: Mapping[str, str], *, title: str) -> Table:
+def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] = MappingProxyType({})) -> Table:
     """Scores for the terminal: the best of every column bold, the second underlined.
 
     The spread over seeds stands at the mean only, so that many tasks fit; the other forms have it for every task.
 
     Args:
         found: the numbers.
-        labels: what to call a row instead of by its method's name.
         title: of the table.
+        labels: what to call a row instead of by its method's name.
     """
     spreads, starred = len(found.seeds) > 1, any(row.star for row in found.rows)
-    columns = ["", *found.tasks, MEAN, *([""] if spreads else []), "largest drop", "trials", "seconds"]
+    columns = ["", *found.columns, *([""] if spreads else []), *(_OF_STUDIES if found.compared else [])]
     lines = []
     for row in found.rows:
-        cells = [Text(_label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
-        for column in (*found.tasks, MEAN):
-            mean, std = _numbers(found, row, column) or ("-", "")
+        cells = [Text(label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
+        for column in found.columns:
+            mean, std = shown(found, row, column) or ("-", "")
             cells.append(Text(mean, style=_STYLES.get(found.ranks[column].get(row.method, 0), "")))
         if spreads:
             cells.append(Text(f"± {std}" if std else "").append("*" if row.star else " " if starred else ""))
-        drop = "-" if row.drop is None else f"{row.drop[1]:+.1f} {row.drop[0]}"
-        drop = "failed" if row.errors and not row.cells else drop
-        lines.append([*cells, Text(drop), Text(_trials(row)), Text(_seconds(row))])
+        lines.append([*cells, *(map(Text, _of_studies(row)) if found.compared else [])])
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for number, name in enumerate(columns):
         # Names fold where the terminal is narrow; numbers are never cut.
@@ -121,7 +108,7 @@ def standings_csv(found: Standings) -> str:
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in found.rows:
-        for task in (*found.tasks, MEAN):
+        for task in found.columns:
             cell = row.cells.get(task)
             writer.writerow(
                 {
@@ -147,67 +134,62 @@ def standings_csv(found: Standings) -> str:
     return out.getvalue()
 
 
-def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
-    r"""A tabular for a paper: `\textbf` the best, `\underline` the second, a star as in the terminal's table.
-
-    With several seeds, a score is two columns, so that the means stand under each other whatever their spread.
+def standings_section(found: Standings, title: str) -> sections.Section:
+    """The table for the page of a study, with the spread of every cell; of a comparison, with notes.
 
     Args:
         found: the numbers.
-        labels: what to call a row instead of by its method's name.
-    """
-    spreads = len(found.seeds) > 1
-    scores = (*found.tasks, MEAN)
-    heads = [rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" if spreads else _escape(name) for name in scores]
-    lines = [
-        f"% {found.split} {found.metrics.heading}",
-        r"% needs \usepackage{booktabs}",
-        r"% if it is too wide: \usepackage{graphicx} and \resizebox{\linewidth}{!}{...} around it",
-        *(f"% {note}" for note in notes(found)),
-        rf"\begin{{tabular}}{{l{(_TWO if spreads else 'r') * len(scores)}r@{{ }}lr}}",
-        r"\toprule",
-        " & ".join(["", *heads, r"\multicolumn{2}{c}{largest drop}", "trials"]) + r" \\",
-        r"\midrule",
-    ]
-    for before, row in zip([None, *found.rows], found.rows, strict=False):
-        if before is not None and row.compete != before.compete:
-            lines.append(r"\midrule")
-        cells = [_escape(_label(row, labels, len(found.seeds)))]
-        cells += [_latex_score(found, row, column, spreads=spreads) for column in scores]
-        cells.append("-- & " if row.drop is None else f"${row.drop[1]:+.1f}$ & {_escape(row.drop[0])}")
-        cells.append(_trials(row).replace("-", "--"))
-        lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def standings_section(found: Standings) -> sections.Section:
-    """The table for the page of a study, with the spread of every cell.
-
-    Args:
-        found: the numbers.
+        title: of the table.
     """
     rows = []
     for row in found.rows:
-        cells = [sections.Cell(_label(row, {}, len(found.seeds)))]
-        for column in (*found.tasks, MEAN):
-            mean, std = _numbers(found, row, column) or ("-", "")
+        cells = [sections.Cell(label(row, {}, len(found.seeds)))]
+        for column in found.columns:
+            mean, std = shown(found, row, column) or ("-", "")
             rank = found.ranks[column].get(row.method)
             text = f"{mean} ± {std}" if std else mean
             star = "*" if column == MEAN and row.star else ""
             cells.append(sections.Cell(text + star, bold=rank == 1, underline=rank == 2))
-        drop = "-" if row.drop is None else f"{row.drop[1]:+.1f} {row.drop[0]}"
-        rows.append(
-            sections.TableRow(
-                [*cells, *map(sections.Cell, (drop, _trials(row), _seconds(row)))], reference=not row.compete
-            )
-        )
+        cells += map(sections.Cell, _of_studies(row) if found.compared else [])
+        rows.append(sections.TableRow(cells, reference=not row.compete))
     return sections.Section(
-        f"Methods over seeds: {found.split} {found.metrics.heading}",
-        ["", *found.tasks, MEAN, "largest drop", "trials", "seconds"],
+        title,
+        ["", *found.columns, *(_OF_STUDIES if found.compared else [])],
         rows,
-        text=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes(found)),
+        text=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes(found)) if found.compared else "",
         numbers=True,
     )
+
+
+def rows_json(tables: Mapping[str, Standings]) -> list[dict[str, Any]]:
+    """The rows of a study's tables for `--json`; scores are never in percent.
+
+    Args:
+        tables: by split, from `side_by_side`.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for split, table in tables.items():
+        for row in table.rows:
+            means = {column: cell.mean for column, cell in row.cells.items()}
+            scores = {task: means[task] for task in table.tasks if task in means}
+            entry = rows.setdefault(row.method, {"name": row.method, "coefficients": None, **row.detail})
+            entry[split] = {"tasks": scores, "mean": means.get(MEAN)}
+    return list(rows.values())
+
+
+def task_lines(tables: Mapping[str, Standings]) -> list[str]:
+    """Tables turned around for a card, as lines of Markdown: a line per task, a column per split and row.
+
+    Args:
+        tables: by split, of the same tasks.
+    """
+    columns = [(table, row) for table in tables.values() for row in table.rows]
+    heads = [f"{table.split}: {row.method}" for table, row in columns]
+    lines = [f"| task | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for task in next(iter(tables.values())).tasks:
+        cells = [shown(table, row, task) or ("-", "") for table, row in columns]
+        lines.append(f"| {task} | {' | '.join(mean for mean, _ in cells)} |")
+    return lines
 
 
 def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
@@ -253,13 +235,29 @@ def _fishers(row: Standing) -> dict[str, int]:
     return {kind: sum(entry.fishers[kind] for entry in row.entries) for kind in ("computed", "cached")}
 
 
-def _label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
+def label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
+    """What to call a row, with the number of its seeds where some failed.
+
+    Args:
+        row: the row.
+        labels: words for some methods.
+        seeds: how many there should be.
+    """
     name = labels.get(row.method, row.method)
     return f"{name} ({len(row.entries)} of {seeds} seeds)" if 0 < len(row.entries) < seeds else name
 
 
-def _numbers(found: Standings, row: Standing, column: str) -> tuple[str, str] | None:
-    """Mean and standard deviation as text; no deviation for what no seed can change."""
+def shown(found: Standings, row: Standing, column: str) -> tuple[str, str] | None:
+    """Mean and standard deviation as text; no deviation for what no seed can change.
+
+    Args:
+        found: the table.
+        row: one of its rows.
+        column: a task, or "mean".
+
+    Returns:
+        None where there is no score.
+    """
     cell = row.cells.get(column)
     if cell is None:
         return None
@@ -268,16 +266,12 @@ def _numbers(found: Standings, row: Standing, column: str) -> tuple[str, str] | 
     return metric.shown(cell.mean), metric.shown(cell.std or 0) if spread else ""
 
 
-def _latex_score(found: Standings, row: Standing, column: str, *, spreads: bool) -> str:
-    """The mean, and in a column of its own the spread with the star."""
-    mean, std = _numbers(found, row, column) or ("", "")
-    value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % mean if mean else "--"
-    star = "$^{*}$" if column == MEAN and row.star else ""
-    beside = (rf"{{\scriptsize$\pm$\,{std}}}" if std else "") + star
-    return f"{value} & {beside}" if spreads else value + star
+def trials_text(row: Standing) -> str:
+    """How many trials each study had: one number, or the least and the most.
 
-
-def _trials(row: Standing) -> str:
+    Args:
+        row: of a comparison.
+    """
     counts = sorted({entry.trials for entry in row.entries})
     return "-".join(str(count) for count in (counts[:1] + counts[1:][-1:])) or "-"
 
@@ -286,7 +280,7 @@ def _seconds(row: Standing) -> str:
     return f"{fmean(entry.seconds for entry in row.entries):.1f}" if row.entries else "-"
 
 
-def _escape(text: str) -> str:
-    """A name as LaTeX prints it: `[` and `*` at the start of a row would be arguments of the line's end before it."""
-    signs = re.compile(r"[\\~^<>|\[*_%#&${}]")
-    return signs.sub(lambda found: _LATEX_SIGNS.get(found[0], rf"\{found[0]}"), " ".join(text.split()))
+def _of_studies(row: Standing) -> list[str]:
+    """Cells of `_OF_STUDIES`."""
+    drop = "-" if row.drop is None else f"{row.drop[1]:+.1f} {row.drop[0]}"
+    return ["failed" if row.errors and not row.cells else drop, trials_text(row), _seconds(row)]

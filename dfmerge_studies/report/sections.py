@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dfmerge_studies.methods import DROP_RATE
-from dfmerge_studies.report.comparison import ranked
-from dfmerge_studies.report.figures.scores import REFERENCES, best_scores
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.tasks.metrics import MEAN, Metric
 
 
 @dataclass(frozen=True)
@@ -82,45 +79,3 @@ def merged_table(view: StudyView) -> Section:
     if view.best is not None and DROP_RATE in view.best.user_attrs:
         text += f". Best drop rate: {view.best.user_attrs[DROP_RATE]:g}"
     return Section("What was merged", ["expert", "model", "task", "best coefficient"], rows, text=text)
-
-
-def score_tables(view: StudyView) -> list[Section]:
-    """One table per split that has scores.
-
-    Args:
-        view: the stored study.
-    """
-    shown = best_scores(view)
-    columns = [*view.tasks, MEAN]
-    sections = []
-    for split in shown.splits:
-        metrics = view.metrics(split)
-        table = {row: {column: shown.value(row, split, column) for column in columns} for row in shown.rows}
-        ranks = {
-            column: ranked(
-                {row: v for row, c in table.items() if row not in REFERENCES and (v := c[column]) is not None},
-                metrics.of(column),
-            )
-            for column in columns
-        }
-        rows = [
-            TableRow(
-                [
-                    Cell(row),
-                    *(
-                        _score_cell(value, metrics.of(column), ranks[column].get(row))
-                        for column, value in cells.items()
-                    ),
-                ],
-                reference=row in REFERENCES,
-            )
-            for row, cells in table.items()
-            if any(value is not None for value in cells.values())
-        ]
-        title = f"{split.capitalize()} {metrics.heading}"
-        sections.append(Section(title, ["", *columns], rows, numbers=True))
-    return sections
-
-
-def _score_cell(value: float | None, metric: Metric, rank: int | None) -> Cell:
-    return Cell("-" if value is None else metric.shown(value), bold=rank == 1, underline=rank == 2)

@@ -1,12 +1,36 @@
-"""A comparison as `compare --seeds` has left it in a storage: nothing is loaded, run or scored for it."""
+"""Scores as `run` and `compare --seeds` have left them in a storage: nothing is loaded, run or scored for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, Standings, side_by_side
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, Comparison, Entry, Scores
 from dfmerge_studies.study.scores import multi_task_row
+
+_SPLITS = ("validation", "test")
+
+
+def stored_standings(view: StudyView) -> dict[str, Standings]:
+    """What a study keeps, by split: base, experts, the best of other methods in its storage, its own best trial last.
+
+    Args:
+        view: the stored study.
+    """
+    rows = [
+        Scored(name, {split: view.scores(key, split) or {} for split in _SPLITS}, compete=False)
+        for name, key in ((BASE, "base"), (EXPERTS, "experts"))
+    ]
+    rows += [Scored(name, _alike(view, each)) for name, each in view.baselines.items()]
+    if view.best is not None:
+        rows.append(Scored(f"{view.method} (trial {view.best.number})", _alike(view, view)))
+    return side_by_side(rows, {split: view.metrics(split) for split in _SPLITS}, view.name)
+
+
+def _alike(view: StudyView, other: StudyView) -> dict[str, dict[str, float]]:
+    """Scores of the best trial of another study, on the splits on which they may stand beside the view's."""
+    return {split: _best_scores(other, split) or {} for split in _SPLITS if view.scores_alike(other, split)}
 
 
 def stored_comparison(view: StudyView) -> Comparison | None:

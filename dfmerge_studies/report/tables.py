@@ -1,9 +1,8 @@
-"""Tables for the terminal."""
+"""A study's state, and the studies of a storage, as tables for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -11,78 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dfmerge_studies.tasks.metrics import MEAN, Metrics
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a comparison.
-
-    Attributes:
-        name: what was scored.
-        scores: per split, per task; the experts' row has each task's own expert.
-        compete: whether it may be the best of its column.
-        detail: coefficients, or nothing.
-        drop_rate: of `dare`.
-    """
-
-    name: str
-    scores: Mapping[str, Mapping[str, float]]
-    compete: bool = True
-    detail: Mapping[str, float] = field(default_factory=dict)
-    drop_rate: float | None = None
-
-
-def comparison_table(rows: Sequence[Row], metrics: Metrics, split: str, *, title: str) -> Table:
-    """Scores of one split, one row each, the best of every column bold.
-
-    Args:
-        rows: what to show.
-        metrics: what the scores are; their tasks are the columns before the mean.
-        split: whose scores.
-        title: of the table.
-    """
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("", no_wrap=True)
-    columns = [*metrics, MEAN]
-    for column in columns:
-        table.add_column(column, justify="right", min_width=5)
-    best: dict[str, float] = {}
-    for row in rows:
-        for column in columns:
-            value = _value(row, metrics, split, column)
-            if row.compete and value is not None:
-                worth = metrics.of(column).worth(value)
-                best[column] = max(worth, best.get(column, worth))
-    for row in rows:
-        cells = []
-        for column in columns:
-            value, metric = _value(row, metrics, split, column), metrics.of(column)
-            wins = row.compete and value is not None and metric.worth(value) == best[column]
-            cells.append(Text("-" if value is None else metric.shown(value), style="bold" if wins else ""))
-        table.add_row(Text(row.name, style="" if row.compete else "dim"), *cells)
-    return table
-
-
-def rows_as_json(rows: Sequence[Row], metrics: Mapping[str, Metrics]) -> list[dict[str, Any]]:
-    """The same rows for `--json`.
-
-    Args:
-        rows: what to show; scores are never in percent, a row without coefficients has null for them.
-        metrics: what the scores are, by split.
-    """
-    return [
-        {
-            "name": row.name,
-            "coefficients": dict(row.detail) or None,
-            **({"drop_rate": row.drop_rate} if row.drop_rate is not None else {}),
-            **{
-                split: {"tasks": dict(scores), "mean": metrics[split].mean_of(scores)}
-                for split, scores in row.scores.items()
-            },
-        }
-        for row in rows
-    ]
+from dfmerge_studies.tasks.metrics import Metrics
 
 
 def coefficients_text(coefficients: Mapping[str, float]) -> str:
@@ -183,8 +111,3 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
             Text(entry["metric"] or "-"),
         )
     return table
-
-
-def _value(row: Row, metrics: Metrics, split: str, column: str) -> float | None:
-    scores = row.scores.get(split, {})
-    return (metrics.mean_of(scores) if scores else None) if column == MEAN else scores.get(column)

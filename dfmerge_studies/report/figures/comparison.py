@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
-from dfmerge_studies.report.comparison import Cell, column_score, spread
 from dfmerge_studies.report.figures.base import (
     DARK,
     Drawing,
@@ -27,6 +26,7 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.figures.scores import row_colours
+from dfmerge_studies.report.standings import Cell, column_score, spread
 from dfmerge_studies.report.stored_comparison import stored_comparison
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT

@@ -8,7 +8,6 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.report.comparison import column_score
 from dfmerge_studies.report.figures.base import (
     Drawing,
     Missing,
@@ -25,11 +24,12 @@ from dfmerge_studies.report.figures.base import (
     scaled_or_none,
     tidy_,
 )
+from dfmerge_studies.report.standings import BASE, EXPERTS, column_score
+from dfmerge_studies.report.stored_comparison import stored_standings
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.tasks.metrics import MEAN, Metrics
 
 NAME, TITLE = "scores", "Score per task"
-BASE, EXPERTS = "base, unmerged", "each task's own expert"
 REFERENCES = {BASE: "#C9C9C9", EXPERTS: "#8A8A8A"}
 # As many as there are methods and variants to compare; no black and no grey, which references have.
 _COLOURS = (
@@ -161,25 +161,21 @@ def row_colours(rows: list[str]) -> dict[str, str]:
     return {row: REFERENCES.get(row) or shades[row] for row in rows}
 
 
-def best_scores(view: StudyView) -> Scores:
-    """What the study keeps: base, experts, the best of other methods in its storage, and its own best trial last.
+def scores(view: StudyView) -> Scores | Missing:
+    """Bars of everything that was scored.
 
     Args:
         view: the stored study.
     """
+    if view.best is None:
+        return Missing(NAME, TITLE, "No trial has completed yet.")
+    tables = stored_standings(view)
     rows: Rows = {}
-    splits = ("validation", "test")
-    for row, key in ((BASE, "base"), (EXPERTS, "experts")):
-        kept = {split: view.scores(key, split) for split in splits}
-        rows[row] = {split: scores for split, scores in kept.items() if scores}
-    for name, each in [*view.baselines.items(), ("", view)]:
-        if each.best is not None:
-            kept = {split: each.trial_scores(each.best, split) for split in splits if view.scores_alike(each, split)}
-            rows[f"{each.method} (trial {each.best.number})" if each is view else name] = {
-                split: scores for split, scores in kept.items() if scores
-            }
-    metrics = {split: view.metrics(split) for split in splits if any(split in row for row in rows.values())}
-    texts = {split: each.text for split, each in metrics.items()}
+    for split, table in tables.items():
+        for row in table.rows:
+            found = {column: cell.mean for column, cell in row.cells.items()}
+            rows.setdefault(row.method, {})[split] = {task: found[task] for task in table.tasks if task in found}
+    texts = {split: table.metrics.text for split, table in tables.items()}
     alike = len(set(texts.values())) == 1
     words = " and ".join([*texts.values()][:1] if alike else [f"{kind} ({split})" for split, kind in texts.items()])
     caption = (
@@ -187,16 +183,6 @@ def best_scores(view: StudyView) -> Scores:
         "expert, and the best of the other methods in the same storage. Coefficients were chosen on validation; test "
         "is only reported, where it has been computed."
     )
-    found = {row: splits for row, splits in rows.items() if splits}
-    shorts = {split: each.short for split, each in metrics.items()}
-    names = {split: each.names for split, each in metrics.items()}
-    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=found)
-
-
-def scores(view: StudyView) -> Scores | Missing:
-    """Bars of everything that was scored.
-
-    Args:
-        view: the stored study.
-    """
-    return best_scores(view) if view.best is not None else Missing(NAME, TITLE, "No trial has completed yet.")
+    shorts = {split: table.metrics.short for split, table in tables.items()}
+    names = {split: table.metrics.names for split, table in tables.items()}
+    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=rows)

@@ -1,4 +1,6 @@
-"""The numbers of a comparison's table, from the scores of its studies; nothing here is read or run.
+"""The numbers of every table of scores: what `run`, `compare`, `evaluate`, a page and a card show.
+
+They are worked out from scores; nothing here is read or run, and `renderings.py` says how they look.
 
 s[m, k, t]   score of method m at seed k on task t, by the metric of t
 S[m, k]      mean of s[m, k, t] over the tasks
@@ -10,15 +12,35 @@ mean those of S[m, k].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
+from types import MappingProxyType
+from typing import Any
 
 from dfmerge_studies.study.comparison import FINE_TUNED, Comparison, Entry
 from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics
 
+BASE, EXPERTS = "base, unmerged", "each task's own expert"  # rows of a study's own tables
 OURS = "df-merge"
 SIGNIFICANT = 0.05
 _SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored, on one split or several: a row of as many tables.
+
+    Attributes:
+        name: what it is.
+        scores: by split and task; a row may lack a split or, the experts', a task.
+        compete: whether it may be best or second.
+        detail: how it was merged, as JSON has it beside its scores: coefficients and the like.
+    """
+
+    name: str
+    scores: Mapping[str, Mapping[str, float]]
+    compete: bool = True
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +67,9 @@ class Standing:
         by_seed: S, mean score by seed.
         drop: the task that loses most against its own expert, and by how many points of the means.
         p: of the paired test that `df-merge` is better, None where there is none to make.
-        entries: what the row rests on, one per seed; empty for models that are not merged.
+        entries: studies of a comparison that the row rests on, one per seed; empty for models that are not merged.
         errors: of the seeds that failed.
+        detail: of `Scored`.
     """
 
     method: str
@@ -57,6 +80,7 @@ class Standing:
     p: float | None = None
     entries: Sequence[Entry] = ()
     errors: Sequence[str] = ()
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def star(self) -> bool:
@@ -69,7 +93,7 @@ class Standings:
     """A whole table.
 
     Attributes:
-        study: name of the spec.
+        study: name of the spec, empty where the table is of no study.
         split: whose scores.
         metrics: what they are; their tasks are the columns before the mean.
         seeds: of the comparison.
@@ -89,52 +113,93 @@ class Standings:
         """Columns before the mean."""
         return list(self.metrics)
 
+    @property
+    def columns(self) -> list[str]:
+        """Columns with scores."""
+        return [*self.metrics, MEAN]
+
+    @property
+    def compared(self) -> bool:
+        """Whether the rows are studies of a comparison, which have trials, seconds and drops to show."""
+        return any(row.entries or row.errors for row in self.rows)
+
+
+def side_by_side(rows: Sequence[Scored], metrics: Mapping[str, Metrics], study: str = "") -> dict[str, Standings]:
+    """A table for each split that some row has scores of.
+
+    Args:
+        rows: in order; those without a score of a split are not in its table.
+        metrics: what the scores are, by split.
+        study: name of the spec.
+    """
+    tables = {}
+    for split, kinds in metrics.items():
+        standing = [
+            _standing(row.name, {0: row.scores[split]}, kinds, compete=row.compete, detail=row.detail)
+            for row in rows
+            if row.scores.get(split)
+        ]
+        if standing:
+            tables[split] = Standings(study, split, kinds, (0,), standing, _ranks(standing, kinds))
+    return tables
+
 
 def standings(comparison: Comparison, split: str) -> Standings:
-    """The table of one split.
+    """The table of a comparison's scores on one split.
 
     Args:
         comparison: scores of all studies.
         split: "validation" or "test", one that the comparison was scored on.
     """
-    tasks, metrics = comparison.tasks, comparison.metrics[split]
-    scores = {
+    metrics = comparison.metrics[split]
+    references = {
         row: {seed: by_split[split] for seed, by_split in by_seed.items()}
         for row, by_seed in comparison.references.items()
     }
+    rows = [_standing(name, by_seed, metrics, compete=False) for name, by_seed in references.items()]
     for variant in comparison.variants:
-        scores[variant] = {entry.seed: entry.scores[split] for entry in comparison.of(variant)}
-    means = {
-        row: {seed: mean for seed, found in by_seed.items() if (mean := column_score(found, metrics, MEAN)) is not None}
-        for row, by_seed in scores.items()
-    }
-    cells = {row: _cells(by_seed, means[row], tasks) for row, by_seed in scores.items()}
-    experts = {task: cell.mean for task, cell in cells.get(FINE_TUNED, {}).items() if task in tasks}
-    rows = []
-    for row in scores:
-        merged = row in comparison.variants
-        rows.append(
-            Standing(
-                method=row,
-                compete=merged,
-                cells=cells[row],
-                by_seed=means[row],
-                drop=largest_drop({t: c.mean for t, c in cells[row].items()}, experts, metrics)
-                if row != FINE_TUNED
-                else None,
-                p=paired_p(means.get(OURS, {}), means[row], metrics.mean) if row != OURS else None,
-                entries=comparison.of(row) if merged else (),
-                errors=[str(e.error) for e in comparison.failed if merged and e.variant == row],
-            )
+        entries = comparison.of(variant)
+        by_seed = {entry.seed: entry.scores[split] for entry in entries}
+        errors = [str(entry.error) for entry in comparison.failed if entry.variant == variant]
+        rows.append(_standing(variant, by_seed, metrics, entries=entries, errors=errors))
+    ours: Mapping[int, float] = next((row.by_seed for row in rows if row.method == OURS), {})
+    means = {row.method: {column: cell.mean for column, cell in row.cells.items()} for row in rows}
+    experts = {task: mean for task, mean in means.get(FINE_TUNED, {}).items() if task in metrics}
+    rows = [
+        replace(
+            row,
+            drop=largest_drop(means[row.method], experts, metrics) if row.method != FINE_TUNED else None,
+            p=paired_p(ours, row.by_seed, metrics.mean) if row.method != OURS else None,
         )
-    ranks = {
+        for row in rows
+    ]
+    return Standings(comparison.study, split, metrics, comparison.seeds, rows, _ranks(rows, metrics))
+
+
+def _standing(
+    name: str,
+    by_seed: Mapping[int, Mapping[str, float]],
+    metrics: Metrics,
+    *,
+    compete: bool = True,
+    entries: Sequence[Entry] = (),
+    errors: Sequence[str] = (),
+    detail: Mapping[str, Any] = MappingProxyType({}),
+) -> Standing:
+    means = {seed: mean for seed, found in by_seed.items() if (mean := column_score(found, metrics, MEAN)) is not None}
+    columns = {task: [found[task] for found in by_seed.values() if task in found] for task in metrics}
+    cells = {name: spread(values) for name, values in {**columns, MEAN: list(means.values())}.items() if values}
+    return Standing(name, compete, cells, means, entries=entries, errors=errors, detail=detail)
+
+
+def _ranks(rows: Sequence[Standing], metrics: Metrics) -> dict[str, dict[str, int]]:
+    return {
         column: ranked(
             {row.method: row.cells[column].mean for row in rows if row.compete and column in row.cells},
             metrics.of(column),
         )
-        for column in (*tasks, MEAN)
+        for column in (*metrics, MEAN)
     }
-    return Standings(comparison.study, split, metrics, comparison.seeds, rows, ranks)
 
 
 def column_score(scores: Mapping[str, float], metrics: Metrics, column: str) -> float | None:
@@ -217,10 +282,3 @@ def largest_drop(
         return None
     task = max(lost, key=lambda name: lost[name])
     return task, lost[task]
-
-
-def _cells(
-    by_seed: Mapping[int, Mapping[str, float]], means: Mapping[int, float], tasks: Sequence[str]
-) -> dict[str, Cell]:
-    columns = {task: [found[task] for found in by_seed.values() if task in found] for task in tasks}
-    return {name: spread(values) for name, values in {**columns, MEAN: list(means.values())}.items() if values}
