@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.errors import InputError, RunError
@@ -27,7 +28,9 @@ def compare(
     methods: Annotated[
         str | None, typer.Option("--methods", metavar="A,B,...", help="What to compare; all by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="K", min=1, help="Seeds, from the spec's own upwards.")] = 1,
+    seeds: Annotated[
+        int, typer.Option("--seeds", metavar="K", min=1, max=limits.SEEDS, help="Seeds, from the spec's own upwards.")
+    ] = 1,
     split: Annotated[
         str | None, typer.Option("--split", help="validation or test; test by default, where every task has one.")
     ] = None,
@@ -38,7 +41,8 @@ def compare(
         str | None, typer.Option("--multi-task", metavar="DIR", help="A model fine-tuned on all tasks, as a row.")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Total of trials of every method that searches.")
+        int | None,
+        typer.Option("--trials", min=1, max=limits.TRIALS, help="Total of trials of every method that searches."),
     ] = None,
     storage: common.StorageOption = None,
     device: common.DeviceOption = None,

@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import isnan
 from typing import Annotated, Any
 
 import typer
 
+from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
 
@@ -19,10 +21,14 @@ def status(
     storage: common.StorageOption = None,
     overrides: common.SetOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow until the study has its total, or Ctrl-C.")] = False,
-    every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
+    every: Annotated[
+        float, typer.Option("--every", min=0.1, max=limits.SECONDS, help="Seconds between two looks of --watch.")
+    ] = 2.0,
     json: common.JsonOption = False,
 ) -> None:
     """Trials by state, the best so far, per-task scores, workers alive, speed and time left."""
+    if isnan(every):
+        raise InputError("nan is no number of seconds", where="--every", mend="Give a number")
     settings = common.load_spec(spec, overrides, storage=storage)
     common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
 
@@ -160,7 +161,9 @@ def evaluate(
 def export(
     spec: common.SpecArgument = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Directory to make.")] = None,
-    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="A trial other than the best.")] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", metavar="N", min=0, max=limits.INTEGER, help="A trial other than the best.")
+    ] = None,
     storage: common.StorageOption = None,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,

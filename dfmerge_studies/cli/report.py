@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError, did_you_mean
 
@@ -32,8 +34,12 @@ def report(
             f"{', '.join(PROBED)} are computed, with the models, only when named here, and kept in the study.",
         ),
     ] = None,
-    points: Annotated[int, typer.Option("--points", help="interpolation: models per expert, base included.")] = 11,
-    grid: Annotated[int, typer.Option("--grid", help="landscape: coefficients per expert.")] = 9,
+    points: Annotated[
+        int, typer.Option("--points", max=limits.POINTS, help="interpolation: models per expert, base included.")
+    ] = 11,
+    grid: Annotated[
+        int, typer.Option("--grid", max=isqrt(limits.POINTS), help="landscape: coefficients per expert.")
+    ] = 9,
     pair: Annotated[
         str | None, typer.Option("--pair", metavar="a,b", help="landscape: two experts; the first two by default.")
     ] = None,

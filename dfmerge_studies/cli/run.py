@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.cli.workers import is_complete, run_pool, total_of
@@ -23,13 +24,21 @@ if TYPE_CHECKING:
 
 def run(
     spec: common.SpecArgument = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Total of trials to reach.")] = None,
-    add: Annotated[int | None, typer.Option("--add", min=1, help="Raise the total by so many.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, max=limits.TRIALS, help="Total of trials to reach.")
+    ] = None,
+    add: Annotated[
+        int | None, typer.Option("--add", min=1, max=limits.TRIALS, help="Raise the total by so many.")
+    ] = None,
     storage: common.StorageOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=limits.SEED, help="Seed of everything random.")
+    ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table, e.g. df-merge, gta.")] = None,
     acquisition: Annotated[str | None, typer.Option("--acquisition", help="ei or ucb.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of this machine that share it.")] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, max=limits.WORKERS, help="Processes of this machine that share it.")
+    ] = 1,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,

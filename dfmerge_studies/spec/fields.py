@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from dfmerge_studies import limits
 from dfmerge_studies.tasks.strict import Settings
 from dfmerge_studies.trials.space import is_multiple
 
@@ -28,18 +29,26 @@ class ImportanceSettings(Settings):
     estimator: Literal["exact", "sampled", "empirical", "mask-nodes"] = Field(
         "exact", description="which expectation over choices; mask-nodes: of masks on heads and neurons"
     )
-    samples: int = Field(30, gt=0, description="validation inputs per task, drawn with the seed")
+    samples: int = Field(30, gt=0, le=limits.COUNT, description="validation inputs per task, drawn with the seed")
     indices: dict[str, list[int]] | str | None = Field(
         None, description="the validation rows themselves, by task, or a JSON file with that, instead of a draw"
     )
-    floor: float = Field(1e-12, gt=0, description="added to every entry, so that unseen parameters fall back to C = I")
+    floor: float = Field(
+        1e-12,
+        gt=0,
+        le=limits.COEFFICIENT,
+        description="added to every entry, so that unseen parameters fall back to C = I",
+    )
     normalise: Literal["none", "expert", "tensor"] = Field(
         "none", description="divide an expert's importance by its mean, over all entries or tensor by tensor"
     )
     power: float = Field(1.0, gt=0, le=1, description="of every entry of an importance, before it is normalised")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="how Fishers are stored in the cache")
     row_budget: int = Field(
-        8192, gt=0, description="tokens in one chunk of rows: bounds memory; changes results by rounding only"
+        8192,
+        gt=0,
+        le=limits.COUNT,
+        description="tokens in one chunk of rows: bounds memory; changes results by rounding only",
     )
 
 
@@ -52,12 +61,14 @@ class SearchSettings(Settings):
     acquisition: Literal["ei", "ucb"] = Field(
         "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
     )
-    kappa: float = Field(2.576, ge=0, description="of ucb: weight of the deviation against the mean")
-    trials: int = Field(60, gt=0, description="total that the study should reach, over all runs")
-    startup_trials: int = Field(10, ge=0, description="random trials before the Gaussian process")
+    kappa: float = Field(
+        2.576, ge=0, le=limits.COEFFICIENT, description="of ucb: weight of the deviation against the mean"
+    )
+    trials: int = Field(60, gt=0, le=limits.TRIALS, description="total that the study should reach, over all runs")
+    startup_trials: int = Field(10, ge=0, le=limits.TRIALS, description="random trials before the Gaussian process")
     bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
     step: float | None = Field(None, gt=0, description="propose only multiples, so that Fishers recur in the cache")
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, le=limits.SEED, description="of everything random")
     enqueue: list[float | dict[str, float]] = Field(
         default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
     )
@@ -72,6 +83,8 @@ class SearchSettings(Settings):
     def _bounds_are_ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not value[0] < value[1]:
             raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
+        if max(map(abs, value)) > limits.COEFFICIENT:
+            raise ValueError(f"no coefficient can be larger than {limits.COEFFICIENT}")
         return value
 
     @model_validator(mode="after")
@@ -85,6 +98,8 @@ class SearchSettings(Settings):
         low, high = self.bounds
         if self.step is not None and not is_multiple(high - low, self.step):
             raise ValueError(f"step: {self.step:g} does not divide the range from {low:g} to {high:g}")
+        if self.step is not None and high - low > self.step * limits.STEPS:
+            raise ValueError(f"step: {self.step:g} makes more than {limits.STEPS} steps; leave it out")
         return self
 
 
@@ -103,6 +118,8 @@ class ObjectiveSettings(Settings):
             raise ValueError("'weights' and 'kind: weighted' go together")
         if self.weights is not None and (min(self.weights.values(), default=0) < 0 or not sum(self.weights.values())):
             raise ValueError("weights must not be negative, and not all zero")
+        if self.weights is not None and max(self.weights.values()) > limits.COUNT:
+            raise ValueError(f"no weight can be larger than {limits.COUNT}")
         return self
 
 
@@ -115,7 +132,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: the text has another form.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*(?:([kKMGT])(i?))?B?\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is no size; write 500MB, 20GB or 2GiB")
     number, prefix, binary = match.groups()

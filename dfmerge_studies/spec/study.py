@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from dfmerge_studies import limits
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.checks import check_labels_needed, check_references
 from dfmerge_studies.spec.fields import (
@@ -49,7 +50,10 @@ class StudySpec(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
     token_budget: int = Field(
-        16384, gt=0, description="tokens in one evaluation batch: bounds memory; changes results by rounding only"
+        16384,
+        gt=0,
+        le=limits.COUNT,
+        description="tokens in one evaluation batch: bounds memory; changes results by rounding only",
     )
     trust_remote_code: bool = Field(False, description="let code that comes with a checkpoint run")
 
@@ -205,7 +209,7 @@ class StudySpec(Settings):
     @field_validator("device")
     @classmethod
     def _device_has_a_known_form(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
             raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
         return value
 

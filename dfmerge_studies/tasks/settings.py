@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from dfmerge_studies import limits
 from dfmerge_studies.errors import did_you_mean
 from dfmerge_studies.tasks.metrics import METRICS, task_metrics
 from dfmerge_studies.tasks.strict import Settings
@@ -35,10 +36,14 @@ class _Task(Settings):
     max_length: int | None = Field(
         None,
         gt=0,
+        le=limits.COUNT,
         description="tokens of an input; longer texts are cut. null: as many as the model takes, none is cut",
     )
     limit: int | float | None = Field(
-        None, gt=0, description="use only so many validation rows (count, or fraction below 1), drawn with the seed"
+        None,
+        gt=0,
+        le=limits.COUNT,
+        description="use only so many validation rows (count, or fraction below 1), drawn with the seed",
     )
     metric: Annotated[str, AfterValidator(_known_metric)] = Field("accuracy", description="what a score is")
     positive: int | str | None = Field(
