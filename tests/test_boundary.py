@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 from collections.abc import Callable
@@ -200,3 +201,121 @@ def test_a_special_file_is_refused_by_name_and_never_opened(
     message = refusal(project, "run", "spec.yaml", *more)
     assert name in message or "/dev/zero" in message
     assert re.search("is a (pipe|device|socket)", message)
+
+
+# Specs.
+
+NUMBERS = [
+    "search.trials",
+    "search.startup_trials",
+    "search.seed",
+    "search.kappa",
+    "search.step",
+    "importance.samples",
+    "importance.row_budget",
+    "importance.floor",
+    "token_budget",
+    "tasks.red.max_length",
+    "tasks.red.limit",
+    "tasks.red.doc_to_target",
+]
+
+
+@pytest.mark.parametrize("number", [10**41, -(10**41), 2**4000, 1e300])
+@pytest.mark.parametrize("field", NUMBERS)
+def test_an_absurd_number_is_refused_by_field(project: Project, field: str, number: float) -> None:
+    assert field.rpartition(".")[2] in refusal(project, "run", "spec.yaml", "--set", f"{field}={number:}")
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("run --trials 1" + "0" * 41, "--trials"),
+        ("run --add 1" + "0" * 41, "--add"),
+        ("run --seed 1" + "0" * 41, "--seed"),
+        ("run --workers 1" + "0" * 41, "--workers"),
+        ("compare --seeds 1" + "0" * 41, "--seeds"),
+        ("status --every 1e41", "--every"),
+        ("status --every nan", "--every"),
+        ("export --out m --trial 1" + "0" * 41, "--trial"),
+        ("run --set search.bounds=[0,1e41]", "search.bounds"),
+        ("run --set search.bounds=[0,1] --set search.step=1e-41", "search"),
+        ("run --set cache_limit=" + "9" * 400 + "TB", "cache_limit"),
+        ("run --device cuda:" + "9" * 41, "device"),
+        ("run --set objective={kind: weighted, weights: {red: 1e308, blue: 1e308}}".replace(" ", "~"), "objective"),
+    ],
+)
+def test_an_absurd_number_on_the_command_line_is_refused_by_flag(project: Project, command: str, names: str) -> None:
+    name, *options = (part.replace("~", " ") for part in command.split())
+    assert names in refusal(project, name, "spec.yaml", *options)
+
+
+ALIASES = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{former}'] * 9)}]\n" for former, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+SPECS = [
+    ("an immense alias", ALIASES, "values"),
+    ("an alias of itself", "name: &a [*a]\n", "deep"),
+    ("nested deeply", "name: " + "[" * 3000, "spec.yaml"),
+    ("a date that there is not", "name: 2020-13-45\n", "spec.yaml"),
+    ("a date", "name: 2020-01-02\n", "name: found a date"),
+    ("bytes", "name: !!binary aGVsbG8=\n", "name: found bytes"),
+    ("a set", "name: !!set {a, b}\n", "name: found a set"),
+    ("half a character", 'name: "\\ud800"\n', "name"),
+    ("no character", 'base: "a\\0b"\n', "base"),
+    ("an immense integer", "name: 0x" + "f" * 9000 + "\n", "name"),
+    ("an immense decimal", "name: " + "1" * 9000 + "\n", "spec.yaml"),
+    ("a key of another kind", "[1, 2]: x\n", "spec.yaml"),
+    ("a tag of another kind", "name: !!python/name:os.system x\n", "spec.yaml"),
+    ("a key that is a number", "1: x\n", "spec.yaml"),
+]
+
+
+@pytest.mark.parametrize(("text", "names"), [row[1:] for row in SPECS], ids=[row[0] for row in SPECS])
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_spec_of_odd_yaml_is_refused_by_file_and_field(project: Project, text: str, names: str, command: str) -> None:
+    project.file.write_text(text)
+    message = refusal(project, command, "spec.yaml")
+    assert "spec.yaml" in message
+    assert names in message
+
+
+def test_validate_lists_all_that_is_wrong_with_a_spec_at_once(project: Project) -> None:
+    shutil.rmtree(project.folder / "blue")
+    (project.folder / "blue.test.jsonl").unlink()
+    spec = json.loads(json.dumps(project.spec))
+    spec["serach"] = {}
+    spec["search"] = {"trials": "many", "bounds": [1, 0], "enqueue": [0.5]}
+    spec["importance"] = {"samples": -1, "indices": {"rde": [1]}}
+    spec["experts"]["red"]["task"] = "rde"
+    del spec["tasks"]["red"]["doc_to_text"]
+    spec["tasks"]["red"]["metric"] = "acuracy"
+    spec["device"] = "gpu"
+    spec["baselines"] = ["df-merge"]
+    spec["storage"] = "mysql://host/x"
+    project.file.write_text(json.dumps(spec))
+    message = refusal(project, "validate", "spec.yaml")
+    told = json.loads(project.cli("validate", "spec.yaml", "--json", check=2).stdout)["problems"]
+    places = [problem["where"].removeprefix(f"{project.file}: ").removeprefix("spec.yaml: ") for problem in told]
+    assert sorted(places) == sorted(
+        [
+            "serach",
+            "search.trials",
+            "search.bounds",
+            "importance.samples",
+            "importance.indices",
+            "experts.red",
+            "tasks.red.doc_to_text",
+            "tasks.red.metric",
+            "device",
+            "baselines",
+            "mysql://host/x",
+            "experts.blue",
+            "tasks.blue.dataset.data_files.test",
+        ]
+    )
+    assert all(problem["what"] and problem["mend"] for problem in told)
+    assert message.count("error: ") == len(told)
+    first = refusal(project, "run", "spec.yaml")
+    assert first.count("error: ") == 1
+    assert "`dfmerge validate` lists all" in first

@@ -8,7 +8,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -26,7 +26,7 @@ from dfmerge_studies.errors import printable
 if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
     from dfmerge_studies.ranks import Ranks
-    from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.spec import Examined, StudySpec
 
 SpecArgument = Annotated[
     Path | None, typer.Argument(metavar="SPEC", help="A YAML spec; without one, the shipped quickstart.")
@@ -60,12 +60,35 @@ def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: st
     """
     from dfmerge_studies.spec import StudySpec
 
+    return StudySpec.from_yaml(*_spec_arguments(file, overrides, flags), workdir=_workdir(file))
+
+
+def examine_spec(
+    file: Path | None, overrides: list[str] | None = None, **flags: str | int | None
+) -> Examined[StudySpec]:
+    """All that is wrong with the spec of a command line, and what is left of it.
+
+    Args:
+        file: as for `load_spec`.
+        overrides: values of `--set`.
+        **flags: as for `load_spec`.
+    """
+    from dfmerge_studies.spec import StudySpec
+
+    return StudySpec.examine(*_spec_arguments(file, overrides, flags), workdir=_workdir(file))
+
+
+def _spec_arguments(
+    file: Path | None, overrides: list[str] | None, flags: Mapping[str, str | int | None]
+) -> tuple[Path, list[str]]:
     given = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in flags.items() if value is not None]
-    everything = [*(overrides or []), *given]
     if file is None:
-        shipped = Path(str(files("dfmerge_studies").joinpath(QUICKSTART, f"{QUICKSTART}.yaml")))
-        return StudySpec.from_yaml(shipped, everything, workdir=Path.cwd())
-    return StudySpec.from_yaml(file, everything)
+        file = Path(str(files("dfmerge_studies").joinpath(QUICKSTART, f"{QUICKSTART}.yaml")))
+    return file, [*(overrides or []), *given]
+
+
+def _workdir(file: Path | None) -> Path | None:
+    return Path.cwd() if file is None else None
 
 
 def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, create: bool = True) -> None:

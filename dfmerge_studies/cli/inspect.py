@@ -109,46 +109,36 @@ def validate(
     json: common.JsonOption = False,
 ) -> None:
     """Check everything that can be checked before spending: files, shapes, tokenizers, data, memory."""
-    try:
-        settings = common.load_spec(spec, overrides, storage=storage)
-    except InputError as error:
-        common.warn(f"error: {error}")
-        if json:
-            problem = {"where": error.where, "what": error.what, "mend": error.mend}
-            common.print_json({"ok": False, "problems": [problem], "estimate": {}})
-        raise typer.Exit(2) from error
+    found = common.examine_spec(spec, overrides, storage=storage)
     with common.progress_bar() as progress:
         common.quiet_libraries()
-        from dfmerge_studies.study.validate import validate as check
+        from dfmerge_studies.study.validate import validate_examined
 
-        result = check(settings, progress=progress)
+        result = validate_examined(found, progress=progress)
     if json:
         common.print_json(result)
-    else:
-        _show_validation(settings.file.name, result)
+    for problem in result["problems"]:
+        common.warn(f"error: {InputError(**problem)}")
+    if found.spec is not None and result["ok"] and not json:
+        _show_estimate(found.spec.file.name, result["estimate"])
     if not result["ok"]:
         raise typer.Exit(2)
 
 
-def _show_validation(name: str, result: dict[str, Any]) -> None:
+def _show_estimate(name: str, estimate: dict[str, Any]) -> None:
     out = common.output()
-    for problem in result["problems"]:
-        where = f"{problem['where']}: " if problem["where"] else ""
-        common.warn(f"error: {where}{problem['what']}. {problem['mend'] or ''}")
-    if result["ok"]:
-        estimate = result["estimate"]
-        out.print(f"{name} is valid")
+    out.print(f"{name} is valid")
+    out.print(
+        f"  {estimate['parameters']:,} parameters, {estimate['changed_parameters']:,} changed by "
+        f"{estimate['experts']} experts"
+    )
+    for task, count in estimate["validation_inputs"].items():
+        cut = estimate["truncated_inputs"][task]
+        fisher = estimate["fisher_inputs"][task]
         out.print(
-            f"  {estimate['parameters']:,} parameters, {estimate['changed_parameters']:,} changed by "
-            f"{estimate['experts']} experts"
+            f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
         )
-        for task, count in estimate["validation_inputs"].items():
-            cut = estimate["truncated_inputs"][task]
-            fisher = estimate["fisher_inputs"][task]
-            out.print(
-                f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
-            )
-        peak, free = estimate["peak_bytes"] / 1e9, estimate["available_bytes"] / 1e9
-        out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
-        if peak > free:
-            out.print("  warning: that is more than there is")
+    peak, free = estimate["peak_bytes"] / 1e9, estimate["available_bytes"] / 1e9
+    out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
+    if peak > free:
+        out.print("  warning: that is more than there is")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from dfmerge_studies.tasks.files import check_data_files
 _UCB_NEEDS = ("botorch", "optuna_integration")
 
 
-def model_problems(spec: StudySpec) -> Iterator[InputError]:
+def model_problems(spec: StudySpec, wanted: Callable[[str], bool] = lambda _field: True) -> Iterator[InputError]:
     """What is wrong with the files of the base and the experts, as far as names, configs and headers tell.
 
     Args:
         spec: what to check; Hub models are downloaded.
+        wanted: whether the model that a field names is looked at.
     """
     named = {"base": spec.base, **{f"experts.{name}": expert.model for name, expert in spec.experts.items()}}
     for field, reference in named.items():
+        if not wanted(field):
+            continue
         try:
             check_model(reference, root=spec.root, where=spec.where(field))
         except InputError as error:

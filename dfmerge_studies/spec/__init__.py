@@ -4,6 +4,7 @@ Unknown keys are refused.  Relative paths are relative to the spec's own folder.
 """
 
 from dfmerge_studies.spec.checks import check_coefficients
+from dfmerge_studies.spec.examine import Examined
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
     ImportanceSettings,
@@ -15,6 +16,7 @@ from dfmerge_studies.spec.fields import (
 from dfmerge_studies.spec.study import StudySpec
 
 __all__ = [
+    "Examined",
     "ExpertSettings",
     "ImportanceSettings",
     "MethodName",

@@ -2,109 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
+from dfmerge_studies.spec.reading import shortened
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec.study import StudySpec
 
 
-def check_references(spec: StudySpec) -> None:
-    """Names inside the spec that must match each other.
+def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
+    """Names inside the spec that do not match each other, and points and baselines that do not fit.
 
     Args:
         spec: the spec, each field valid by itself.
 
-    Raises:
-        InputError: no expert or task, a name that is unusable or unknown, mixed task types, or a point or baseline that
-            does not fit.
+    Yields:
+        The dotted name of a field, and what is wrong with it.
     """
+    for field, what, mend in (
+        *_naming(spec),
+        *_experts_without_task(spec),
+        *labels_lacking(spec),
+        *_odd_baselines(spec),
+        *_unknown_tasks(spec),
+    ):
+        yield field, InputError(what, where=spec.where(field), mend=mend)
+    if spec.experts:
+        yield from _odd_points(spec)
+
+
+Finding = tuple[str, str, str]  # the field, what is wrong with it, the mend
+
+
+def _naming(spec: StudySpec) -> Iterator[Finding]:
     if not spec.experts:
-        raise InputError("no experts", where=spec.where("experts"), mend="Name at least one fine-tuned model")
+        yield "experts", "no experts", "Name at least one fine-tuned model"
     if not spec.tasks:
-        raise InputError("no tasks", where=spec.where("tasks"), mend="Name at least one task to score on")
+        yield "tasks", "no tasks", "Name at least one task to score on"
     for kind, names in (("experts", spec.experts), ("tasks", spec.tasks)):
         for name in names:
             if not NAME.fullmatch(name):
-                raise InputError(
-                    f"{name!r} is no usable name", where=spec.where(kind), mend="Use letters, digits, '.', '_' and '-'"
-                )
+                yield kind, f"{shortened(name)} is no usable name", "Use letters, digits, '.', '_' and '-'"
+    if len({task.type for task in spec.tasks.values()}) > 1:
+        what = "tasks of type choice and classification cannot be mixed: one model answers them all"
+        yield "tasks", what, "Use one type"
+
+
+def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:
     for name, expert in spec.experts.items():
         if expert.task is not None and expert.task not in spec.tasks:
-            raise InputError(
-                f"the expert has no task: {expert.task!r} is not among the tasks ({', '.join(spec.tasks)})",
-                where=spec.where(f"experts.{name}"),
-                mend="Name its task, or write 'task: null' to weigh it by all tasks",
-            )
-    types = {task.type for task in spec.tasks.values()}
-    if len(types) > 1:
-        raise InputError(
-            "tasks of type choice and classification cannot be mixed: one model answers them all",
-            where=spec.where("tasks"),
-            mend="Use one type",
-        )
-    check_labels_needed(spec)
-    _check_points(spec)
-    _check_baselines(spec)
-    for field, named in (
-        ("objective.weights", spec.objective.weights),
-        ("importance.indices", spec.importance.indices),
-    ):
-        if isinstance(named, dict) and (odd := sorted(set(named) - set(spec.tasks))):
-            raise InputError(
-                f"unknown task {odd[0]!r}", where=spec.where(field), mend=f"The tasks are {', '.join(spec.tasks)}"
-            )
+            what = f"the expert has no task: {expert.task!r} is not among the tasks ({', '.join(spec.tasks)})"
+            yield f"experts.{name}", what, "Name its task, or write 'task: null' to weigh it by all tasks"
 
 
-def check_labels_needed(spec: StudySpec) -> None:
-    """Refuse tasks that the objective cannot score: without a label, or for agreement without an expert.
+def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
+    """Tasks that the objective cannot score: without a label, or for agreement without an expert.
 
     Args:
         spec: the spec.
 
-    Raises:
-        InputError: naming the task.
+    Yields:
+        The field, what is wrong with it, the mend.
     """
     with_expert = {expert.task for expert in spec.experts.values()}
     for name, task in spec.tasks.items():
         if spec.needs_labels and task.doc_to_target is None:
-            raise InputError(
-                "this field is required",
-                where=spec.where(f"tasks.{name}.doc_to_target"),
-                mend="Add it; without labels use objective: agreement, and no estimator that needs them",
-            )
+            mend = "Add it; without labels use objective: agreement, and no estimator that needs them"
+            yield f"tasks.{name}.doc_to_target", "this field is required", mend
         if spec.objective.kind == "agreement" and name not in with_expert:
-            raise InputError(
-                "no expert has this task, and objective: agreement compares with the task's expert",
-                where=spec.where(f"tasks.{name}"),
-                mend="Add an expert with this task, or remove the task",
-            )
+            what = "no expert has this task, and objective: agreement compares with the task's expert"
+            yield f"tasks.{name}", what, "Add an expert with this task, or remove the task"
 
 
-def _check_baselines(spec: StudySpec) -> None:
-    for baseline in spec.baselines:
-        if spec.baselines.count(baseline) > 1 or baseline == spec.method:
-            raise InputError(
-                f"{baseline!r} is {'the method itself' if baseline == spec.method else 'named twice'}",
-                where=spec.where("baselines"),
-                mend="Name every other method once",
-            )
+def _odd_baselines(spec: StudySpec) -> Iterator[Finding]:
+    for baseline in dict.fromkeys(spec.baselines):
+        if baseline == spec.method:
+            yield "baselines", f"{baseline!r} is the method itself", "Name every other method once"
+        elif spec.baselines.count(baseline) > 1:
+            yield "baselines", f"{baseline!r} is named twice", "Name every other method once"
         if not NAME.fullmatch(f"{spec.name}.{baseline}"):
-            raise InputError(
-                f"the name is too long for a baseline's study {spec.name}.{baseline}",
-                where=spec.where("name"),
-                mend="Choose a shorter one",
-            )
+            yield "name", f"the name is too long for a baseline's study {spec.name}.{baseline}", "Choose a shorter one"
 
 
-def _check_points(spec: StudySpec) -> None:
+def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:
+    for field, named in (
+        ("objective.weights", spec.objective.weights),
+        ("importance.indices", spec.importance.indices),
+    ):
+        if isinstance(named, dict):
+            for odd in sorted(set(named) - set(spec.tasks)):
+                yield field, f"unknown task {odd!r}", f"The tasks are {', '.join(spec.tasks)}"
+
+
+def _odd_points(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     for point in spec.search.enqueue:
         given = dict.fromkeys(spec.experts, point) if isinstance(point, float) else point
-        check_coefficients(spec, given, "search.enqueue", step=spec.search.step)
+        try:
+            check_coefficients(spec, given, "search.enqueue", step=spec.search.step)
+        except InputError as error:
+            yield "search.enqueue", error
 
 
 def check_coefficients(

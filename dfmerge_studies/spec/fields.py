@@ -96,7 +96,7 @@ class SearchSettings(Settings):
     @model_validator(mode="after")
     def _step_divides_the_range(self) -> SearchSettings:
         low, high = self.bounds
-        if self.step is not None and not is_multiple(high - low, self.step):
+        if self.step is not None and (self.step > high - low or not is_multiple(high - low, self.step)):
             raise ValueError(f"step: {self.step:g} does not divide the range from {low:g} to {high:g}")
         if self.step is not None and high - low > self.step * limits.STEPS:
             raise ValueError(f"step: {self.step:g} makes more than {limits.STEPS} steps; leave it out")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dfmerge_studies import limits
 from dfmerge_studies.boundary import kind_of, read_text, reading
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, first_line
 
 _MEND = "Name a YAML file"
+_SHOWN = 120  # characters of a value in a message
 _LARGEST = 4 * 2**20  # bytes of a spec
 
 
@@ -52,16 +55,51 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path, mend=_MEND, limit=_LARGEST)
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
-        raise InputError(
-            f"not valid YAML: {masked(' '.join(str(error).split()))}", where=str(path), mend="Correct it"
-        ) from error
+    except Exception as error:  # a date that there is not is a ValueError, an odd tag an AttributeError
+        what = masked(" ".join(str(error).split())) if isinstance(error, yaml.YAMLError) else first_line(error)
+        raise InputError(f"not valid YAML: {what}", where=str(path), mend="Correct it") from error
     if not isinstance(data, dict):
         found = "the file is empty" if data is None else f"found {type(data).__name__}"
         raise InputError(
             f"{found}; expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec"
         )
     return data
+
+
+def read_fields(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A YAML file with overrides as one mapping of a size that can be worked with.
+
+    Args:
+        path: the file.
+        overrides: `dotted.key=value` texts.
+
+    Raises:
+        InputError: the file cannot be read, an override has another form, or aliases make the whole immense.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        apply_override(data, override)
+    left = limits.VALUES
+    waiting: list[tuple[Any, int]] = [(data, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if depth > limits.DEPTH or left < 0:
+            what = f"fields lie {depth} deep in each other" if left >= 0 else f"more than {limits.VALUES} values"
+            raise InputError(what, where=str(path), mend="Write fewer; an alias counts as often as it is used")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set, tuple)) else ()
+        waiting += [(each, depth + 1) for each in inner]
+    return data
+
+
+def shortened(found: Any) -> str:
+    """A value for a message, as one would write it, in at most 120 characters.
+
+    Args:
+        found: what to show.
+    """
+    text = repr(found)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def masked(found: Any) -> Any:
@@ -100,7 +138,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         target = target[parent]
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:
         raise InputError(
             f"the value of {masked(override)!r} is not valid YAML", where="--set", mend="Quote it"
         ) from error

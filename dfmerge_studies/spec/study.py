@@ -10,8 +10,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from dfmerge_studies import limits
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
-from dfmerge_studies.spec.checks import check_labels_needed, check_references
+from dfmerge_studies.spec.checks import labels_lacking, reference_problems
+from dfmerge_studies.spec.examine import Examined, examine_
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
     ImportanceSettings,
@@ -20,8 +22,8 @@ from dfmerge_studies.spec.fields import (
     SearchSettings,
     parse_size,
 )
-from dfmerge_studies.spec.messages import explain
-from dfmerge_studies.spec.reading import apply_override, read_yaml
+from dfmerge_studies.spec.messages import Wrong, explain, odd_values
+from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
 from dfmerge_studies.tasks.strict import Settings
@@ -123,9 +125,10 @@ class StudySpec(Settings):
         try:
             copy = StudySpec.model_validate(fields)
         except ValidationError as error:
-            raise explain(error, self._file, _FIELDS_AT) from error
+            raise explain(error, self._file, _FIELDS_AT)[0].problem from error
         copy._file, copy._workdir = self._file, self._workdir
-        check_labels_needed(copy)
+        for field, what, mend in labels_lacking(copy):
+            raise InputError(what, where=copy.where(field), mend=mend)
         return copy
 
     @classmethod
@@ -154,16 +157,46 @@ class StudySpec(Settings):
             InputError: naming file, field, what was found, what was expected.
         """
         path = Path(file)
-        data = read_yaml(path)
-        for override in overrides:
-            apply_override(data, override)
-        try:
-            spec = cls.model_validate(data)
-        except ValidationError as error:
-            raise explain(error, path, _FIELDS_AT) from error
+        spec, wrong = cls._validated(read_fields(path, overrides), path)
+        if spec is None:
+            raise _the_first([each.problem for each in wrong])
         spec._file, spec._workdir = path.resolve(), workdir
-        check_references(spec)
+        if problems := [problem for _, problem in reference_problems(spec)]:
+            raise _the_first(problems)
         return spec
+
+    @classmethod
+    def examine(
+        cls, file: Path | str, overrides: Sequence[str] = (), *, workdir: Path | None = None
+    ) -> Examined[StudySpec]:
+        """Read a spec and find everything that is wrong with it.
+
+        Args:
+            file: the YAML file.
+            overrides: `dotted.key=value` texts, applied before validation; values are YAML.
+            workdir: where relative outputs go, if not beside the spec.
+        """
+        path, found = Path(file), Examined[StudySpec]()
+        try:
+            data = read_fields(path, overrides)
+        except InputError as error:
+            found.problems.append(error)
+            return found
+        examine_(found, data, lambda fields: cls._validated(fields, path))
+        if found.spec is not None:
+            found.spec._file, found.spec._workdir = path.resolve(), workdir
+            found.problems += [p for field, p in reference_problems(found.spec) if found.is_sound(field)]
+        return found
+
+    @classmethod
+    def _validated(cls, data: Mapping[str, Any], path: Path) -> tuple[StudySpec | None, list[Wrong]]:
+        """The spec that a mapping means, or the places and messages of what is wrong."""
+        if wrong := list(odd_values(data, path)):
+            return None, wrong
+        try:
+            return cls.model_validate(data), []
+        except ValidationError as error:
+            return None, explain(error, path, _FIELDS_AT)
 
     @field_validator("name")
     @classmethod
@@ -219,6 +252,18 @@ class StudySpec(Settings):
         if value is not None:
             parse_size(value)
         return value
+
+
+def _the_first(problems: Sequence[InputError]) -> InputError:
+    """The first of some problems, with a word on the others."""
+    first, *others = problems
+    if not others:
+        return first
+    return InputError(
+        first.what,
+        where=first.where,
+        mend=f"{first.mend}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
+    )
 
 
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -12,14 +13,15 @@ from dfmerge_studies.importance.estimator import Estimator
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import METHODS, Importance
 from dfmerge_studies.objective.importances import check_importance
-from dfmerge_studies.objective.preflight import check_extras, model_problems
+from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import safe_url
+from dfmerge_studies.spec import Examined, StudySpec
+from dfmerge_studies.storage import check_url, safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.session import spec_cache, storage_url, stored_study_or_none
 from dfmerge_studies.tasks.data import load_rows
+from dfmerge_studies.tasks.files import check_data_files
 
 
 def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
@@ -32,9 +34,26 @@ def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
     Returns:
         `ok`, `problems` (each with `where`, `what`, `mend`), and `estimate` where everything could be loaded.
     """
-    problems = [*_file_problems(spec), *_data_problems(spec)]
+    return validate_examined(Examined(spec=spec), progress=progress)
+
+
+def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent) -> dict[str, Any]:
+    """The same for a spec that may be wrong: what is left of it is checked as far as that goes.
+
+    Args:
+        found: from `StudySpec.examine`.
+        progress: told how far it is.
+
+    Returns:
+        As `validate`.
+    """
+    problems, spec = list(found.problems), found.spec
     estimate: dict[str, Any] = {}
-    if not problems:
+    if spec is not None:
+        for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound)):
+            if str(each) not in map(str, problems):  # a missing file fails every split
+                problems.append(each)
+    if spec is not None and not problems:
         try:
             problem = load_problem(spec, progress=progress)
             for task, settings in spec.tasks.items():
@@ -42,7 +61,6 @@ def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
                     problem.examples(task, "test")
             check_importance(problem, METHODS[spec.method])
             _check_storage(spec, problem)
-            spec_cache(spec)
             estimate = memory_estimate(problem)
         except InputError as error:
             problems.append(error)
@@ -93,29 +111,37 @@ def _available(problem: Problem) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _file_problems(spec: StudySpec) -> list[InputError]:
-    problems = list(model_problems(spec))
-    for check in (choose_device, check_extras):
-        try:
-            check(spec)
-        except InputError as error:
-            problems.append(error)
-    return problems
+def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:
+    yield from model_problems(spec, is_sound)
+    checks: dict[str, Callable[[StudySpec], object]] = {
+        "device": choose_device,
+        "search.acquisition": check_extras,
+        "importance.indices": read_indices,
+        "storage": lambda spec: check_url(storage_url(spec)),
+        "cache": spec_cache,
+    }
+    for field, check in checks.items():
+        if is_sound(field):
+            try:
+                check(spec)
+            except InputError as error:
+                yield error
 
 
-def _data_problems(spec: StudySpec) -> list[InputError]:
-    problems: list[InputError] = []
+def _data_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:
     for name, task in spec.tasks.items():
+        whole = is_sound(f"tasks.{name}")
         for split in (task.validation_split, task.test_split):
-            if split is None:
+            if split is None or not is_sound(f"tasks.{name}.dataset"):
                 continue
             try:
-                labelled = split == task.test_split or spec.needs_labels
-                load_rows(name, task, split, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+                if whole:
+                    labelled = split == task.test_split or spec.needs_labels
+                    load_rows(name, task, split, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+                else:
+                    check_data_files(name, task, root=spec.root, spec_file=str(spec.file))
             except InputError as error:
-                if error.args not in [known.args for known in problems]:  # a missing file fails every split
-                    problems.append(error)
-    return problems
+                yield error
 
 
 def _check_storage(spec: StudySpec, problem: Problem) -> None:
