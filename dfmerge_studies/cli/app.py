@@ -11,7 +11,19 @@ from typing import Annotated
 
 import typer
 
-from dfmerge_studies.cli import cache, compare, dashboard, inspect, models, repair, report, run, terminal, workers
+from dfmerge_studies.cli import (
+    cache,
+    common,
+    compare,
+    dashboard,
+    inspect,
+    models,
+    repair,
+    report,
+    run,
+    terminal,
+    workers,
+)
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.ranks import launched, launched_rank
 
@@ -25,19 +37,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.run)
+# name, function, example
+_COMMANDS = (
+    ("run", run.run, "dfmerge run spec.yaml --trials 60 --workers 2"),
+    ("status", inspect.status, "dfmerge status spec.yaml --watch"),
+    ("list", inspect.list_studies, "dfmerge list --storage sqlite:///spec.db"),
+    ("merge", models.merge, "dfmerge merge spec.yaml --coefficients a=0.4,b=0.9 --out merged"),
+    ("fisher", models.fisher, "dfmerge fisher spec.yaml --expert a --out a.safetensors"),
+    ("evaluate", models.evaluate, "dfmerge evaluate spec.yaml --model merged --split test"),
+    ("export", models.export, "dfmerge export spec.yaml --out merged"),
+    ("compare", compare.compare, "dfmerge compare spec.yaml --methods averaging,df-merge --seeds 3"),
+    ("validate", inspect.validate, "dfmerge validate spec.yaml"),
+    ("repair", repair.repair, "dfmerge repair spec.yaml --apply"),
+    ("report", report.report, "dfmerge report spec.yaml --out report"),
+    ("dashboard", dashboard.dashboard, "dfmerge dashboard spec.yaml --port 8080"),
+)
+for _name, _function, _example in _COMMANDS:
+    app.command(_name, epilog=common.example(_example))(_function)
 app.command("worker", hidden=True)(workers.worker)
-app.command("status")(inspect.status)
-app.command("list")(inspect.list_studies)
-app.command("merge")(models.merge)
-app.command("fisher")(models.fisher)
-app.command("evaluate")(models.evaluate)
-app.command("export")(models.export)
-app.command("compare")(compare.compare)
-app.command("validate")(inspect.validate)
-app.command("repair")(repair.repair)
-app.command("report")(report.report)
-app.command("dashboard")(dashboard.dashboard)
 app.add_typer(cache.app, name="cache")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Look after the Fisher cache.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@app.command("ls")
+@app.command("ls", epilog=common.example("dfmerge cache ls spec.yaml"))
 def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json: common.JsonOption = False) -> None:
     """List the entries, the least recently used first."""
     with _reachable(_open(spec, cache)) as opened:
@@ -51,7 +51,7 @@ def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json:
     out.print(f"{len(entries)} entries, {sum(e.size for e in entries) / 1e6:.1f} MB")
 
 
-@app.command("verify")
+@app.command("verify", epilog=common.example("dfmerge cache verify spec.yaml"))
 def verify(spec: common.SpecArgument = None, cache: common.CacheOption = None, json: common.JsonOption = False) -> None:
     """Read every entry whole; damaged ones are set aside. Exit code 1 if there were any."""
     with _reachable(_open(spec, cache)) as opened:
@@ -67,7 +67,7 @@ def verify(spec: common.SpecArgument = None, cache: common.CacheOption = None, j
         raise typer.Exit(1)
 
 
-@app.command("prune")
+@app.command("prune", epilog=common.example("dfmerge cache prune spec.yaml --keep 20GB"))
 def prune(
     spec: common.SpecArgument = None,
     cache: common.CacheOption = None,
@@ -89,7 +89,7 @@ def prune(
         common.output().print(f"{len(deleted)} entries deleted")
 
 
-@app.command("push")
+@app.command("push", epilog=common.example("dfmerge cache push spec.yaml --to s3://bucket/fishers"))
 def push(
     to: Annotated[str, typer.Option("--to", metavar="URL", help="The shared cache: a folder or an fsspec URL.")],
     spec: common.SpecArgument = None,
@@ -100,7 +100,7 @@ def push(
     _copy(_open(spec, cache), _other(spec, to, "--to"), json)
 
 
-@app.command("pull")
+@app.command("pull", epilog=common.example("dfmerge cache pull spec.yaml --from s3://bucket/fishers"))
 def pull(
     origin: Annotated[str, typer.Option("--from", metavar="URL", help="The shared cache: a folder or an fsspec URL.")],
     spec: common.SpecArgument = None,

@@ -197,3 +197,12 @@ def progress_bar() -> Iterator[Progress]:
             bars.update(shown, description=what, completed=done, total=total)
 
         yield show
+
+
+def example(text: str) -> str:
+    """An example as the last lines of a command's help.
+
+    Args:
+        text: the command line.
+    """
+    return f"\b\nExample:\n  {text}"
