@@ -107,6 +107,34 @@ def test_bin_files_are_read_as_plain_weights(tmp_path: Path) -> None:
     assert equal(loaded("bert", pickled), loaded("bert", whole))
 
 
+@pytest.mark.parametrize("family", ["t5", "gpt2", "llama-tied", "bert"])
+def test_a_loaded_model_is_what_from_pretrained_makes_of_its_folder(tmp_path: Path, family: str) -> None:
+    folder = save_model_directory(tmp_path / "model", family)
+    if family == "gpt2":
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "top_k": 7}))
+    ours = load_model(checkpoint(folder), CLASSES[FAMILIES[family].kind], dtype=torch.float32).model
+    theirs = type(ours).from_pretrained(folder)
+    assert equal(ours.state_dict(), theirs.state_dict())
+    assert equal(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    assert ours.config.to_diff_dict() == theirs.config.to_diff_dict()
+    assert getattr(ours, "generation_config", None) == getattr(theirs, "generation_config", None)
+    assert (ours.name_or_path, ours.training) == (theirs.name_or_path, theirs.training)
+
+
+def test_half_precision_is_widened_as_it_is_read_and_wider_numbers_keep_modules_that_want_them(tmp_path: Path) -> None:
+    folder = save_model_directory(tmp_path / "model", "t5", dtype=torch.bfloat16)
+    wide = load_model(checkpoint(folder), ModelClass.SEQ2SEQ, dtype=torch.float32).model
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(p, stored[n].float()) for n, p in wide.named_parameters())
+    narrow = load_model(
+        checkpoint(save_model_directory(tmp_path / "wide", "t5")), ModelClass.SEQ2SEQ, dtype=torch.float16
+    ).model
+    theirs = type(narrow).from_pretrained(tmp_path / "wide", dtype=torch.float16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.float16, torch.float32}  # T5 keeps `wo` in float32
+    assert equal(narrow.state_dict(), theirs.state_dict())
+
+
 class Runs:
     """Unpickled, it would make a directory."""
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dfmerge_studies.checkpoints.files import check_files
+from dfmerge_studies.checkpoints.digest import Contents
+from dfmerge_studies.checkpoints.files import check_files, weights_files
 from dfmerge_studies.checkpoints.folding import fold, plain
-from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, quiet_transformers, refused
+from dfmerge_studies.checkpoints.header import read_header
+from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, load_model, quiet_transformers, refused
 from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
 from dfmerge_studies.errors import InputError, first_line
 
@@ -37,7 +39,12 @@ _BRING_EVERYTHING = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "LN_TUNING", "OFT
 
 
 def load_adapter(
-    checkpoint: Checkpoint, base: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    model_class: ModelClass,
+    *,
+    dtype: torch.dtype,
+    contents: Contents | None = None,
 ) -> PreTrainedModel:
     """Load a PEFT adapter on a fresh copy of the base and fold it into dense weights.
 
@@ -46,20 +53,25 @@ def load_adapter(
         base: the whole model that it sits on.
         model_class: the auto class that reads the base.
         dtype: of the base's weights in memory.
+        contents: what files held when they were read before; is told what they hold now.
 
     Raises:
         InputError: peft is not installed, the adapter does not fit the base, or folding would make another model of it.
+        RunError: a file changed while it was being read, or between two reads.
     """
     import torch
 
     check_files(checkpoint)
+    contents = contents or Contents()
+    contents.open(checkpoint)
     config = _read_config(checkpoint, model_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _folded(checkpoint, config, base, model_class, dtype)
+        model = _folded(checkpoint, config, base, model_class, dtype, contents)
         if not _all_in_the_file(config):
             torch.manual_seed(1)
-            again = _folded(checkpoint, _read_config(checkpoint, model_class), base, model_class, dtype)
+            anew = _read_config(checkpoint, model_class)
+            again = _folded(checkpoint, anew, base, model_class, dtype, contents)
             _check_drawn_alike(model, again, config, str(checkpoint.path))
     return model
 
@@ -154,23 +166,27 @@ def _check_task_type(config: PeftConfig, model_class: ModelClass, where: str) ->
 
 
 def _folded(
-    checkpoint: Checkpoint, config: PeftConfig, base: Checkpoint, model_class: ModelClass, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    config: PeftConfig,
+    base: Checkpoint,
+    model_class: ModelClass,
+    dtype: torch.dtype,
+    contents: Contents,
 ) -> PreTrainedModel:
     """The base with the adapter folded into its weights."""
-    import transformers
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
+    from dfmerge_studies.checkpoints.weights import private_copy  # which imports torch
+
     where = str(checkpoint.path)
-    labels = _adapter_labels(checkpoint) if model_class is ModelClass.CLASSIFICATION else {}
+    classes = _adapter_classes(checkpoint) if model_class is ModelClass.CLASSIFICATION else []
+    model = load_model(base, model_class, dtype=dtype, classes=classes, contents=contents).model
     try:
-        with quiet_transformers():
-            model = getattr(transformers, model_class.value).from_pretrained(
-                base.path, dtype=dtype, trust_remote_code=base.trust_remote_code, weights_only=True, **labels
-            )
+        with quiet_transformers(), private_copy(checkpoint, contents) as folder:
             before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
             wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
             # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
-            result = wrapped.load_adapter(where, "default")
+            result = wrapped.load_adapter(str(folder), "default")
     except _PEFT_ERRORS as error:
         what = f"this adapter does not fit the base {base.path}"
         raise refused(error, where, what, "Name the base that the adapter was trained on") from error
@@ -232,19 +248,19 @@ def _check_drawn_alike(a: PreTrainedModel, b: PreTrainedModel, config: PeftConfi
             )
 
 
-def _adapter_labels(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Number of classes of an adapter: from its config.json, otherwise from the shape of the head that it brings."""
+def _adapter_classes(checkpoint: Checkpoint) -> list[str]:
+    """Names of an adapter's classes: from its config.json, otherwise as many as the head that it brings has rows."""
     config = checkpoint.read_config()
-    if "id2label" in config:
-        return {"num_labels": len(config["id2label"])}
-    from safetensors import safe_open
-
-    for file in checkpoint.path.glob("adapter_model.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+    if isinstance(config.get("id2label"), dict):
+        return [str(name) for name in config["id2label"].values()]
+    for file in weights_files(checkpoint):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                entries, _ = read_header(file, stream)
+            for name, entry in entries.items():
                 leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
                 if "lora_" not in name and name.endswith(".weight") and leaf in ("classifier", "score", "out_proj"):
-                    return {"num_labels": tensors.get_slice(name).get_shape()[0]}
+                    return [f"LABEL_{row}" for row in range(entry.shape[0])]  # transformers' own names
     raise InputError(
         "cannot tell the number of classes: the adapter has neither a config.json with id2label nor a classifier",
         where=str(checkpoint.path),

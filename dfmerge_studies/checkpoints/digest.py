@@ -10,6 +10,7 @@ from typing import Any
 
 from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.errors import RunError
 
 _CONTENT = (
     "*.safetensors",
@@ -27,6 +28,67 @@ _CONTENT = (
 _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "base_model_name_or_path", "peft_version")
 
 
+_SETTINGS = ("config.json", "adapter_config.json")
+
+
+class Contents:
+    """What the files of checkpoints held when they were read: two reads of one file must agree.
+
+    It is handed from one read to the next, so that a file that is replaced in between is noticed, and the digest of a
+    model is the digest of what was read into memory.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def add(self, file: Path, digest: str) -> None:
+        """Note what a file held.
+
+        Args:
+            file: that was read.
+            digest: of what was read, from `file_digest` for weights and `content_digest` for others.
+
+        Raises:
+            RunError: it held something else before.
+        """
+        if self._known.setdefault(file.absolute(), digest) != digest:
+            raise RunError(
+                "changed while it was being read", where=str(file), mend="Run again when nothing writes to it any more"
+            )
+
+    def open(self, checkpoint: Checkpoint) -> None:
+        """Note what a checkpoint's settings and vocabulary are, before and after other libraries read them.
+
+        Args:
+            checkpoint: a model or an adapter.
+
+        Raises:
+            InputError: a file cannot be read.
+            RunError: a file holds something else than before.
+        """
+        for file in _content_files(checkpoint):
+            if not _holds_weights(file):
+                self.add(file, content_digest(file))
+
+    def digest(self, checkpoint: Checkpoint) -> str:
+        """`model_digest` of a checkpoint as it was read; files that were not read are read now.
+
+        Args:
+            checkpoint: a model or an adapter.
+
+        Raises:
+            InputError: a file cannot be read.
+            RunError: settings or vocabulary are not what they were when they were first read.
+        """
+        self.open(checkpoint)
+        total = hashlib.sha256()
+        for file in _content_files(checkpoint):
+            if file.absolute() not in self._known:
+                self.add(file, content_digest(file))
+            total.update(f"{file.name}:{self._known[file.absolute()]}\n".encode())
+        return total.hexdigest()
+
+
 def model_digest(checkpoint: Checkpoint) -> str:
     """sha256 of everything that makes a checkpoint what it is: weights, configuration, vocabulary.
 
@@ -39,16 +101,32 @@ def model_digest(checkpoint: Checkpoint) -> str:
     Raises:
         InputError: a file cannot be read.
     """
-    total = hashlib.sha256()
-    for file in sorted({file for pattern in _CONTENT for file in checkpoint.path.glob(pattern) if file.is_file()}):
-        total.update(f"{file.name}:{file_digest(file)}\n".encode())
-    for name in ("config.json", "adapter_config.json"):
-        file = checkpoint.path / name
-        if file.is_file():
-            config = read_json_object(file)
-            meaning = {key: value for key, value in config.items() if key not in _PROVENANCE_KEYS}
-            total.update(f"{name}:{json_digest(meaning)}\n".encode())
-    return total.hexdigest()
+    return Contents().digest(checkpoint)
+
+
+def content_digest(file: Path) -> str:
+    """sha256 of what a file means: of its bytes, or of a configuration without what every save writes anew.
+
+    Args:
+        file: the file to read.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if file.name not in _SETTINGS:
+        return file_digest(file)
+    return json_digest({key: value for key, value in read_json_object(file).items() if key not in _PROVENANCE_KEYS})
+
+
+def _content_files(checkpoint: Checkpoint) -> list[Path]:
+    """In the order that the digest takes them."""
+    found = {file for pattern in _CONTENT for file in checkpoint.path.glob(pattern) if file.is_file()}
+    settings = [checkpoint.path / name for name in _SETTINGS]
+    return sorted(found) + [file for file in settings if file.is_file()]
+
+
+def _holds_weights(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin")
 
 
 def file_digest(file: Path) -> str:

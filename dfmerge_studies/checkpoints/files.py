@@ -1,28 +1,24 @@
-"""Refuse files that cannot be a model's, from headers and configurations: nothing heavy is imported here."""
+"""Which files hold weights; refuse what cannot be a model's, from headers and configurations.
+
+Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from dfmerge_studies.boundary import check_regular, kind_of, read_json, reading
+from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 
 _MEND = "Copy the file again"
-_LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
-# Bits of an element, by the names of the format: https://github.com/huggingface/safetensors
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
+_INDEX = ".index.json"
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _COUNTS = re.compile(r"layers?$|blocks?$|experts$|^depths?$")  # fields that say how many modules a model is built of
 _MOST_COUNTED = 1000  # where the weights do not tell how many there are
 _LARGEST_NUMBER = 2**40  # no field of a configuration is larger
@@ -43,88 +39,55 @@ def check_files(checkpoint: Checkpoint) -> None:
             kind = kind_of(file)
         if kind not in (None, "", "folder"):
             raise InputError(f"this is a {kind}, not a file", where=str(file), mend="Remove it, or put the file there")
-    for index in sorted(checkpoint.path.glob("*.index.json")):
-        _check_index(index)
-    tensors = sum(_check_safetensors(file) for file in sorted(checkpoint.path.glob("*.safetensors")))
+    tensors = 0
+    for file in weights_files(checkpoint):
+        check_regular(file, str(file), _MEND)
+        if file.suffix == ".safetensors":
+            with reading(str(file), "cannot be read", _MEND), file.open("rb") as stream:
+                tensors += len(read_header(file, stream)[0])
     for name in ("config.json", "adapter_config.json"):
         file = checkpoint.path / name
         if file.is_file():
             _check_numbers(read_json(file, mend=_MEND), str(file), max(tensors, _MOST_COUNTED))
 
 
-def _check_index(index: Path) -> None:
+def weights_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files that transformers and peft read a checkpoint's weights from; others beside them do not matter.
+
+    Args:
+        checkpoint: a model or an adapter.
+
+    Raises:
+        InputError: there are none, or they lie elsewhere.
+    """
+    names = _ADAPTER if checkpoint.is_adapter else tuple(f"{name}{end}" for name in _WHOLE for end in ("", _INDEX))
+    chosen = None if checkpoint.is_adapter else checkpoint.read_config().get("transformers_weights")
+    if isinstance(chosen, str):  # transformers' own field for weights of another name
+        names = (chosen,)
+    file = next((checkpoint.path / name for name in names if (checkpoint.path / name).is_file()), None)
+    if file is None or file.parent != checkpoint.path:
+        raise InputError(
+            f"no weights in {checkpoint.path}: none of {', '.join(names)}",
+            where=str(checkpoint.path),
+            mend="Name a directory that save_pretrained wrote",
+        )
+    return _shards(file) if file.name.endswith(_INDEX) else [file]
+
+
+def _shards(index: Path) -> list[Path]:
     content = read_json(index, mend=_MEND)
     shards = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise InputError("not a weights index: no weight_map of file names", where=str(index), mend=_MEND)
-    for shard in sorted(set(shards.values())):
+    found = sorted(set(shards.values()))
+    for shard in found:
         if Path(shard).name != shard:
             raise InputError(f"the shard {shard!r} lies in another folder", where=str(index), mend=_MEND)
         with reading(str(index), f"the shard {shard!r} cannot be looked at", _MEND):
             missing = not (index.parent / shard).is_file()
         if missing:
             raise InputError(f"the shard {shard} that it lists is missing", where=str(index), mend=_MEND)
-
-
-def _check_safetensors(file: Path) -> int:
-    """Check a file's header against itself and its size; returns the number of tensors."""
-    check_regular(file, str(file), _MEND)
-    with reading(str(file), "not a safetensors file", _MEND):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-            whole = 8 + length <= size and length <= _LARGEST_HEADER
-            header = json.loads(stream.read(length), object_pairs_hook=_without_doubles) if whole else None
-    if not isinstance(header, dict):
-        raise InputError(f"not a safetensors file, or cut short ({size} bytes)", where=str(file), mend=_MEND)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise InputError("its header's __metadata__ does not hold texts", where=str(file), mend=_MEND)
-    spans = []
-    for name, entry in header.items():
-        what = _wrong_entry(entry)
-        if what is not None:
-            raise InputError(f"tensor {name} in its header {what}", where=str(file), mend=_MEND)
-        spans.append((*entry["data_offsets"], name))
-    end = 0
-    for start, stop, name in sorted(spans):
-        if start != end:
-            what = "overlap with another's" if start < end else "leave a gap before them"
-            raise InputError(f"the bytes of tensor {name} {what}", where=str(file), mend=_MEND)
-        end = stop
-    expected = 8 + length + end
-    if size != expected:
-        raise InputError(f"{size} bytes where its header promises {expected}", where=str(file), mend=_MEND)
-    return len(header)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("its header names a tensor twice")
-    return content
-
-
-def _wrong_entry(entry: Any) -> str | None:
-    """What is wrong with a tensor's entry in a header, None where nothing is."""
-    if not isinstance(entry, dict):
-        return f"is {entry!r:.40}, expected its type, shape and place"
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        return f"has the type {dtype!r:.40}, which is not known"
-    if not _are_sizes(shape):
-        return f"has the shape {shape!r:.80}, expected sizes from 0 up"
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"has the place {offsets!r:.80}, expected where its bytes begin and end"
-    bits = math.prod(shape) * _BITS[dtype]
-    if bits != 8 * (offsets[1] - offsets[0]):
-        return f"has {offsets[1] - offsets[0]} bytes, but {dtype} of the shape {shape!r:.80} takes {bits // 8}"
-    return None
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    return [index.with_name(shard) for shard in found]
 
 
 def _check_numbers(config: Any, where: str, most: int) -> None:

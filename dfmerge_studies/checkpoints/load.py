@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from logging import ERROR
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError)
@@ -37,7 +39,7 @@ class Loaded:
     """A model in memory.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode; its weights are in memory of their own, no file backs them.
         missing: parameters that the files did not hold and that transformers drew anew (a head on a plain encoder).
         unexpected: tensors of the files that the model has no place for (what pretraining alone needed, say).
     """
@@ -48,7 +50,12 @@ class Loaded:
 
 
 def load_model(
-    checkpoint: Checkpoint, model_class: ModelClass, *, dtype: torch.dtype, classes: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    model_class: ModelClass,
+    *,
+    dtype: torch.dtype,
+    classes: Sequence[str] = (),
+    contents: Contents | None = None,
 ) -> Loaded:
     """Load a whole model.
 
@@ -60,41 +67,72 @@ def load_model(
         model_class: the auto class that reads it.
         dtype: of the weights in memory.
         classes: names of the classes of a head that is to be drawn anew; by default the checkpoint's own.
+        contents: what files held when they were read before; is told what they hold now.
 
     Raises:
         InputError: files that are truncated, not weights, of another architecture, or lack tensors.
+        RunError: a file changed while it was being read.
     """
-    import transformers
+    from dfmerge_studies.checkpoints.weights import read_weights  # which imports torch
 
     check_files(checkpoint)
-    auto = getattr(transformers, model_class.value)
-    where = str(checkpoint.path)
+    contents = contents or Contents()
+    contents.open(checkpoint)
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     try:
         with quiet_transformers():
-            model, info = auto.from_pretrained(
-                checkpoint.path,
-                dtype=dtype,
-                trust_remote_code=checkpoint.trust_remote_code,
-                output_loading_info=True,
-                weights_only=True,
-                **labels,
-            )
+            tensors = read_weights(checkpoint, contents, dtype=dtype)
+            model, info = _model_of(checkpoint, model_class, tensors, dtype=dtype, **labels)
     except LOADING_ERRORS as error:
         what = f"cannot be loaded as {model_class.value}"
         mend = "Check that the checkpoint is complete and of the kind that the tasks need"
-        raise refused(error, where, what, mend) from error
-    model.eval()
+        raise refused(error, str(checkpoint.path), what, mend) from error
+    contents.open(checkpoint)
     missing = frozenset(info["missing_keys"])
     if missing and model_class is not ModelClass.CLASSIFICATION:
         name = sorted(missing)[0]
         raise InputError(
             f"{len(missing)} tensors are missing from the weights, {name} among them",
-            where=where,
+            where=str(checkpoint.path),
             mend="Copy the checkpoint again, or name the right one",
         )
     return Loaded(model, missing, frozenset(info["unexpected_keys"]))
+
+
+def _model_of(
+    checkpoint: Checkpoint, model_class: ModelClass, tensors: dict[str, Tensor], *, dtype: torch.dtype, **labels: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What the auto class's `from_pretrained` makes of a directory, with tensors that have been read from it."""
+    import torch
+    import transformers
+
+    trust = checkpoint.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, **labels)
+    auto = getattr(transformers, model_class.value)
+    with torch.device("meta"):  # names the class (of the checkpoint's own code, perhaps) and allocates nothing
+        shell = auto.from_config(config, trust_remote_code=trust)
+    model, info = type(shell).from_pretrained(
+        None,
+        config=shell.config,
+        state_dict=tensors,
+        dtype=dtype,
+        output_loading_info=True,
+        generation_config=_generation_config(checkpoint) if shell.can_generate() else None,
+    )
+    model.config.name_or_path = model.name_or_path = str(checkpoint.path)
+    return model, info
+
+
+def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """Of a file of its own, or, in older checkpoints, among the model's configuration."""
+    from transformers import GenerationConfig
+    from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+    own = (checkpoint.path / GENERATION_CONFIG_NAME).is_file()
+    return GenerationConfig.from_pretrained(
+        checkpoint.path, config_file_name=GENERATION_CONFIG_NAME if own else CONFIG_NAME, _from_model_config=not own
+    )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
+from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.load import (
     ModelClass,
     check_same_tokenizer,
@@ -41,6 +42,8 @@ class Resident:
         task_vectors: one per expert, in the order of the spec.
         names: parameters on which at least one expert differs from the base, in the model's order.
         heads: per task, its head's parameters; empty for models without heads.
+        base_digest: identity of the base's files as they were read.
+        expert_digests: the same of the experts, by name.
     """
 
     model: PreTrainedModel
@@ -49,6 +52,8 @@ class Resident:
     task_vectors: Sequence[TaskVector]
     names: Sequence[str]
     heads: Mapping[str, Mapping[str, Tensor]]
+    base_digest: str
+    expert_digests: Mapping[str, str]
 
     @property
     def device(self) -> torch.device:
@@ -145,8 +150,10 @@ def load_resident(
 
     Raises:
         InputError: naming the tensor, both shapes and both files, or the token, that does not fit.
+        RunError: a file changed while the models were loaded.
     """
-    loaded = load_model(base, model_class, dtype=dtype)
+    contents = Contents()
+    loaded = load_model(base, model_class, dtype=dtype, contents=contents)
     model, tokenizer = loaded.model, load_tokenizer(base)
     own = head_names(loaded.model, loaded.missing) if model_class is ModelClass.CLASSIFICATION else frozenset()
     theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in own}
@@ -156,7 +163,7 @@ def load_resident(
     heads: dict[str, dict[str, Tensor]] = {}
     for expert, checkpoint in experts.items():
         loading(expert)
-        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected)
+        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected, contents)
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         vectors.append(task_vector(expert, theta_pre, theta))
@@ -168,7 +175,8 @@ def load_resident(
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     model.requires_grad_(False)
     vectors = [TaskVector(v.expert, {n: d.to(device) for n, d in v.deltas.items()}) for v in vectors]
-    return Resident(model, tokenizer, kept, vectors, names, heads)
+    digests = {name: contents.digest(checkpoint) for name, checkpoint in experts.items()}
+    return Resident(model, tokenizer, kept, vectors, names, heads, contents.digest(base), digests)
 
 
 def _expert_parameters(
@@ -178,14 +186,15 @@ def _expert_parameters(
     dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     tolerated: frozenset[str],
+    contents: Contents,
 ) -> dict[str, Tensor]:
     """Parameters of an expert; tensors without a place in the model are refused unless the base has them too."""
     if checkpoint.is_adapter:
         note_other_base(checkpoint, base)
-        model = load_adapter(checkpoint, base, model_class, dtype=dtype)
+        model = load_adapter(checkpoint, base, model_class, dtype=dtype, contents=contents)
     else:
         _check_architecture(checkpoint, base)
-        loaded = load_model(checkpoint, model_class, dtype=dtype)
+        loaded = load_model(checkpoint, model_class, dtype=dtype, contents=contents)
         if loaded.missing:
             raise InputError(
                 f"{len(loaded.missing)} tensors are missing from the weights, {min(loaded.missing)} among them",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
+from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
+from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
@@ -44,7 +45,13 @@ class _Evaluate:
 
 
 def evaluate_model(
-    spec: StudySpec, reference: str, split: str, *, progress: Progress = silent, ranks: Ranks = SOLO
+    spec: StudySpec,
+    reference: str,
+    split: str,
+    *,
+    progress: Progress = silent,
+    ranks: Ranks = SOLO,
+    contents: Contents | None = None,
 ) -> dict[str, dict[str, float | int | str]]:
     """Scores of a model on every task of a spec.
 
@@ -56,20 +63,23 @@ def evaluate_model(
         split: "validation" or "test".
         progress: told how far it is.
         ranks: processes that share the inputs.
+        contents: what the model's files held when their digest was taken.
 
     Returns:
         Per task: `score`, `metric`, and `n`, the number of inputs.
 
     Raises:
         InputError: the model cannot be loaded or does not fit the tasks.
+        RunError: its files do not hold what `contents` says.
     """
     return ranks.everywhere(
-        _Evaluate(spec, reference, split), lambda: _evaluate(spec, reference, split, progress, ranks)
+        _Evaluate(spec, reference, split),
+        lambda: _evaluate(spec, reference, split, progress, ranks, contents or Contents()),
     )
 
 
 def _evaluate(
-    spec: StudySpec, reference: str, split: str, progress: Progress, ranks: Ranks
+    spec: StudySpec, reference: str, split: str, progress: Progress, ranks: Ranks, contents: Contents
 ) -> dict[str, dict[str, float | int | str]]:
     found = find_checkpoints(spec)
     checkpoint = resolve(reference, root=Path.cwd(), where="--model", trust_remote_code=spec.trust_remote_code)
@@ -77,12 +87,13 @@ def _evaluate(
     progress("loading", 0, 1)
     if checkpoint.is_adapter:
         note_other_base(checkpoint, found.base)
-        model, missing = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype), frozenset[str]()
+        model = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype, contents=contents)
+        missing = frozenset[str]()
     else:
-        loaded = load_model(checkpoint, found.model_class, dtype=dtype)
+        loaded = load_model(checkpoint, found.model_class, dtype=dtype, contents=contents)
         model, missing = loaded.model, loaded.missing
     tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
-    heads = _heads(spec, checkpoint, found, dtype) if found.kind is Kind.CLASSIFICATION else {}
+    heads = _heads(spec, checkpoint, found, dtype, contents) if found.kind is Kind.CLASSIFICATION else {}
     headless = missing - {name for head in heads.values() for name in head}
     if headless:
         raise InputError(
@@ -124,13 +135,13 @@ def _load_expert(spec: StudySpec, task: str, found: Checkpoints, dtype: torch.dt
 
 
 def _heads(
-    spec: StudySpec, checkpoint: Checkpoint, found: Checkpoints, dtype: torch.dtype
+    spec: StudySpec, checkpoint: Checkpoint, found: Checkpoints, dtype: torch.dtype, contents: Contents
 ) -> Mapping[str, Mapping[str, Tensor]]:
     heads: dict[str, Mapping[str, Tensor]] = {}
     for task in spec.tasks:
         file = checkpoint.path / HEADS / f"{task}.safetensors"
         if file.is_file():
-            heads[task] = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+            heads[task] = {n: t.to(dtype) for n, t in read_tensors(file, contents, dtype=dtype).items()}
             continue
         owner = next((name for name, expert in spec.experts.items() if expert.task == task), None)
         if owner is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dfmerge_studies.checkpoints.digest import ids_digest, model_digest
+from dfmerge_studies.checkpoints.digest import ids_digest
 from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
@@ -81,8 +81,6 @@ class Problem:
         resident: the model in memory.
         tasks: tokenised inputs by task.
         pad_id: token id that batches are padded with.
-        base_digest: identity of the base.
-        expert_digests: identity of every expert.
         reference_scores: what base, experts and other whole models score, by row and split, as far as it is known.
         known_digests: of the data, by split, as far as they are known.
         expert_answers: what each task's own expert answers, by task and split, as far as it is known.
@@ -94,8 +92,6 @@ class Problem:
     resident: Resident
     tasks: dict[str, TaskInputs]
     pad_id: int
-    base_digest: str
-    expert_digests: dict[str, str]
     ranks: Ranks = SOLO
     reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -105,6 +101,16 @@ class Problem:
     def kind(self) -> Kind:
         """How the models answer."""
         return self.checkpoints.kind
+
+    @property
+    def base_digest(self) -> str:
+        """Identity of the base."""
+        return self.resident.base_digest
+
+    @property
+    def expert_digests(self) -> dict[str, str]:
+        """Identity of every expert."""
+        return dict(self.resident.expert_digests)
 
     @property
     def experts(self) -> list[str]:
@@ -245,8 +251,6 @@ def _load_problem(
     progress("checking files", 0, steps)
     checkpoints = find_checkpoints(spec)
     device, dtype = choose_device(spec, ranks), getattr(torch, spec.dtype)
-    digests = {name: model_digest(checkpoint) for name, checkpoint in checkpoints.experts.items()}
-    base_digest = model_digest(checkpoints.base)
     wanted = indices or read_indices(spec)
     rows = {name: read_split(spec, name, "validation") for name in spec.tasks}  # before the weights: it fails sooner
     progress("loading models", 1, steps)
@@ -275,7 +279,7 @@ def _load_problem(
             {"validation": scored_examples(spec, name, "validation", everything)}, fisher, everything
         )
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), base_digest, digests, ranks)
+    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), ranks)
 
 
 def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:

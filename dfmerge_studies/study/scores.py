@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.checkpoints.digest import file_digest, json_digest, model_digest
+from dfmerge_studies.checkpoints.digest import Contents, file_digest, json_digest
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.checkpoints.write import HEADS
 from dfmerge_studies.objective.problem import Problem
@@ -112,17 +112,22 @@ def trial_row(trial: FrozenTrial) -> str:
     return f"trial {trial.number}"
 
 
-def find_model(spec: StudySpec, reference: str) -> tuple[Path, str]:
+def find_model(spec: StudySpec, reference: str, contents: Contents | None = None) -> tuple[Path, str]:
     """Where a model other than base and experts is, and under which name its scores are kept: its content decides.
 
     Args:
         spec: whose folder relative paths start from.
         reference: directory, Hub id or adapter.
+        contents: is told what its files hold, so that another read of them can be compared.
 
     Raises:
         InputError: nothing is there.
     """
+    contents = contents or Contents()
     trust = spec.trust_remote_code
     found = resolve(reference, root=spec.root, where=spec.where("multi_task"), trust_remote_code=trust)
-    heads = {file.name: file_digest(file) for file in (found.path / HEADS).glob("*.safetensors")}
-    return found.path, f"model {json_digest([model_digest(found), heads])[:32]}"
+    heads = {file: file_digest(file) for file in (found.path / HEADS).glob("*.safetensors")}
+    for file, digest in heads.items():
+        contents.add(file, digest)
+    content = [contents.digest(found), {file.name: digest for file, digest in heads.items()}]
+    return found.path, f"model {json_digest(content)[:32]}"

@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
+from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import FisherCache, open_cache
 from dfmerge_studies.methods import METHODS, Coefficients, Method, expand
@@ -170,12 +171,19 @@ class Session:
 
         Raises:
             InputError: the model cannot be loaded or does not fit the tasks.
+            RunError: its files change while they are read.
         """
-        path, row = find_model(self.spec, reference)
+        contents = Contents()
+        path, row = find_model(self.spec, reference, contents)
 
         def compute() -> dict[str, float]:
             entries = evaluate_model(
-                self.spec, str(path), split, progress=self.merger.progress, ranks=self.problem.ranks
+                self.spec,
+                str(path),
+                split,
+                progress=self.merger.progress,
+                ranks=self.problem.ranks,
+                contents=contents,
             )
             return {task: float(entry["score"]) for task, entry in entries.items()}
 
