@@ -37,11 +37,12 @@ from torch import Tensor, nn
 
 from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
 from dfmerge_studies.checkpoints.resident import head_names
-from dfmerge_studies.checkpoints.write import check_target, write_model
+from dfmerge_studies.checkpoints.write import write_model
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean
 from dfmerge_studies.objective.inputs import encode_split, padding_id, read_split
 from dfmerge_studies.objective.problem import Checkpoints, find_checkpoints
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
@@ -50,6 +51,7 @@ from dfmerge_studies.tasks.sampling import limited_rows, seeded_generator
 from dfmerge_studies.tasks.scoring import forward_losses
 
 EXPERT_STEPS, MULTI_TASK_STEPS, MULTI_TASK_PATIENCE = 2500, 25000, 10
+RECORD = "training.json"
 Head = dict[str, nn.Parameter]
 
 
@@ -293,8 +295,16 @@ def _save(trainee: Trainee, found: Checkpoints, tasks: Sequence[str], out: Path,
     trainee.take_head_(tasks[0])
     heads = trainee.heads if len(tasks) > 1 else {}
     tokenizer = load_tokenizer(found.base)
-    texts = {"training.json": record}
-    write_model(trainee.model, tokenizer, out, source=found.base.path, heads=heads, texts=texts, force=force)
+    write_model(
+        trainee.model,
+        tokenizer,
+        out,
+        source=found.base.path,
+        heads=heads,
+        texts={RECORD: record},
+        force=force,
+        mark=RECORD,
+    )
 
 
 def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -312,7 +322,8 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     Raises:
         InputError: the spec, the data or the options do not fit.
     """
-    check_target(out, force=options.force)
+    # Experts may be trained anew in their own place.
+    out = model_target(spec.derive(experts={}, multi_task=None), out, force=options.force, mark=RECORD)
     accelerator = Accelerator(
         cpu=spec.device == "cpu",
         mixed_precision=options.precision,
@@ -358,7 +369,7 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     what.add_argument("--task", help="train the expert of this task")
     what.add_argument("--multi-task", action="store_true", help="train one model on all tasks")
     parser.add_argument("--out", type=Path, required=True, help="model directory to make")
-    parser.add_argument("--force", action="store_true", help="replace --out")
+    parser.add_argument("--force", action="store_true", help="replace a model that this script wrote to --out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the spec")
     parser.add_argument("--steps", type=int, help=f"updates (default {EXPERT_STEPS}; multi-task {MULTI_TASK_STEPS})")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per update, over all processes")

@@ -304,7 +304,7 @@ def test_bad_requests_are_refused_in_one_line(copied):
     assert "at most 1" in refused("--figures", "ratio", "--ratios", "2")
     assert "Did you mean 'blue'" in refused("--figures", "landscape", "--pair", "red,blu")
     assert "no such storage" in refused("--set", "name=other")
-    copied.cli("report", "spec.yaml", "--out", "site", "--force")
+    assert "not a report of this program" in refused("--out", "site", "--force")
 
 
 def test_a_second_report_replaces_the_first(copied):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -17,25 +19,75 @@ if TYPE_CHECKING:
 
 HEADS = "heads"  # folder of the per-task classification heads
 SHARD_SIZE = "5GB"
+PROVENANCE = "dfmerge.json"  # by which an exported directory is known
+FILES = "files"  # the field of it that lists what was written
+# What exports without that list hold.
+_ENDINGS = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md", ".spm", ".bpe", ".codes"})
+_FOLDERS = frozenset({"", HEADS, "additional_chat_templates"})
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})  # of file managers
 
 
-def check_target(out: Path, *, force: bool) -> None:
+def check_target(out: Path, *, force: bool, mark: str = PROVENANCE) -> None:
     """Refuse a directory that exists, before anything is computed.
 
     Args:
         out: where the model is to go.
-        force: replace it.
+        force: replace it, if an export wrote it and nothing else is in it.
+        mark: file by which such a directory is known.
 
     Raises:
-        InputError: it exists and `force` is not given, or its parent is a file.
+        InputError: it exists and may not be replaced, or its parent is a file.
     """
     if out.exists() and not force:
-        raise InputError(f"{out} exists already", where="--out", mend="Choose another directory, or add --force")
+        raise InputError(
+            f"{out} exists already",
+            where="--out",
+            mend="Choose another directory, or add --force if this program wrote that one",
+        )
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", where="--out", mend="Choose a directory")
+    if out.exists():
+        _refuse_foreign(out, mark)
     parent = next(parent for parent in out.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise InputError(f"{parent} is a file", where="--out", mend="Choose another directory")
+
+
+def _refuse_foreign(out: Path, mark: str) -> None:
+    """Refuse a directory that holds what no export wrote."""
+    found = _files(out)
+    if not found:
+        return
+    try:
+        content = json.loads((out / mark).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.keys().isdisjoint({"coefficients", "settings"}):
+        raise InputError(
+            f"{out} is not a model directory that this program wrote: it has no {mark} of ours",
+            where="--out",
+            mend="Choose another directory",
+        )
+    written = content.get(FILES)
+    for name in found:
+        path = Path(name)
+        known = path.suffix in _ENDINGS and path.parent.name in _FOLDERS if written is None else name in written
+        if not known:
+            raise InputError(
+                f"{out} holds {name}, which no export wrote",
+                where="--out",
+                mend="Move it away, or choose another directory",
+            )
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of the files below a folder; links are not followed, and a folder that holds nothing counts as a file."""
+    found = []
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        names = [*files, *links] or ([""] if not folders and Path(place) != folder else [])
+        found += [(Path(place) / name).relative_to(folder).as_posix() for name in names]
+    return sorted(name for name in found if name.split("/")[-1] not in _LITTER)
 
 
 def write_model(
@@ -48,6 +100,7 @@ def write_model(
     texts: Mapping[str, str],
     force: bool = False,
     shard_size: str = SHARD_SIZE,
+    mark: str = PROVENANCE,
 ) -> None:
     """Write weights, configuration, tokenizer, generation config, chat template and accompanying texts.
 
@@ -61,17 +114,18 @@ def write_model(
         source: directory of the base, whose own code files are copied where it brings any.
         heads: parameters of each task's head.
         texts: further files by name: the model card, the provenance.
-        force: replace a directory that exists.
+        force: replace a directory that exists, if it has the mark.
         shard_size: largest size of one weights file.
+        mark: which of the texts, a JSON object, is to list the files.
 
     Raises:
-        InputError: the directory exists.
+        InputError: the directory exists and may not be replaced.
         RunError: it cannot be written; nothing is left behind.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    check_target(out, force=force)
+    check_target(out, force=force, mark=mark)
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -89,8 +143,12 @@ def write_model(
             )
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        if mark in texts:
+            content = {**json.loads(texts[mark]), FILES: _files(temporary)}
+            (temporary / mark).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for weights in temporary.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
             shutil.copymode(temporary / "config.json", weights)
+        check_target(out, force=force, mark=mark)  # again: what was computed may have taken hours
         _move_into_place(temporary, out)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise RunError(

@@ -45,7 +45,7 @@ CacheOption = Annotated[
     typer.Option("--cache", metavar="URL", help="Fisher cache instead of the spec's: a folder or an fsspec URL."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what this program wrote there, and nothing else.")]
 
 QUICKSTART = "quickstart"
 

@@ -37,9 +37,9 @@ def merge(
     """Merge once at the given coefficients, without a study."""
     settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
     point = _parse_coefficients(settings, coefficients)
-    from dfmerge_studies.checkpoints.write import check_target
+    from dfmerge_studies.report.outputs import model_target
 
-    check_target(out, force=force)
+    model_target(settings, out, force=force)
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -88,8 +88,9 @@ def fisher(
 
     where = "--coefficient" if expert in settings.experts else "--expert"
     check_coefficients(settings, {**dict.fromkeys(settings.experts, coefficient), expert: coefficient}, where)
-    if out.exists() and not force:
-        raise InputError(f"{out} exists already", where="--out", mend="Choose another file, or add --force")
+    from dfmerge_studies.report.outputs import fisher_target
+
+    fisher_target(settings, out, force=force)
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -107,7 +108,8 @@ def fisher(
         values, cached = merger.importance(index, coefficient, names=names)
         key = merger.importances.key(index, coefficient, names)
         samples = {task: len(problem.tasks[task].fisher) for task in key.indices}
-        save_fisher(out, values, {**key_metadata(key), "expert": expert, "samples": str(sum(samples.values()))})
+        place = fisher_target(settings, out, force=force)  # again: something may have come there meanwhile
+        save_fisher(place, values, {**key_metadata(key), "expert": expert, "samples": str(sum(samples.values()))})
     result = {
         "out": str(out),
         "expert": expert,
@@ -176,9 +178,9 @@ def export(
     if out is None:
         raise InputError("nothing says where to write", where="--out", mend="Add --out DIR")
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
-    from dfmerge_studies.checkpoints.write import check_target
+    from dfmerge_studies.report.outputs import model_target
 
-    check_target(out, force=force)
+    model_place = model_target(settings, out, force=force)
     common.check_early(settings, storage=True, create=False)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -191,7 +193,7 @@ def export(
         found = find_trial(stored_study(settings), settings, trial)
         session = open_study(settings, progress=progress, ranks=ranks)
         exported = export_trial(session, found, out, force=force, shard_size=shard_size)
-        keep_card(session.study, out / CARD, settings.workdir)
+        keep_card(session.study, model_place / CARD, settings.workdir)
     result = {"out": str(out), "study": settings.name, "trial": found.number, **exported}
     if json:
         common.print_json(result)

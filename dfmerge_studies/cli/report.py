@@ -56,6 +56,9 @@ def report(
     """Write a study's figures and one self-contained HTML page."""
     names, shares = _names(figures), _shares(ratios)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
+    from dfmerge_studies.report.outputs import report_target
+
+    place = report_target(settings, out, force=force)
     wanted = [name for name in names if name in PROBED] if figures is not None else []
     common.check_early(settings, models=bool(wanted), storage=True, create=False)
     common.quiet_libraries()
@@ -65,7 +68,7 @@ def report(
     from dfmerge_studies.storage import storage_errors
     from dfmerge_studies.study.session import storage_url, stored_study
 
-    check_out(out, force=force)
+    check_out(place, names)
     study = stored_study(settings)
     if wanted:
         with common.progress_bar() as progress:
@@ -75,7 +78,7 @@ def report(
     with storage_errors(storage_url(settings)):
         view = StudyView.of(study)
         found = drawings(view, names)
-        written = write_report(out, study_page(view, command), found, force=force)
+        written = write_report(place, study_page(view, command), found)
     missing = {figure.name: figure.reason for figure in found if not isinstance(figure, Drawing)}
     if json:
         common.print_json({"study": view.name, **written, "missing": missing})

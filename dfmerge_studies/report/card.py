@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dfmerge_studies.checkpoints.write import PROVENANCE
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
@@ -15,7 +16,6 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 
 CARD = "README.md"
-PROVENANCE = "dfmerge.json"
 PAPER = "https://arxiv.org/abs/2504.18992"
 
 

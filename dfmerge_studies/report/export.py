@@ -9,9 +9,10 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import model_digest
 from dfmerge_studies.checkpoints.reference import Checkpoint
-from dfmerge_studies.checkpoints.write import SHARD_SIZE, check_target, write_model
+from dfmerge_studies.checkpoints.write import PROVENANCE, SHARD_SIZE, write_model
 from dfmerge_studies.objective.merger import Merger, Outcome
-from dfmerge_studies.report.card import CARD, PROVENANCE, Merged, model_card, provenance_json
+from dfmerge_studies.report.card import CARD, Merged, model_card, provenance_json
+from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import trial_value
@@ -27,30 +28,30 @@ def export_merge(
         spec: the settings.
         merged: coefficients, and what is known of them.
         out: directory to make.
-        force: replace a directory that exists.
+        force: replace an export of ours that is there.
         shard_size: largest size of one weights file.
 
     Returns:
         The content digest of the written model, and what the merge took.
 
     Raises:
-        InputError: the directory exists.
+        InputError: the directory exists and may not be replaced.
         RunError: it cannot be written.
     """
-    check_target(out, force=force)
+    place = model_target(spec, out, force=force)
     problem = merger.problem
     outcome = merger.merge_(merged.coefficients, merged.drop_rate)
     write_model(
         problem.resident.model,
         problem.resident.tokenizer,
-        out,
+        place,
         source=problem.checkpoints.base.path,
         heads=problem.resident.heads,
         texts={CARD: model_card(problem, spec, merged), PROVENANCE: provenance_json(problem, spec, merged)},
         force=force,
         shard_size=shard_size,
     )
-    return model_digest(Checkpoint(str(out), out.absolute())), outcome
+    return model_digest(Checkpoint(str(out), place)), outcome
 
 
 def export_trial(
@@ -62,7 +63,7 @@ def export_trial(
         session: the open study.
         trial: the trial.
         out: directory to make.
-        force: replace a directory that exists.
+        force: replace an export of ours that is there.
         shard_size: largest size of one weights file.
 
     Returns:
@@ -70,7 +71,7 @@ def export_trial(
         `fishers`.
 
     Raises:
-        InputError: the directory exists.
+        InputError: the directory exists and may not be replaced.
         RunError: it cannot be written.
     """
     scores = session.trial_scores(trial, "validation")

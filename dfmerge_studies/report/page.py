@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,8 @@ from dfmerge_studies.trials.reading import counts
 PAGE, FOLDER = "index.html", "figures"
 GENERATOR = "dfmerge-studies"
 _DPI = 150
+_MARK = f'<meta name="generator" content="{GENERATOR}">'.encode()
+_ENDINGS = (".png", ".svg", ".json")
 
 
 @dataclass(frozen=True)
@@ -97,32 +99,30 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def write_report(
-    out: Path, page: Page, drawings: Sequence[Drawing | Missing], *, force: bool = False
-) -> dict[str, str | list[str]]:
+def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -> dict[str, str | list[str]]:
     """Write the page and, beside it, every figure as PNG, SVG and JSON.
 
     Args:
         out: directory; made if it is not there.
         page: what the page says.
         drawings: the figures, and those that are missing.
-        force: replace a page that something else has written.
 
     Returns:
         `page`, a path, and `figures`, paths.
 
     Raises:
-        InputError: there is another page, or the directory is a file.
+        InputError: there is another page or picture, or the directory is a file.
         RunError: it cannot be written.
     """
-    check_out(out, force=force)
+    check_out(out, [drawing.name for drawing in drawings])
     drawn = [drawing for drawing in drawings if isinstance(drawing, Drawing)]
     written = []
     try:
         (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        # The page first: by it the pictures are known as ours, also those of a run that was cut short.
+        _replace(out / PAGE, render(page, drawings).encode())
         for drawing in drawn:
             written += _write_figure(out / FOLDER, drawing)
-        _replace(out / PAGE, render(page, drawings).encode())
     except OSError as error:
         raise RunError(
             f"cannot be written: {error}", where=str(out), mend="Free space or choose another place"
@@ -130,23 +130,25 @@ def write_report(
     return {"page": str(out / PAGE), "figures": [str(file) for file in written]}
 
 
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse a directory whose page is not a report of ours.
+def check_out(out: Path, figures: Iterable[str]) -> None:
+    """Refuse a directory whose page, or whose pictures of the same names, are not of a report of ours.
 
     Args:
         out: the directory.
-        force: replace the page.
+        figures: names of the figures that are to be written.
 
     Raises:
-        InputError: it is a file, or holds another page.
+        InputError: it is a file, or holds another page or picture.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file", where="--out", mend="Name a directory")
-    file = out / PAGE
-    if file.exists() and not force and GENERATOR.encode() not in file.read_bytes()[:2000]:
-        raise InputError(
-            f"{file} is not a report of this program", where="--out", mend="Choose another directory, or add --force"
-        )
+    page = out / PAGE
+    if page.is_file() and _MARK in page.read_bytes()[:2000]:
+        return
+    pictures = [out / FOLDER / f"{name}{ending}" for name in figures for ending in _ENDINGS]
+    for file in (page, *pictures):
+        if file.exists() or file.is_symlink():
+            raise InputError(f"{file} is not a report of this program", where="--out", mend="Choose another directory")
 
 
 def render(page: Page, drawings: Sequence[Drawing | Missing]) -> str:
@@ -176,7 +178,7 @@ def render(page: Page, drawings: Sequence[Drawing | Missing]) -> str:
 
 
 def _write_figure(folder: Path, drawing: Drawing) -> list[Path]:
-    files = [folder / f"{drawing.name}.{ending}" for ending in ("png", "svg", "json")]
+    files = [folder / f"{drawing.name}{ending}" for ending in _ENDINGS]
     temporary = [_beside(file) for file in files]
     try:
         with canvas():

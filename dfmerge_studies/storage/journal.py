@@ -38,6 +38,9 @@ def open_journal(url: URL, create: bool) -> BaseStorage:
     return JournalStorage(_WholeLines(path, lock))
 
 
+_START = b'{"op_code":'  # how Optuna begins every line
+
+
 class _WholeLines(JournalFileBackend):
     """A journal that gains whole lines or nothing, though a disk is full or another process died while writing."""
 
@@ -93,7 +96,10 @@ def _check_journal(path: Path) -> None:
     with path.open("rb") as file:
         first = file.readline()
     try:
-        known = not first.endswith(b"\n") or "op_code" in json.loads(first)
+        if first.endswith(b"\n"):
+            known = "op_code" in json.loads(first)
+        else:  # what a process that died has written of the very first line, and nothing that merely has one line
+            known = first.startswith(_START) or _START.startswith(first)
     except (ValueError, TypeError):
         known = False
     if not known:

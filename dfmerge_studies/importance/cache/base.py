@@ -7,6 +7,7 @@ there.  Several processes on several machines may share one.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,15 @@ class Entry:
     size: int
     used: float
     metadata: Mapping[str, str]
+
+
+def is_digest(name: str) -> bool:
+    """Tell whether a file's name, without its ending, is that of an entry.
+
+    Args:
+        name: the name.
+    """
+    return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
 class FisherCache(ABC):

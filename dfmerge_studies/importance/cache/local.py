@@ -16,7 +16,7 @@ from typing import IO
 
 from torch import Tensor
 
-from dfmerge_studies.importance.cache.base import Entry, FisherCache
+from dfmerge_studies.importance.cache.base import Entry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import parse_fisher, read_metadata, save_fisher
 
 try:
@@ -104,6 +104,8 @@ class LocalCache(FisherCache):
         """The entries that are there, the least recently used first; others may be deleting at the same time."""
         found = []
         for file in self.folder.glob(f"*{_SUFFIX}"):
+            if not is_digest(file.name.removesuffix(_SUFFIX)):
+                continue  # not ours: a model's folder may be named as a cache by mistake
             with contextlib.suppress(OSError):
                 state = file.stat()
                 if stat.S_ISREG(state.st_mode):  # whoever shares the folder may have put a pipe there

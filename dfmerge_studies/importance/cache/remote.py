@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dfmerge_studies.errors import InputError, first_line
-from dfmerge_studies.importance.cache.base import Entry, FisherCache
+from dfmerge_studies.importance.cache.base import Entry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import checksum, parse_fisher
 
 GRACE = 600.0  # seconds: an entry used in the last so many is in use; data without a manifest so old is left over
@@ -163,17 +163,18 @@ class RemoteCache(FisherCache):
             self._noted[digest] = time.monotonic()
 
     def _listing(self) -> dict[str, tuple[int, float]]:
-        """Size and time of every object, by name."""
+        """Size and time of every object of ours, by name."""
         with _failures_as_os_errors():
             self._files.invalidate_cache()
             try:
                 found = self._files.ls(self._root, detail=True)
             except FileNotFoundError:
                 return {}
+        named = {item["name"].rstrip("/").rsplit("/", 1)[-1]: item for item in found if item["type"] == "file"}
         return {
-            item["name"].rstrip("/").rsplit("/", 1)[-1]: (int(item["size"] or 0), _seconds(item))
-            for item in found
-            if item["type"] == "file"
+            name: (int(item["size"] or 0), _seconds(item))
+            for name, item in named.items()
+            if is_digest(name.split(".")[0])  # others are not ours, whatever the folder is
         }
 
     @staticmethod
