@@ -120,7 +120,7 @@ def _refuse_parts(spec: StudySpec, place: Path) -> None:
 def _parts(spec: StudySpec) -> Iterator[tuple[str, Path]]:
     """What a study stands on, with a word for each."""
     from dfmerge_studies.storage import resolve_url, storage_file
-    from dfmerge_studies.study.outbox import outboxes
+    from dfmerge_studies.trials.outbox import outboxes
 
     yield "the working directory", Path.cwd()
     yield "the home directory", Path("~").expanduser()
