@@ -1,7 +1,8 @@
 """The errors that a user can meet, one root class for all of them.
 
 Every message says what was found, where, and how to mend it.  The command line prints the message alone and exits
-with the error's `exit_code`: 2 for bad input that the user can correct, 1 for a run that failed.
+with the error's `exit_code`: 2 for bad input that the user can correct, 1 for a run that failed.  No message shows a
+password or a token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+
+from dfmerge_studies.redact import masked_text
 
 # Control characters, surrogates, and what turns the direction of text: a terminal must not obey a file's name.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -31,10 +34,10 @@ class DFMergeError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.mend = mend
-        super().__init__(what, where, mend)
+        self.what = masked_text(what)
+        self.where = masked_text(where) if where else where
+        self.mend = masked_text(mend) if mend else mend
+        super().__init__(self.what, self.where, self.mend)
 
     def __str__(self) -> str:
         where = self.where.replace("\n", "\\n") if self.where else None
@@ -101,7 +104,7 @@ def first_line(error: BaseException) -> str:
         return f"{error.args[0]!r} is missing"
     lines = [line.strip() for line in _CLASS_NAME.sub("", str(error)).splitlines()]
     told = [line for line in lines if re.search(r"\w", line)]
-    return told[0][:_LONGEST] if told else "no reason is given"
+    return masked_text(told[0])[:_LONGEST] if told else "no reason is given"
 
 
 def printable(text: str) -> str:

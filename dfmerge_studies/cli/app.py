@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+import traceback
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,6 +27,7 @@ from dfmerge_studies.cli import (
 )
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.ranks import launched, launched_rank
+from dfmerge_studies.redact import masked_text
 
 SHARED = frozenset({"run", "merge", "fisher", "evaluate", "export"})  # commands whose work launched processes share
 
@@ -95,6 +97,12 @@ def _root(
     terminal.check_working_directory()
 
 
+def _show_traceback() -> NoReturn:
+    """What `--debug` shows, without what is secret in it."""
+    terminal.warn(masked_text(traceback.format_exc()).rstrip())
+    sys.exit(1)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input, 1 a failed run, 130 interrupted.
 
@@ -120,7 +128,7 @@ def _exit_code(given: list[str], *, debug: bool) -> int:
         return _tell(_usage(error), given)
     except DFMergeError as error:
         if debug:
-            raise
+            _show_traceback()
         return _tell(error, given)
     except KeyboardInterrupt:
         terminal.warn("interrupted")
@@ -129,7 +137,7 @@ def _exit_code(given: list[str], *, debug: bool) -> int:
         raise
     except BaseException as error:  # panics of Rust libraries are no Exception
         if debug:
-            raise
+            _show_traceback()
         return _tell(terminal.unforeseen(error), given)
 
 

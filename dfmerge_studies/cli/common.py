@@ -22,6 +22,7 @@ from dfmerge_studies.cli.terminal import print_json as print_json
 from dfmerge_studies.cli.terminal import say as say
 from dfmerge_studies.cli.terminal import warn as warn
 from dfmerge_studies.errors import printable
+from dfmerge_studies.redact import masked_override, masked_text
 
 if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
@@ -144,14 +145,16 @@ def again(file: Path | None, *, storage: str | None, overrides: list[str] | None
 
     Args:
         file: the spec, None for the quickstart.
-        storage: value of `--storage`; shown only if it holds no password.
-        overrides: values of `--set`.
+        storage: value of `--storage`; what is secret in it is not shown.
+        overrides: values of `--set`; likewise.
     """
     parts = [] if file is None else [str(file)]
-    if storage is not None and "@" not in storage and not os.environ.get("DFMERGE_STORAGE"):
-        parts += ["--storage", storage]
+    if storage is not None and not os.environ.get("DFMERGE_STORAGE"):
+        from dfmerge_studies.storage import safe_url
+
+        parts += ["--storage", safe_url(storage)]
     for override in overrides or ():
-        parts += ["--set", override]
+        parts += ["--set", masked_override(override)]
     return "".join(f" {shlex.quote(part)}" for part in parts)
 
 
@@ -159,7 +162,7 @@ class _OneLine(logging.Formatter):
     """A level and a message; what was raised is told by whoever tells the error."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname}: {printable(record.getMessage())}"
+        return f"{record.levelname}: {printable(masked_text(record.getMessage()))}"  # a library may log a URL
 
 
 def quiet_libraries() -> None:

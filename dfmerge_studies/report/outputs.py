@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dfmerge_studies.boundary import local_path
 from dfmerge_studies.checkpoints.write import PROVENANCE, check_target
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
@@ -39,7 +40,7 @@ def model_target(spec: StudySpec, out: Path, *, force: bool, mark: str = PROVENA
     Raises:
         InputError: something else is there, or a part of the study is in it.
     """
-    place = _place(out)
+    place = local_path(out, Path.cwd(), _WHERE)
     if force:
         _refuse_parts(spec, place)
     check_target(place, force=force, mark=mark)
@@ -60,7 +61,7 @@ def fisher_target(spec: StudySpec, out: Path, *, force: bool) -> Path:
     Raises:
         InputError: something else is there, or it is an entry of the cache.
     """
-    place = _place(out)
+    place = local_path(out, Path.cwd(), _WHERE)
     if not place.exists():
         return place
     if not force:
@@ -92,17 +93,10 @@ def report_target(spec: StudySpec, out: Path, *, force: bool) -> Path:
     Raises:
         InputError: with `force`, a part of the study is in it.
     """
-    place = _place(out)
+    place = local_path(out, Path.cwd(), _WHERE)
     if force:
         _refuse_parts(spec, place)
     return out.expanduser()
-
-
-def _place(out: Path) -> Path:
-    try:
-        return out.expanduser().resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a NUL
-        raise InputError(f"{str(out)!r} is no path that can be written to", where=_WHERE, mend=_OTHER) from error
 
 
 def _refuse_parts(spec: StudySpec, place: Path) -> None:

@@ -53,7 +53,9 @@ class StudyView:
         science = provenance.stored_science(study)
         if science is None:
             raise InputError(f"the study {study.study_name!r} was not made by this program")
-        return cls(study, science, study.user_attrs.get(provenance.SPEC, {}), results(study))
+        return cls(
+            study, science, provenance.without_secrets(study.user_attrs.get(provenance.SPEC, {})), results(study)
+        )
 
     @property
     def name(self) -> str:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dfmerge_studies.errors import InputError, did_you_mean
-from dfmerge_studies.spec.reading import masked, shortened
+from dfmerge_studies.redact import is_secret, masked_url
+from dfmerge_studies.spec.reading import shortened
 from dfmerge_studies.tasks.strict import BOOLEAN
 
 _UNWRITABLE = re.compile("[\\x00\\ud800-\\udfff]")
@@ -70,7 +71,8 @@ def _sentence(
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(found, (str, int, float, bool)) or found is None:
-        message = f"found {shortened(masked(found))}; {message}"
+        shown = masked_url(found) if isinstance(found, str) else found
+        message = f"found {'***' if any(map(is_secret, place)) else shortened(shown)}; {message}"
     mend = "Correct the value; docs/specs.md describes every field"
     if error["type"] == "string_type" and isinstance(found, (int, float)):
         mend = f"Write it in quotes: '{found}'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from dfmerge_studies import limits
 from dfmerge_studies.boundary import kind_of, read_text, reading
 from dfmerge_studies.errors import InputError, first_line
+from dfmerge_studies.redact import masked_override
 
 _MEND = "Name a YAML file"
 _SHOWN = 120  # characters of a value in a message
@@ -56,8 +56,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except Exception as error:  # a date that there is not is a ValueError, an odd tag an AttributeError
-        what = masked(" ".join(str(error).split())) if isinstance(error, yaml.YAMLError) else first_line(error)
-        raise InputError(f"not valid YAML: {what}", where=str(path), mend="Correct it") from error
+        # Its own text shows the lines around, and they may hold a password.
+        raise InputError(f"not valid YAML: {_problem(error)}", where=str(path), mend="Correct it") from None
     if not isinstance(data, dict):
         found = "the file is empty" if data is None else f"found {type(data).__name__}"
         raise InputError(
@@ -102,13 +102,11 @@ def shortened(found: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def masked(found: Any) -> Any:
-    """A value for a message, without the password of any URL in it.
-
-    Args:
-        found: what to show; anything but text comes back as it is.
-    """
-    return re.sub(r"//[^@/\s]*@", "//***@", found) if isinstance(found, str) else found
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML text and where, without showing any of it."""
+    mark = getattr(error, "problem_mark", None)
+    what = getattr(error, "problem", None) or ("the text cannot be read" if mark else first_line(error))
+    return f"{what} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else what
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -124,7 +122,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key.strip():
         raise InputError(
-            f"{masked(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20"
+            f"{masked_override(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20"
         )
     *parents, leaf = key.strip().split(".")
     target = data
@@ -138,7 +136,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         target = target[parent]
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
-    except Exception as error:
+    except Exception:
         raise InputError(
-            f"the value of {masked(override)!r} is not valid YAML", where="--set", mend="Quote it"
-        ) from error
+            f"the value of {masked_override(override)!r} is not valid YAML", where="--set", mend="Quote it"
+        ) from None  # its text shows the value

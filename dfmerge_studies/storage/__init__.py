@@ -32,6 +32,7 @@ __all__ = [
     "check_url",
     "found_study",
     "id_of",
+    "identity",
     "is_damaged",
     "join_study",
     "last_heartbeat",

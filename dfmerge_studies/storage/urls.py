@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.redact import HIDDEN, is_secret, masked_url
 
 _SCHEMES = "sqlite:///FILE, postgresql+psycopg://USER@HOST/NAME, journal:///FILE or grpc://HOST:PORT"
 
@@ -22,9 +22,17 @@ def safe_url(url: str) -> str:
     try:
         parsed = make_url(url)
     except (exc.ArgumentError, ValueError):
-        return re.sub(r"//[^@/]*@", "//***@", url)
-    secret = [key for key in parsed.query if "password" in key.lower()]
-    return parsed.update_query_dict(dict.fromkeys(secret, "***")).render_as_string(hide_password=True)
+        return masked_url(url)
+    if _is_misread(parsed):
+        return masked_url(url)
+    secret = [key for key in parsed.query if is_secret(key)]
+    return parsed.update_query_dict(dict.fromkeys(secret, HIDDEN)).render_as_string(hide_password=True)
+
+
+def _is_misread(parsed: URL) -> bool:
+    """Whether a password that is not escaped has been taken for a host or for a database."""
+    file = parsed.drivername.split("+")[0] in ("sqlite", "journal")
+    return not file and any("@" in str(part) for part in (parsed.username, parsed.host, parsed.database))
 
 
 def resolve_url(url: str, folder: Path) -> str:
@@ -55,14 +63,21 @@ def storage_file(url: str) -> Path | None:
 
 
 def storage_identity(url: str) -> str:
-    """A text that is the same for every way to name one storage, and without its password.
+    """A text that is the same for every way to name one storage, without its password; never to be shown.
 
     All spellings of Postgres are one storage, and it stays that one after a change of the password.
 
     Args:
         url: a storage URL, resolved.
     """
-    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", safe_url(url))
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        return url
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    secret = [key for key in parsed.query if "password" in key.lower()]
+    return parsed.update_query_dict(dict.fromkeys(secret, HIDDEN)).render_as_string(hide_password=True)
 
 
 def check_constraints(url: str, number: int, *, where: str | None = None) -> None:
@@ -109,7 +124,13 @@ def parse_url(url: str) -> URL:
         parsed = make_url(url)
     except (exc.ArgumentError, ValueError):
         raise InputError("this is not a storage URL", where=safe_url(url), mend=f"Use {_SCHEMES}") from None
-    if any("password" in key.lower() for key in parsed.query):
+    if _is_misread(parsed):
+        raise InputError(
+            "the user or the password has a character that means something else in a URL",
+            where=safe_url(url),
+            mend="Write @ as %40, / as %2F, : as %3A and % as %25",
+        )
+    if any(is_secret(key) and key.lower() != "passfile" for key in parsed.query):
         raise InputError(
             "a password among the URL's parameters would show in logs",
             where=safe_url(url),

@@ -13,6 +13,7 @@ import optuna
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.redact import public
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 
@@ -159,12 +160,39 @@ def refuse_other_science(
 
 
 def describe_spec(spec: StudySpec) -> dict[str, Any]:
-    """The spec as JSON, without any password.
+    """The spec as JSON, as it may be stored and exported: without passwords, tokens and keys.
 
     Args:
         spec: the settings.
     """
-    return {**spec.model_dump(mode="json"), "storage": safe_url(spec.storage) if spec.storage else ""}
+    return without_secrets(spec.model_dump(mode="json"))
+
+
+def without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A described spec without passwords, tokens and keys; also one that an earlier version has stored.
+
+    Args:
+        fields: from `describe_spec`, or what a study has.
+    """
+    shown = dict(fields)
+    shown.update({name: public(fields[name]) for name in ("base", "multi_task", "cache") if fields.get(name)})
+    if fields.get("storage"):
+        shown["storage"] = safe_url(str(fields["storage"]))
+    for group, field in (("experts", "model"), ("tasks", "dataset")):
+        entries = fields.get(group, {})
+        shown[group] = {
+            name: {**entry, field: public(entry[field])}
+            if isinstance(entry, Mapping) and field in entry
+            else public(entry)
+            for name, entry in entries.items()
+        }
+    return shown
+
+
+def _with_public(entry: Any, field: str) -> Any:
+    if not isinstance(entry, Mapping):
+        return public(entry)
+    return {**entry, field: public(entry[field])} if field in entry else entry
 
 
 def library_versions() -> dict[str, str]:

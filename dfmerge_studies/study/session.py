@@ -336,6 +336,9 @@ def _join(spec: StudySpec, url: str, science: Mapping[str, Any], problem: Proble
             study.set_user_attr(provenance.SCIENCE, dict(science))
             study.set_metric_names(_metric_names(spec))
         provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, safe_url(url))
+        described = study.user_attrs.get(provenance.SPEC, {})
+        if (public := provenance.without_secrets(described)) != described:  # an earlier version kept tokens
+            study.set_user_attr(provenance.SPEC, public)
     return study
 
 

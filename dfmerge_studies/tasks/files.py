@@ -6,6 +6,7 @@ import glob
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,7 +177,7 @@ def _silent_datasets(*, counted: bool) -> Iterator[None]:
 
 def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict[str, Any]:
     """Make local paths absolute and check that they exist, since the loader's own message names no field."""
-    resolved = dict(arguments)
+    resolved = deepcopy(dict(arguments))  # datasets writes into storage_options
     path = str(arguments["path"])
     if path not in _LOCAL_BUILDERS and local_path(path, root, f"{where}.dataset.path").is_dir():
         resolved["path"] = _plain_folder(path, root, f"{where}.dataset.path")

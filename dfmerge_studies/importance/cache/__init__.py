@@ -46,7 +46,7 @@ def open_cache(
     if location is None:
         return None
     if "://" in location and not location.startswith("file://"):
-        if re.search(r"://[^/]*@", location):
+        if re.search(r"://([^/]*|[^/]*:.*)@", location):
             raise InputError(
                 "the URL holds a user name or a password",
                 where=where,

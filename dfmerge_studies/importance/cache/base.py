@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dfmerge_studies.errors import first_line
 from dfmerge_studies.importance.cache.key import FisherKey, key_metadata
+from dfmerge_studies.redact import masked_url
 
 logger = logging.getLogger(__name__)
 PAUSE = 60.0  # seconds that a cache which failed is left alone: a dead server must not cost a time-out per Fisher
@@ -59,7 +60,7 @@ class FisherCache(ABC):
     """
 
     def __init__(self, location: str, *, limit: int | None = None) -> None:
-        self.location = location
+        self.location = masked_url(location)
         self.limit = limit
         self._away_until = 0.0
 
