@@ -41,7 +41,7 @@ def model_target(spec: StudySpec, out: Path, *, force: bool, mark: str = PROVENA
         InputError: something else is there, or a part of the study is in it.
     """
     place = local_path(out, Path.cwd(), _WHERE)
-    if force:
+    if force and place.is_dir():
         _refuse_parts(spec, place)
     check_target(place, force=force, mark=mark)
     return place
