@@ -1,20 +1,22 @@
 """The method table: every way to merge is a choice of importance C, coefficients lambda, and transform Phi.
 
-A new method is a new row here (and a function in `transforms` if its Phi is new).
+    point   what a trial of a method has: a coefficient per expert, and a value of each parameter that the method has
+
+A new method is a new row here, and a function in `transforms` if its Phi is new.  What the spec accepts, the flags of
+`merge`, what is searched, stored, shown and compared follow from the row.  Nothing heavy is imported, so that names
+can be checked at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
 
-from dfmerge_studies.errors import InputError
-from dfmerge_studies.transforms import Transform, drop_and_rescale, identity, trim_and_elect
+from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.trials.space import Space
 
-# Names of what a grid searches.
-SHARED = "lambda"  # the one coefficient that all experts share
-DROP_RATE = "drop_rate"  # DARE's p
+SHARED = "lambda"  # name, on a grid, of the one coefficient that all experts share
 
 
 class Importance(Enum):
@@ -23,6 +25,20 @@ class Importance(Enum):
     UNIFORM = "C = I"
     AT_EXPERT = "F(theta_i)"
     AT_SCALED_EXPERT = "F(theta_pre + lambda_i tau_i)"
+
+
+class Estimator(StrEnum):
+    """Which choices of an input count for Fisher information, and how much; `importance.fisher` has the formulas."""
+
+    EXACT = "exact"
+    SAMPLED = "sampled"
+    EMPIRICAL = "empirical"
+    MASK_NODES = "mask-nodes"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the one choice of an input that counts is drawn, so that a generator is needed."""
+        return self in (Estimator.SAMPLED, Estimator.MASK_NODES)
 
 
 class Coefficients(Enum):
@@ -34,6 +50,86 @@ class Coefficients(Enum):
 
 
 @dataclass(frozen=True)
+class Point:
+    """What one merge needs to know besides the models.
+
+    Attributes:
+        coefficients: lambda per expert.
+        parameters: value of each of the method's parameters.
+    """
+
+    coefficients: Mapping[str, float]
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A number that a method has besides the coefficients.
+
+    Attributes:
+        name: in specs, in a trial's attributes and in JSON; with dashes it is a flag of `merge`.
+        meaning: what it says, for `--help`.
+        low: smallest value that it can have.
+        high: largest value that it can have.
+        below_high: whether `high` itself is too large.
+        default: its value where it is not searched; None: a merge must be told.
+        grid: values to try, of a method whose coefficients are on a grid.
+        bounds: range to search, of a method whose coefficients are searched.
+    """
+
+    name: str
+    meaning: str
+    low: float
+    high: float
+    below_high: bool = False
+    default: float | None = None
+    grid: tuple[float, ...] = ()
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name as a text has it."""
+        return label(self.name)
+
+    @property
+    def flag(self) -> str:
+        """Its flag of `merge`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def searched(self) -> bool:
+        """Whether trials differ in it."""
+        return bool(self.grid) or self.bounds is not None
+
+    def check(self, value: float, where: str | None = None) -> None:
+        """Refuse a value that it cannot have.
+
+        Args:
+            value: the value.
+            where: what to name as the place at fault, such as a flag.
+
+        Raises:
+            InputError: it is out of range.
+        """
+        if not self.low <= value <= self.high or (self.below_high and value == self.high):
+            close = ")" if self.below_high else "]"
+            raise InputError(
+                f"the {self.label} is {value}, outside [{self.low:g}, {self.high:g}{close}",
+                where=where,
+                mend="Choose one inside",
+            )
+
+
+def label(name: str) -> str:
+    """A parameter's name as a text has it: `drop rate`.
+
+    Args:
+        name: as specs write it.
+    """
+    return name.replace("_", " ")
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table.
 
@@ -41,22 +137,38 @@ class Method:
         name: as the spec writes it.
         importance: C.
         coefficients: the policy for lambda.
-        transform: Phi.
-        grid: values of the shared coefficient, and of the drop rate where the transform has one, for `SHARED_GRID`.
+        paper: where it is from.
+        transform: Phi, by its name in `transforms.TRANSFORMS`.
+        shared: values of the shared coefficient, for `SHARED_GRID`.
+        parameters: what else a merge depends on.
         estimator: of the importance, where the method prescribes one.
     """
 
     name: str
     importance: Importance
     coefficients: Coefficients
-    transform: Transform = identity
-    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    estimator: str | None = None
+    paper: str
+    transform: str = "identity"
+    shared: tuple[float, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    estimator: Estimator | None = None
 
     @property
-    def drops(self) -> bool:
-        """Whether its trials have a drop rate."""
-        return DROP_RATE in self.grid
+    def searches(self) -> bool:
+        """Whether a sampler proposes its points; otherwise the method itself says how many trials there are."""
+        return self.coefficients is Coefficients.PER_EXPERT
+
+    @property
+    def grid(self) -> dict[str, tuple[float, ...]]:
+        """Values by name, for `SHARED_GRID`; nothing for other policies."""
+        if self.coefficients is not Coefficients.SHARED_GRID:
+            return {}
+        return {SHARED: self.shared, **{each.name: each.grid for each in self.parameters if each.grid}}
+
+    @property
+    def searched(self) -> list[Parameter]:
+        """The parameters in which trials differ."""
+        return [each for each in self.parameters if each.searched]
 
     def estimator_for(self, stated: str) -> str:
         """The estimator of the importance: the method's own, or else the spec's.
@@ -66,33 +178,178 @@ class Method:
         """
         return self.estimator or stated
 
+    def adjusted(self, given: Mapping[str, float | Sequence[float]], where: str | None = None) -> Method:
+        """The same row with a user's values of its parameters.
+
+        Args:
+            given: by name a number that fixes the parameter, or a list: the values to try where the coefficients are on
+                a grid, the two ends of the range where they are searched.
+            where: what to name as the place at fault.
+
+        Raises:
+            InputError: the method has no such parameter, or the parameter cannot have these values.
+        """
+        self._check_names(given, where)
+        changed = [
+            self._adjusted(each, given[each.name], where) if each.name in given else each for each in self.parameters
+        ]
+        return replace(self, parameters=tuple(changed))
+
+    def _adjusted(self, parameter: Parameter, value: float | Sequence[float], where: str | None) -> Parameter:
+        values = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
+        for each in values:
+            parameter.check(each, where)
+        if len(values) == 1:
+            return replace(parameter, default=values[0], grid=(), bounds=None)
+        if self.coefficients is Coefficients.SHARED_GRID and len(set(values)) == len(values) > 0:
+            return replace(parameter, grid=values, bounds=None)
+        if self.searches and len(values) == 2 and values[0] < values[1]:
+            middle = parameter.default if parameter.default is not None else sum(values) / 2
+            return replace(parameter, grid=(), bounds=values, default=min(max(middle, values[0]), values[1]))
+        ways = {
+            Coefficients.FIXED: "a number",
+            Coefficients.SHARED_GRID: "a number, or a list of different values to try",
+            Coefficients.PER_EXPERT: "a number, or the two ends of a range in rising order",
+        }
+        raise InputError(
+            f"the {parameter.label} of {self.name!r} cannot be {list(values)}",
+            where=where,
+            mend=f"Give {ways[self.coefficients]}",
+        )
+
+    def complete(
+        self, given: Mapping[str, float], where: str | None = None, *, flags: bool = False
+    ) -> dict[str, float]:
+        """A value of every parameter for one merge.
+
+        Args:
+            given: by name; what is missing has its default.
+            where: what to name as the place at fault.
+            flags: name a parameter's flag as the place instead.
+
+        Raises:
+            InputError: one is unknown or out of range, or is missing and has no default.
+        """
+        self._check_names(given, where, flags=flags)
+        found = {}
+        for each in self.parameters:
+            value, place = given.get(each.name, each.default), each.flag if flags else where
+            if value is None:
+                raise InputError(
+                    f"the method {self.name!r} needs a {each.label}", where=place, mend="Give one, such as 0.5"
+                )
+            each.check(value, place)
+            found[each.name] = float(value)
+        return found
+
+    def _check_names(self, given: Mapping[str, object], where: str | None, *, flags: bool = False) -> None:
+        known = [each.name for each in self.parameters]
+        for name in given:
+            if name not in known:
+                mend = did_you_mean(name, known) or (f"It has: {', '.join(known)}" if known else "Leave it out")
+                place = "--" + name.replace("_", "-") if flags else where
+                raise InputError(f"the method {self.name!r} has no {label(name)}", where=place, mend=mend)
+
+    def space(self, experts: Sequence[str], bounds: tuple[float, float], step: float | None) -> Space:
+        """What the trials of a study of this method differ in.
+
+        Args:
+            experts: their names.
+            bounds: of every coefficient, where they are searched.
+            step: distance between coefficients, where they are searched.
+        """
+        if self.coefficients is Coefficients.SHARED_GRID:
+            ranges = {name: (min(values), max(values)) for name, values in self.grid.items()}
+            return Space(tuple(ranges), *ranges.pop(SHARED), own=ranges)
+        if self.coefficients is Coefficients.FIXED:
+            return Space(tuple(experts))
+        own = {each.name: each.bounds for each in self.parameters if each.bounds is not None}
+        return Space((*experts, *own), *bounds, step, own)
+
+    def point(self, values: Mapping[str, float], experts: Sequence[str]) -> Point:
+        """The point of a trial.
+
+        Args:
+            values: what the sampler proposed, by name of the space.
+            experts: names of the experts.
+        """
+        shared = self.coefficients is Coefficients.SHARED_GRID
+        coefficients = {expert: values[SHARED if shared else expert] for expert in experts}
+        given = {each.name: values[each.name] for each in self.searched}
+        return Point(coefficients, self.complete(given))
+
+    def stored_parameters(self, attributes: Mapping[str, float]) -> dict[str, float]:
+        """The parameters of a trial; those that an earlier version did not store had their default.
+
+        Args:
+            attributes: of the trial; each parameter has its own name there.
+        """
+        values = {each.name: attributes.get(each.name, each.default) for each in self.parameters}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
 
 def _tenths(first: int, last: int, step: int = 1) -> tuple[float, ...]:
     """Grid values by their tenths, both ends included."""
     return tuple(tenth / 10 for tenth in range(first, last + 1, step))
 
 
+_DROP_RATE = Parameter(
+    "drop_rate",
+    "share of a task vector's entries that are set to zero",
+    low=0.0,
+    high=1.0,
+    below_high=True,
+    grid=_tenths(1, 9, 2),
+)
+_DENSITY = Parameter("density", "share of a task vector's entries that are kept", low=0.0, high=1.0, default=0.2)
+
+_DF_MERGE = "https://arxiv.org/abs/2504.18992"
+_FISHER = "https://arxiv.org/abs/2111.09832"
+_FISHER_NODES = "https://arxiv.org/abs/2403.09891"
+_TASK_ARITHMETIC = "https://arxiv.org/abs/2212.04089"
+
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("averaging", Importance.UNIFORM, Coefficients.FIXED),
-        Method("task-arithmetic", Importance.UNIFORM, Coefficients.SHARED_GRID, grid={SHARED: _tenths(0, 10)}),
-        Method("gta", Importance.UNIFORM, Coefficients.PER_EXPERT),
-        Method("fisher", Importance.AT_EXPERT, Coefficients.FIXED),
+        Method("averaging", Importance.UNIFORM, Coefficients.FIXED, "https://arxiv.org/abs/2203.05482"),
+        Method(
+            "task-arithmetic", Importance.UNIFORM, Coefficients.SHARED_GRID, _TASK_ARITHMETIC, shared=_tenths(0, 10)
+        ),
+        Method("gta", Importance.UNIFORM, Coefficients.PER_EXPERT, _DF_MERGE),
+        Method("fisher", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER),
         Method(
             "dare",
             Importance.UNIFORM,
             Coefficients.SHARED_GRID,
-            drop_and_rescale,
-            {SHARED: _tenths(0, 10), DROP_RATE: _tenths(1, 9, 2)},
+            "https://arxiv.org/abs/2311.03099",
+            transform="drop-and-rescale",
+            shared=_tenths(0, 10),
+            parameters=(_DROP_RATE,),
         ),
-        # The agreement mask is part of Phi: see `trim_and_elect`.
-        Method("ties", Importance.UNIFORM, Coefficients.SHARED_GRID, trim_and_elect, {SHARED: _tenths(8, 18)}),
-        Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, estimator="mask-nodes"),
-        Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT),
-        Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT),
+        # The agreement mask is part of Phi: see `transforms.trim_and_elect`.
+        Method(
+            "ties",
+            Importance.UNIFORM,
+            Coefficients.SHARED_GRID,
+            "https://arxiv.org/abs/2306.01708",
+            transform="trim-and-elect",
+            shared=_tenths(8, 18),
+            parameters=(_DENSITY,),
+        ),
+        Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER_NODES, estimator=Estimator.MASK_NODES),
+        Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
+        Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
     )
 }
+
+
+def all_parameters() -> dict[str, dict[str, Parameter]]:
+    """Every method's parameters, by name of the parameter and then of the method."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for method in METHODS.values():
+        for parameter in method.parameters:
+            found.setdefault(parameter.name, {})[method.name] = parameter
+    return found
 
 
 def fixed_coefficients(experts: Sequence[str]) -> dict[str, float]:
@@ -104,21 +361,6 @@ def fixed_coefficients(experts: Sequence[str]) -> dict[str, float]:
     return dict.fromkeys(experts, 1.0 / len(experts))
 
 
-def expand(
-    method: Method, parameters: Mapping[str, float], experts: Sequence[str]
-) -> tuple[dict[str, float], float | None]:
-    """Coefficients per expert, and the drop rate if the method has one, from the parameters of a trial.
-
-    Args:
-        method: row of the table.
-        parameters: what the sampler proposed; of a grid, one value that all experts share.
-        experts: names of the experts.
-    """
-    if method.coefficients is Coefficients.SHARED_GRID:
-        return dict.fromkeys(experts, parameters[SHARED]), parameters.get(DROP_RATE)
-    return {expert: parameters[expert] for expert in experts}, None
-
-
 def coefficient_range(method: Method, bounds: tuple[float, float]) -> tuple[float, float]:
     """Coefficients that a merge may be asked for: those that a study of the method could have.
 
@@ -126,28 +368,8 @@ def coefficient_range(method: Method, bounds: tuple[float, float]) -> tuple[floa
         method: row of the table.
         bounds: of the spec's search.
     """
-    values = (*bounds, *method.grid.get(SHARED, ()))
+    values = (*bounds, *method.shared)
     return min(values), max(values)
-
-
-def check_drop_rate(method: Method, drop_rate: float | None, where: str | None = None) -> None:
-    """Refuse a drop rate that does not go with a method, or a method without its drop rate.
-
-    Args:
-        method: row of the table.
-        drop_rate: DARE's p, None where none is given.
-        where: what to name as the place at fault, such as a flag.
-
-    Raises:
-        InputError: it is missing, superfluous or outside [0, 1).
-    """
-    if not method.drops:
-        if drop_rate is not None:
-            raise InputError(f"the method {method.name!r} has no drop rate", where=where, mend="Leave it out")
-    elif drop_rate is None:
-        raise InputError(f"the method {method.name!r} needs a drop rate", where=where, mend="Give one, such as 0.5")
-    elif not 0.0 <= drop_rate < 1.0:
-        raise InputError(f"the drop rate is {drop_rate}, outside [0, 1)", where=where, mend="Choose one inside")
 
 
 def importance_coefficient(method: Method, coefficient: float) -> float:

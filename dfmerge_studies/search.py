@@ -221,6 +221,7 @@ SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {
     "grid": _grid,
     "ucb": _ucb,
 }
+_ON_A_LATTICE = ("auto", "ucb")  # one step for every dimension
 
 
 def grid_rows(space: Space, grid: Mapping[str, Sequence[float]] | None) -> list[dict[str, float]]:
@@ -276,6 +277,12 @@ def make_sampler(
     if name not in SAMPLERS:
         raise InputError(
             f"there is no sampler named {name!r}", where="search.sampler", mend=f"Use one of {', '.join(SAMPLERS)}"
+        )
+    if name in _ON_A_LATTICE and space.step and space.own:
+        raise InputError(
+            f"search.step goes for coefficients only, and {name} cannot search {', '.join(space.own)} beside them",
+            where="search.step",
+            mend="Leave search.step out, fix the method's parameter, or use sampler: gp",
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")

@@ -2,27 +2,40 @@
 
     tau[i]     task vector of expert i                {name: tensor}; absent names are zero
     p          drop rate of a trial                   0 <= p < 1
-    k          entries that trimming keeps            DENSITY * d, d entries of all names that some expert changed
+    k          entries that trimming keeps            density * d, d entries of all names that some expert changed
 
-A transform is prepared once and then gives the vectors of every trial.  Transformed tensors are computed when they are
-looked up and not kept: a trial needs no second copy of the task vectors.
+A transform is prepared once and then gives the vectors of every trial from the values of the method's parameters.
+Transformed tensors are computed when they are looked up and not kept: a trial needs no second copy of the task vectors.
+A new transform is a function and its row in `TRANSFORMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from dfmerge_studies.params import TaskVector, at_least_float32
 
-DENSITY = 0.2  # share of the entries that TIES keeps (Yadav et al., 2023, arXiv 2306.01708)
-
 Streams = Callable[..., torch.Generator]  # from labels to a generator on the CPU that depends on seed and labels only
-Prepared = Callable[[float | None], Sequence[TaskVector]]  # from a trial's drop rate, if it has one, to Phi(tau)
-Transform = Callable[[Sequence[TaskVector], Streams], Prepared]
+Prepared = Callable[[Mapping[str, float]], Sequence[TaskVector]]  # from a trial's parameters, by name, to Phi(tau)
+Prepare = Callable[[Sequence[TaskVector], Streams], Prepared]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One row of the table.
+
+    Attributes:
+        prepare: what all trials share, computed once.
+        kept: bytes that it keeps between trials, from the entries of all task vectors and of all changed parameters.
+    """
+
+    prepare: Prepare
+    kept: Callable[[int, int], int] = lambda vectors, changed: 0
 
 
 class _Computed(Mapping[str, Tensor]):
@@ -49,7 +62,7 @@ def identity(task_vectors: Sequence[TaskVector], streams: Streams) -> Prepared:
         task_vectors: one per expert.
         streams: not used.
     """
-    return lambda drop_rate: task_vectors
+    return lambda parameters: task_vectors
 
 
 def drop_and_rescale(task_vectors: Sequence[TaskVector], streams: Streams) -> Prepared:
@@ -69,17 +82,15 @@ def drop_and_rescale(task_vectors: Sequence[TaskVector], streams: Streams) -> Pr
         keep = (numbers >= drop_rate).to(delta.device)
         return delta.to(at_least_float32(delta)) * keep / (1.0 - drop_rate)
 
-    def prepared(drop_rate: float | None) -> Sequence[TaskVector]:
-        if drop_rate is None:
-            raise ValueError("dropping needs a drop rate")
+    def prepared(parameters: Mapping[str, float]) -> Sequence[TaskVector]:
+        drop_rate = parameters["drop_rate"]
         return [TaskVector(v.expert, _Computed(v.deltas, partial(dropped, v.expert, drop_rate))) for v in task_vectors]
 
     return prepared
 
 
-@torch.no_grad()
 def trim_and_elect(task_vectors: Sequence[TaskVector], streams: Streams) -> Prepared:
-    """TIES (Yadav et al., 2023): trim, elect signs by mass, and give each agreeing entry its share of the mean.
+    """TIES (Yadav et al., 2023, arXiv 2306.01708): trim, elect signs by mass, share the mean among agreeing entries.
 
     Phi(tau)_i = A_i tau_i / sum_j A_j, where A_i is 1 on the entries that trimming keeps and whose sign is that of the
     sum of all trimmed vectors.  The agreement masks A are TIES's importance C; their inverse sum is applied here, so
@@ -87,14 +98,24 @@ def trim_and_elect(task_vectors: Sequence[TaskVector], streams: Streams) -> Prep
 
     An expert's k largest magnitudes are kept over its whole task vector, as in the paper, not tensor by tensor; several
     of equal magnitude at the threshold are all kept.  Where the signs balance exactly, none is elected and the step is
-    0.  Only masks and counts are kept between trials.
+    0.  Only the masks and counts of one density are kept between trials.
 
     Args:
         task_vectors: one per expert.
         streams: not used.
     """
+
+    @lru_cache(maxsize=1)
+    def trimmed(density: float) -> Sequence[TaskVector]:
+        return _trimmed(task_vectors, density)
+
+    return lambda parameters: trimmed(parameters["density"])
+
+
+@torch.no_grad()
+def _trimmed(task_vectors: Sequence[TaskVector], density: float) -> Sequence[TaskVector]:
     shapes = {name: delta for vector in task_vectors for name, delta in vector.deltas.items()}
-    kept = max(1, int(DENSITY * sum(delta.numel() for delta in shapes.values())))
+    kept = max(1, int(density * sum(delta.numel() for delta in shapes.values())))
     thresholds = [_threshold(vector, kept) for vector in task_vectors]
     masks: list[dict[str, Tensor]] = [{} for _ in task_vectors]
     counts: dict[str, Tensor] = {}
@@ -113,8 +134,7 @@ def trim_and_elect(task_vectors: Sequence[TaskVector], streams: Streams) -> Prep
     def shared(index: int, name: str, delta: Tensor) -> Tensor:
         return delta.to(at_least_float32(delta)) * masks[index][name] / counts[name]
 
-    vectors = [TaskVector(v.expert, _Computed(v.deltas, partial(shared, i))) for i, v in enumerate(task_vectors)]
-    return lambda drop_rate: vectors
+    return [TaskVector(v.expert, _Computed(v.deltas, partial(shared, i))) for i, v in enumerate(task_vectors)]
 
 
 def _threshold(vector: TaskVector, kept: int) -> Tensor | float:
@@ -125,3 +145,10 @@ def _threshold(vector: TaskVector, kept: int) -> Tensor | float:
     if kept >= magnitudes.numel():
         return 0.0
     return magnitudes.kthvalue(magnitudes.numel() - kept + 1).values
+
+
+TRANSFORMS: Mapping[str, Transform] = {
+    "identity": Transform(identity),
+    "drop-and-rescale": Transform(drop_and_rescale),
+    "trim-and-elect": Transform(trim_and_elect, kept=lambda vectors, changed: vectors + 2 * changed),
+}

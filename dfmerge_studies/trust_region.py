@@ -164,15 +164,20 @@ def _next_point(
         worth = surrogate.utility(goal.kind, weights)
         merits = list(zip([-_violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
-    low, width = space.low, space.high - space.low
+    width = space.high - space.low
     steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
     point = surrogate.proposal(history, worth, region=region, steps=steps, seed=seed)
-    return {name: low + width * value for name, value in zip(space.names, point.tolist(), strict=True)}
+    ranges = {name: space.range_of(name) for name in space.names}
+    return {
+        name: low + (high - low) * value
+        for (name, (low, high)), value in zip(ranges.items(), point.tolist(), strict=True)
+    }
 
 
 def _unit(trial: FrozenTrial, space: Space) -> list[float]:
     """A trial's point in the unit cube."""
-    return [(float(trial.params[name]) - space.low) / (space.high - space.low) for name in space.names]
+    ranges = {name: space.range_of(name) for name in space.names}
+    return [(float(trial.params[name]) - low) / (high - low) for name, (low, high) in ranges.items()]
 
 
 def _violation(trial: FrozenTrial) -> float:

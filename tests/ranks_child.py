@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from dfmerge_studies.errors import DFMergeError
-from dfmerge_studies.methods import METHODS
+from dfmerge_studies.methods import METHODS, Point
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, load_problem
@@ -113,12 +113,12 @@ def measured(folder: Path, family: str, group: Group) -> dict[str, Any]:
         kept = {name: value.contiguous() for name, value in values.items()}
         save_file(kept, folder / family / f"{estimator}.safetensors")
     session = open_study(spec, splits=("validation", "test"), ranks=group)
-    for method, drop_rate, problem in (
-        ("df-merge", None, session.problem),
-        ("gta", None, session.problem),
-        ("dare", 0.3, derive_problem(session.problem, reseeded(spec))),
+    for method, parameters, problem in (
+        ("df-merge", {}, session.problem),
+        ("gta", {}, session.problem),
+        ("dare", {"drop_rate": 0.3}, derive_problem(session.problem, reseeded(spec))),
     ):
-        Merger(problem, METHODS[method], None).merge_(POINT, drop_rate)
+        Merger(problem, METHODS[method], None).merge_(Point(POINT, parameters))
         memory = {"ranks": group, "problem": problem}
         out["weights"] += [group.everywhere(SameWeights(), partial(SameWeights(), memory))]
     session.run()

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from dfmerge_studies import InputError, StudySpec, compare, load_problem
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.study.scores import multi_task_row, stored_scores
-from dfmerge_studies.study.variants import VARIANTS, Variant, study_spec
+from dfmerge_studies.study.variants import Variant, study_spec, variants
 from tests.project import Project, cli_environment
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -244,7 +244,7 @@ def test_a_variant_that_is_what_the_spec_says_is_the_spec_s_own_study(project):
     assert study_spec(spec, same, 3).name == "colours.df-merge-random.seed3"
     random = spec.derive(search={"sampler": "random"})
     assert study_spec(random, same, 0).name == "colours"
-    assert study_spec(random, same, 3).name == study_spec(random, VARIANTS["df-merge"], 3).name
-    assert study_spec(random.derive(method="gta"), VARIANTS["df-merge"], 0).search.sampler == "random"
+    assert study_spec(random, same, 3).name == study_spec(random, variants()["df-merge"], 3).name
+    assert study_spec(random.derive(method="gta"), variants()["df-merge"], 0).search.sampler == "random"
     with pytest.raises(InputError, match="a name is 1 to 100"):
-        study_spec(spec.derive(name="x" * 95), VARIANTS["averaging"], 0)
+        study_spec(spec.derive(name="x" * 95), variants()["averaging"], 0)

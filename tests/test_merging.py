@@ -8,19 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import RunError
 from dfmerge_studies.merging import WeightedSum
-from dfmerge_studies.methods import (
-    DROP_RATE,
-    METHODS,
-    SHARED,
-    Coefficients,
-    check_drop_rate,
-    coefficient_range,
-    expand,
-    fixed_coefficients,
-    importance_coefficient,
-)
 from dfmerge_studies.params import TaskVector
 
 FLOOR = 1e-12
@@ -137,36 +126,3 @@ def test_merged_weights_that_are_not_finite_fail_the_merge_and_name_the_tensor(e
     vectors[2].deltas["layer.weight"][0, 0] = float("inf")
     with pytest.raises(RunError, match=r"layer\.weight"):
         merged(base, vectors, lam, None)
-
-
-def test_the_method_table_has_the_rows_of_the_paper():
-    assert importance_coefficient(METHODS["df-merge"], 0.3) == 0.3
-    assert importance_coefficient(METHODS["fisher"], 0.3) == 1.0
-    assert METHODS["averaging"].coefficients is Coefficients.FIXED
-    assert METHODS["gta"].coefficients is Coefficients.PER_EXPERT
-    tenths = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    assert METHODS["task-arithmetic"].grid == {SHARED: tenths}
-    assert METHODS["dare"].grid == {SHARED: tenths, DROP_RATE: (0.1, 0.3, 0.5, 0.7, 0.9)}
-    assert METHODS["ties"].grid == {SHARED: (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8)}
-
-
-def test_a_shared_coefficient_is_expanded_to_every_expert():
-    assert expand(METHODS["ties"], {SHARED: 0.9}, ["a", "b"]) == ({"a": 0.9, "b": 0.9}, None)
-    assert expand(METHODS["ties"], {SHARED: 0.9}, [SHARED, "b"]) == ({SHARED: 0.9, "b": 0.9}, None)
-    assert expand(METHODS["dare"], {SHARED: 0.3, DROP_RATE: 0.7}, ["a", "b"]) == ({"a": 0.3, "b": 0.3}, 0.7)
-    assert expand(METHODS["gta"], {"b": 0.1, "a": 0.2}, ["a", "b"]) == ({"a": 0.2, "b": 0.1}, None)
-    assert fixed_coefficients(["a", "b", "c", "d"]) == dict.fromkeys("abcd", 0.25)
-
-
-def test_a_merge_may_be_asked_for_what_a_study_of_its_method_could_have():
-    assert coefficient_range(METHODS["df-merge"], (0.0, 1.0)) == (0.0, 1.0)
-    assert coefficient_range(METHODS["ties"], (0.0, 1.0)) == (0.0, 1.8)
-    assert coefficient_range(METHODS["dare"], (0.2, 1.5)) == (0.0, 1.5)
-
-
-@pytest.mark.parametrize(("method", "rate"), [("dare", None), ("dare", 1.0), ("dare", -0.1), ("ties", 0.5)])
-def test_a_drop_rate_that_does_not_go_with_the_method_is_refused(method, rate):
-    with pytest.raises(InputError, match="drop rate"):
-        check_drop_rate(METHODS[method], rate)
-    check_drop_rate(METHODS["dare"], 0.0)
-    check_drop_rate(METHODS["gta"], None)

@@ -14,8 +14,10 @@ from optuna_dashboard import get_note
 
 from dfmerge_studies import StudySpec, open_study
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.report.figures import Drawing, StudyView, figures
+from dfmerge_studies.report.figures import figures
+from dfmerge_studies.report.figures.base import Drawing
 from dfmerge_studies.report.notes import publish
+from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.probes import reselect, row_scores

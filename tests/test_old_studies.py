@@ -46,6 +46,8 @@ def test_studies_of_an_earlier_version_are_listed_and_shown(project: Project) ->
         "method": "df-merge",
         "trials": {"target": 5, "complete": 5, "running": 0, "waiting": 0, "failed": 0, "pruned": 0},
         "best_value": pytest.approx(5 / 12),
+        "metric": "accuracy",
+        "task_metrics": {"red": "accuracy", "blue": "accuracy"},
     }
     status = project.json("status", "spec.yaml")
     assert status["best"]["coefficients"] == {"red": 0.0, "blue": 0.0}

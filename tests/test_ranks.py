@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from dfmerge_studies.methods import METHODS
+from dfmerge_studies.methods import METHODS, Point
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import load_problem
@@ -112,7 +112,7 @@ def test_all_ranks_end_with_the_same_weights_bit_by_bit(two: tuple[Path, dict[st
     Merger(problem, METHODS["gta"], None).merge_(POINT)
     assert uniform[0] == [weights(problem)] * 2  # without a Fisher there is no rounding either
     derived = derive_problem(problem, reseeded(problem.spec))
-    Merger(derived, METHODS["dare"], None).merge_(POINT, 0.3)
+    Merger(derived, METHODS["dare"], None).merge_(Point(POINT, {"drop_rate": 0.3}))
     assert uniform[1] == [weights(problem)] * 2
 
 

@@ -19,10 +19,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dfmerge_studies import StudySpec, merge, open_study
-from dfmerge_studies.report.figures import FIGURES, Drawing, Missing, StudyView, figures, plotly_figures
+from dfmerge_studies.report.figures import FIGURES, figures, plotly_figures
+from dfmerge_studies.report.figures.base import Drawing, Missing
 from dfmerge_studies.report.figures.landscape import Landscape
 from dfmerge_studies.report.page import render, study_page
 from dfmerge_studies.report.standings import Cell
+from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.landscape import landscape, plane_of
 from dfmerge_studies.study.probes import interpolate, nested_rows, reselect, row_scores

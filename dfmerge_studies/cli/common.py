@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,7 @@ from dfmerge_studies.cli.terminal import print_json as print_json
 from dfmerge_studies.cli.terminal import say as say
 from dfmerge_studies.cli.terminal import warn as warn
 from dfmerge_studies.errors import printable
+from dfmerge_studies.methods import all_parameters
 from dfmerge_studies.redact import masked_override, masked_text
 
 if TYPE_CHECKING:
@@ -48,7 +50,37 @@ CacheOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what this program wrote there, and nothing else.")]
 
+MethodParameters = dict[str, float] | None  # those that were given; see `with_method_parameters`
+
 QUICKSTART = "quickstart"
+
+
+def with_method_parameters(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with a flag for every parameter that some method has.
+
+    Args:
+        command: its `parameters` gets the values that were given, by name.
+    """
+    flags = {}
+    for name, by_method in all_parameters().items():
+        first = next(iter(by_method.values()))
+        words = "; ".join(f"{method}: {each.meaning}" for method, each in by_method.items())
+        option = typer.Option(first.flag, metavar="X", help=f"Of {words}.")
+        flags[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[float | None, option]
+        )
+
+    def with_flags(**given: Any) -> None:
+        values = {name: value for name in flags if (value := given.pop(name)) is not None}
+        command(**given, parameters=values)
+
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    kept = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own if each.name != "parameters"]
+    everything = [*kept, *flags.values()]
+    with_flags.__doc__ = command.__doc__
+    with_flags.__annotations__ = {each.name: each.annotation for each in everything}
+    with_flags.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]  # what typer reads
+    return with_flags
 
 
 def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: str | int | None) -> StudySpec:

@@ -10,6 +10,7 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import Coefficients, Point, coefficient_range, fixed_coefficients
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 OutOption = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
 
 
+@common.with_method_parameters
 def merge(
     spec: common.RequiredSpec,
     out: OutOption,
@@ -25,9 +27,7 @@ def merge(
         typer.Option("--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all."),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
-    drop_rate: Annotated[
-        float | None, typer.Option("--drop-rate", metavar="P", help="Share of entries that dare drops, such as 0.5.")
-    ] = None,
+    parameters: common.MethodParameters = None,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
@@ -36,30 +36,28 @@ def merge(
 ) -> None:
     """Merge once at the given coefficients, without a study."""
     settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
-    point = _parse_coefficients(settings, coefficients)
+    row = settings.row
+    point = Point(_parse_coefficients(settings, coefficients), row.complete(parameters or {}, flags=True))
     from dfmerge_studies.report.outputs import model_target
 
     model_target(settings, out, force=force)
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
-        from dfmerge_studies.methods import METHODS, check_drop_rate
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.report.card import Merged
         from dfmerge_studies.report.export import export_merge
         from dfmerge_studies.study.session import spec_cache
 
-        row = METHODS[settings.method]
-        check_drop_rate(row, drop_rate, "--drop-rate")
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
-        digest, outcome = export_merge(merger, settings, Merged(row.name, point, drop_rate), out, force=force)
+        digest, outcome = export_merge(merger, settings, Merged(row.name, point), out, force=force)
     result = {
         "out": str(out),
         "method": settings.method,
-        "coefficients": point,
-        **({"drop_rate": drop_rate} if drop_rate is not None else {}),
+        "coefficients": dict(point.coefficients),
+        **point.parameters,
         "digest": digest,
         "fishers": {"computed": outcome.computed, "cached": outcome.cached},
     }
@@ -95,14 +93,13 @@ def fisher(
     with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
-        from dfmerge_studies.methods import METHODS
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.study.session import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
-        method = METHODS[settings.method]  # which may prescribe an estimator
-        method = method if method.estimator else METHODS["df-merge"]
+        method = settings.row  # which may prescribe an estimator
+        method = method if method.estimator else settings.row_of("df-merge")
         merger = Merger(problem, method, spec_cache(settings), progress=progress)
         index, names = problem.experts.index(expert), merger.all_names()
         values, cached = merger.importance(index, coefficient, names=names)
@@ -211,9 +208,7 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
 
     where = "--coefficients"
     if text is None:
-        from dfmerge_studies.methods import METHODS, Coefficients, fixed_coefficients
-
-        if METHODS[spec.method].coefficients is not Coefficients.FIXED:
+        if spec.row.coefficients is not Coefficients.FIXED:
             raise InputError(f"the method {spec.method!r} needs coefficients", where=where, mend="Give one per expert")
         return fixed_coefficients(list(spec.experts))
     point: dict[str, float] = {}
@@ -226,9 +221,4 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
         if name.strip() in point:
             raise InputError(f"{name.strip()!r} is given twice", where=where, mend="Give it once")
         point.update({name.strip(): number} if sign else dict.fromkeys(spec.experts, number))
-    low, high = spec.search.bounds
-    if all(low <= value <= high for value in point.values()):
-        return check_coefficients(spec, point, where)
-    from dfmerge_studies.methods import METHODS, coefficient_range  # after torch, so only where a method may allow more
-
-    return check_coefficients(spec, point, where, bounds=coefficient_range(METHODS[spec.method], spec.search.bounds))
+    return check_coefficients(spec, point, where, bounds=coefficient_range(spec.row, spec.search.bounds))

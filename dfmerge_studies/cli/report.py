@@ -11,13 +11,13 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.report.figures import FIGURES, ProbeOptions
 
 if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
     from dfmerge_studies.spec import StudySpec
 
-FIGURES = ("scores", "comparison", "trajectory", "importance", "slices", "interpolation", "ratio", "landscape")
-PROBED = ("interpolation", "ratio", "landscape")  # need models the first time
+PROBED = [name for name, figure in FIGURES.items() if figure.probe is not None]  # need models the first time
 
 
 def report(
@@ -59,12 +59,13 @@ def report(
     from dfmerge_studies.report.outputs import report_target
 
     place = report_target(settings, out, force=force)
-    wanted = [name for name in names if name in PROBED] if figures is not None else []
+    wanted = [name for name in names if FIGURES[name].probe is not None] if figures is not None else []
     common.check_early(settings, models=bool(wanted), storage=True, create=False)
     common.quiet_libraries()
-    from dfmerge_studies.report.figures import Drawing, StudyView
     from dfmerge_studies.report.figures import figures as drawings
+    from dfmerge_studies.report.figures.base import Drawing
     from dfmerge_studies.report.page import check_out, study_page, write_report
+    from dfmerge_studies.report.view import StudyView
     from dfmerge_studies.storage import storage_errors
     from dfmerge_studies.study.session import storage_url, stored_study
 
@@ -72,7 +73,8 @@ def report(
     study = stored_study(settings)
     if wanted:
         with common.progress_bar() as progress:
-            _compute(settings, wanted, points, grid, pair, shares, skip=figures == "all", progress=progress)
+            options = ProbeOptions(points, grid, pair.split(",") if pair else None, shares)
+            _compute(settings, wanted, options, skip=figures == "all", progress=progress)
     again = common.again(spec, storage=storage, overrides=overrides)
     command = f"dfmerge run{again}\ndfmerge report{again}{f' --figures {figures}' if figures else ''} --out {out.name}"
     with storage_errors(storage_url(settings)):
@@ -89,34 +91,19 @@ def report(
         console.print(f"  no {name}: {reason}", markup=False)
 
 
-def _compute(
-    spec: StudySpec,
-    wanted: list[str],
-    points: int,
-    grid: int,
-    pair: str | None,
-    ratios: list[float],
-    *,
-    skip: bool,
-    progress: Progress,
-) -> None:
+def _compute(spec: StudySpec, wanted: list[str], options: ProbeOptions, *, skip: bool, progress: Progress) -> None:
     """Merge and score what the wanted figures need and the study does not have yet.
 
     With `skip`, what a study cannot have is passed over.
     """
-    from dfmerge_studies.study.landscape import landscape
-    from dfmerge_studies.study.probes import interpolate, reselect
     from dfmerge_studies.study.session import open_study
 
     session = open_study(spec, progress=progress)
-    probes = {
-        "interpolation": lambda: interpolate(session, points, progress=progress),
-        "ratio": lambda: reselect(session, ratios, progress=progress),
-        "landscape": lambda: landscape(session, grid, pair=pair.split(",") if pair else None, progress=progress),
-    }
     for name in wanted:
+        probe = FIGURES[name].probe
         try:
-            probes[name]()
+            if probe is not None:
+                probe(session, options, progress)
         except InputError:
             if not skip:
                 raise

@@ -144,8 +144,8 @@ def _tables(session: Session, baselines: list[Session], splits: list[str]) -> di
             each.merger.progress = progress
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
-            dropped = {} if each.drop_rate(best) is None else {"drop_rate": each.drop_rate(best)}
-            rows.append(Scored(name, scores, detail={"coefficients": each.coefficients(best), **dropped}))
+            point = each.point(best)
+            rows.append(Scored(name, scores, detail={"coefficients": dict(point.coefficients), **point.parameters}))
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
 
 
@@ -168,9 +168,10 @@ def _tell(
     as_json: bool,
     seconds: float,
 ) -> None:
+    from dfmerge_studies.methods import label
     from dfmerge_studies.report.renderings import rows_json, standings_table
     from dfmerge_studies.report.summary import study_summary
-    from dfmerge_studies.report.tables import coefficients_text
+    from dfmerge_studies.report.tables import coefficients_text, method_parameters
 
     summary = study_summary(study, spec)
     if as_json:
@@ -187,8 +188,8 @@ def _tell(
     if best is not None:
         value = spec.metrics("validation").value_text([best["value"]])
         out.print(f"winner: trial {best['number']}, {value} ({summary['metric']})")
-        dropped = f", drop rate {best['drop_rate']:g}" if "drop_rate" in best else ""
-        out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{dropped}", markup=False)
+        own = "".join(f", {label(name)} {value:g}" for name, value in method_parameters(spec.method, best).items())
+        out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{own}", markup=False)
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
     out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)

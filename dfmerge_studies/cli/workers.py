@@ -44,15 +44,13 @@ def total_of(spec: StudySpec, trials: int | None, add: int | None) -> int:
         trials: value of `--trials`.
         add: value of `--add`.
     """
-    from dfmerge_studies.methods import METHODS, Coefficients
     from dfmerge_studies.study import provenance
     from dfmerge_studies.study.plan import target_trials
     from dfmerge_studies.study.session import storage_url, stored_study_or_none
 
     study = stored_study_or_none(spec, storage_url(spec))
     now = target_trials(spec, int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
-    searches = METHODS[spec.method].coefficients is Coefficients.PER_EXPERT
-    return now if not searches else trials if trials is not None else now + (add or 0)
+    return now if not spec.row.searches else trials if trials is not None else now + (add or 0)
 
 
 def is_complete(spec: StudySpec, total: int) -> bool:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.capture import Capture
-from dfmerge_studies.importance.estimator import Estimator
 from dfmerge_studies.importance.nodes import NodeCapture, spread
 from dfmerge_studies.importance.passes import PASSES, Job
+from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.capture import Capture
-from dfmerge_studies.importance.estimator import Estimator
+from dfmerge_studies.methods import Estimator
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
     Rows,

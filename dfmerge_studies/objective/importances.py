@@ -9,10 +9,9 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
-from dfmerge_studies.importance.estimator import Estimator
 from dfmerge_studies.importance.fisher import diagonal_fisher, whole
 from dfmerge_studies.importance.nodes import masks_of
-from dfmerge_studies.methods import Importance, Method
+from dfmerge_studies.methods import Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.tasks.sampling import torch_generator

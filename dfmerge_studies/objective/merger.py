@@ -16,14 +16,7 @@ from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.importance.cache import FisherCache
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import WeightedSum
-from dfmerge_studies.methods import (
-    METHODS,
-    Importance,
-    Method,
-    check_drop_rate,
-    coefficient_range,
-    importance_coefficient,
-)
+from dfmerge_studies.methods import Importance, Method, Point, coefficient_range, importance_coefficient
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.importances import Importances
 from dfmerge_studies.objective.problem import Problem
@@ -33,7 +26,7 @@ from dfmerge_studies.spec import StudySpec, check_coefficients
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.metrics import Answers, predict
 from dfmerge_studies.tasks.sampling import torch_generator
-from dfmerge_studies.transforms import Prepared
+from dfmerge_studies.transforms import TRANSFORMS, Prepared
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,7 +50,7 @@ class _Call:
 
     spec: StudySpec
     indices: dict[str, list[int]]
-    method: str
+    method: Method
     name: str
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -65,7 +58,7 @@ class _Call:
     def __call__(self, memory: dict[str, Any]) -> None:
         if memory.get("merger", (None, None))[0] != (self.spec, self.indices, self.method):
             problem = derive_problem(memory["problem"], self.spec, indices=self.indices)
-            merger = Merger(problem, METHODS[self.method], None)
+            merger = Merger(problem, self.method, None)
             memory["merger"] = (self.spec, self.indices, self.method), merger  # one: each may hold task vectors
         getattr(memory["merger"][1], self.name)(*self.arguments, **self.keywords)
 
@@ -78,9 +71,7 @@ def _everywhere(function: Callable[Concatenate[Merger, P], R]) -> Callable[Conca
         problem = self.problem
         if problem.ranks.size == 1:
             return function(self, *arguments, **keywords)
-        command = _Call(
-            problem.spec, problem.fisher_indices(), self.method.name, function.__name__, arguments, keywords
-        )
+        command = _Call(problem.spec, problem.fisher_indices(), self.method, function.__name__, arguments, keywords)
         return problem.ranks.everywhere(command, lambda: function(self, *arguments, **keywords))
 
     return call
@@ -125,18 +116,17 @@ class Merger:
         self.importances = Importances(problem, method, cache)
 
     @_everywhere
-    def run(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
-        """Merge at the given coefficients and score every task's validation inputs.
+    def run(self, point: Point | Mapping[str, float]) -> Outcome:
+        """Merge at a point and score every task's validation inputs.
 
         Args:
-            coefficients: lambda per expert.
-            drop_rate: for methods that drop entries.
+            point: coefficients and parameters of the method; or the coefficients alone, by expert.
 
         Raises:
             RunError: something is not finite, or memory ran out.
         """
         self.ask_experts_("validation")
-        merged = self.merge_(coefficients, drop_rate)
+        merged = self.merge_(point)
         start = time.perf_counter()
         tasks = self.scores("validation")
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
@@ -144,33 +134,34 @@ class Merger:
 
     @_everywhere
     @memory_errors()
-    def merge_(self, coefficients: Mapping[str, float], drop_rate: float | None = None) -> Outcome:
+    def merge_(self, point: Point | Mapping[str, float]) -> Outcome:
         """Write the merged weights into the resident model, without scoring them.
 
         Args:
-            coefficients: lambda per expert.
-            drop_rate: for methods that drop entries.
+            point: coefficients and parameters of the method; or the coefficients alone, by expert.
 
         Raises:
             RunError: an importance or a weight is not finite.
         """
+        if not isinstance(point, Point):
+            point = Point(point, self.method.complete({}))
         resident, spec = self.problem.resident, self.problem.spec
         total = WeightedSum(resident.names, floor=spec.importance.floor)
         seconds = {"fisher": 0.0, "merge": 0.0}
         computed = cached = 0
         start = time.perf_counter()
-        vectors = self._transformed(drop_rate)
+        vectors = self._transformed(point.parameters)
         seconds["merge"] += time.perf_counter() - start
         for index, expert in enumerate(self.problem.experts):
             start = time.perf_counter()
             values: Mapping[str, Tensor] | None = None
             if self.method.importance is not Importance.UNIFORM:
-                at = importance_coefficient(self.method, coefficients[expert])
+                at = importance_coefficient(self.method, point.coefficients[expert])
                 raw, hit = self.importance(index, at)
                 values = scaled(raw, normalise=spec.importance.normalise, power=spec.importance.power)
                 cached, computed = cached + hit, computed + (not hit)
             middle = time.perf_counter()
-            total.add(vectors[index], coefficients[expert], values)
+            total.add(vectors[index], point.coefficients[expert], values)
             seconds["fisher"] += middle - start
             seconds["merge"] += time.perf_counter() - middle
         start = time.perf_counter()
@@ -309,7 +300,7 @@ class Merger:
     def _transformed(self) -> Prepared:
         """Phi, with what is the same in every trial computed once."""
         generator = functools.partial(torch_generator, self.problem.spec.search.seed)
-        return self.method.transform(self.problem.resident.task_vectors, generator)
+        return TRANSFORMS[self.method.transform].prepare(self.problem.resident.task_vectors, generator)
 
 
 def merge(
@@ -317,8 +308,8 @@ def merge(
     coefficients: Mapping[str, float],
     *,
     method: str | None = None,
-    drop_rate: float | None = None,
     cache: FisherCache | None = None,
+    **parameters: float,
 ) -> Outcome:
     """Merge at given coefficients and score every task's validation inputs; the model is `problem.resident.model`.
 
@@ -336,15 +327,14 @@ def merge(
         problem: the loaded spec.
         coefficients: lambda per expert.
         method: row of the method table; the spec's by default.
-        drop_rate: for `dare`.
         cache: where Fishers are looked up and kept, if anywhere.
+        **parameters: the method's own, by the names of its row; the spec's or their defaults otherwise.
 
     Raises:
-        InputError: a coefficient is missing, unknown or outside the bounds, or the drop rate does not fit the method.
+        InputError: a coefficient is missing, unknown or outside the bounds, or a parameter does not fit the method.
         RunError: something is not finite, or memory ran out.
     """
-    row = METHODS[method or problem.spec.method]
+    row = problem.spec.row_of(method or problem.spec.method)
     bounds = coefficient_range(row, problem.spec.search.bounds)
     point = check_coefficients(problem.spec, coefficients, "coefficients", bounds=bounds)
-    check_drop_rate(row, drop_rate, "drop_rate")
-    return Merger(problem, row, cache).run(point, drop_rate)
+    return Merger(problem, row, cache).run(Point(point, row.complete(parameters, "merge")))

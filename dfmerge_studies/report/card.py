@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfmerge_studies.checkpoints.write import PROVENANCE
+from dfmerge_studies.methods import METHODS, Point, label
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
@@ -25,8 +26,7 @@ class Merged:
 
     Attributes:
         method: row of the method table.
-        coefficients: lambda per expert.
-        drop_rate: of `dare`.
+        point: coefficients, and the method's own parameters.
         trial: number of the trial, None for a merge outside any study.
         value: what the trial was worth.
         scores: per split, per task.
@@ -34,8 +34,7 @@ class Merged:
     """
 
     method: str
-    coefficients: Mapping[str, float]
-    drop_rate: float | None = None
+    point: Point
     trial: int | None = None
     value: float | None = None
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -56,9 +55,9 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "trial": merged.trial,
         "value": merged.value,
         "method": merged.method,
-        "coefficients": dict(merged.coefficients),
-        "coefficients_hex": {name: float(value).hex() for name, value in merged.coefficients.items()},
-        **({"drop_rate": merged.drop_rate} if merged.drop_rate is not None else {}),
+        "coefficients": dict(merged.point.coefficients),
+        "coefficients_hex": {name: float(value).hex() for name, value in merged.point.coefficients.items()},
+        **merged.point.parameters,
         "scores": merged.scores,
         "expert_scores": merged.expert_scores,
         "base": {"reference": spec.base, "digest": problem.base_digest},
@@ -127,13 +126,13 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "| expert | model | task | coefficient |",
         "|---|---|---|---|",
         *(
-            f"| {name} | `{_public(expert.model)}` | {expert.task or 'all'} | {merged.coefficients[name]:.6g} |"
+            f"| {name} | `{_public(expert.model)}` | {expert.task or 'all'} | {merged.point.coefficients[name]:.6g} |"
             for name, expert in spec.experts.items()
         ),
         "",
         f"Base: `{_public(spec.base)}`",
         "",
-        *([] if merged.drop_rate is None else [f"Drop rate: {merged.drop_rate:g}, seed {spec.search.seed}", ""]),
+        *_parameters(spec, merged),
         *_score_table(spec, merged),
         "## How to use",
         "",
@@ -155,12 +154,17 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
     return "\n".join(lines)
 
 
+def _parameters(spec: StudySpec, merged: Merged) -> list[str]:
+    """The method's own parameters, and the seed that some of them are drawn with."""
+    values = [f"{label(name).capitalize()}: {value:g}" for name, value in merged.point.parameters.items()]
+    return [f"{', '.join(values)}, seed {spec.search.seed}", ""] if values else []
+
+
 def _command(spec: StudySpec, merged: Merged) -> str:
-    coefficients = ",".join(f"{name}={value!r}" for name, value in merged.coefficients.items())
+    coefficients = ",".join(f"{name}={value!r}" for name, value in merged.point.coefficients.items())
     command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method} --coefficients {coefficients}"
-    if merged.drop_rate is None:
-        return command
-    return f"{command} --drop-rate {merged.drop_rate!r} --set search.seed={spec.search.seed}"
+    own = [f"{each.flag} {merged.point.parameters[each.name]!r}" for each in METHODS[merged.method].parameters]
+    return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own else command
 
 
 def _score_table(spec: StudySpec, merged: Merged) -> list[str]:

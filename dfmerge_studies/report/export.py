@@ -40,7 +40,7 @@ def export_merge(
     """
     place = model_target(spec, out, force=force)
     problem = merger.problem
-    outcome = merger.merge_(merged.coefficients, merged.drop_rate)
+    outcome = merger.merge_(merged.point)
     write_model(
         problem.resident.model,
         problem.resident.tokenizer,
@@ -67,8 +67,8 @@ def export_trial(
         shard_size: largest size of one weights file.
 
     Returns:
-        `value` (for several objectives their mean), `metric`, `digest`, `coefficients`, `drop_rate` of `dare`,
-        `fishers`.
+        `value` (for several objectives their mean), `metric`, `digest`, `coefficients`, the method's own
+        parameters by name, `fishers`.
 
     Raises:
         InputError: the directory exists and may not be replaced.
@@ -78,8 +78,7 @@ def export_trial(
     value = trial_value(trial)
     merged = Merged(
         method=session.spec.method,
-        coefficients=session.coefficients(trial),
-        drop_rate=session.drop_rate(trial),
+        point=session.point(trial),
         trial=trial.number,
         value=value,
         scores={"validation": scores, **session.kept_scores(trial, "test")},
@@ -92,8 +91,8 @@ def export_trial(
     return {
         "value": value,
         "metric": session.spec.metrics("validation").text,
-        "coefficients": dict(merged.coefficients),
-        **({"drop_rate": merged.drop_rate} if merged.drop_rate is not None else {}),
+        "coefficients": dict(merged.point.coefficients),
+        **merged.point.parameters,
         "digest": digest,
         "fishers": {"computed": outcome.computed, "cached": outcome.cached},
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dfmerge_studies.methods import DROP_RATE
+from dfmerge_studies.methods import label
 from dfmerge_studies.report.view import StudyView
 
 
@@ -76,6 +76,6 @@ def merged_table(view: StudyView) -> Section:
         for name, task in view.experts.items()
     ]
     text = f"Base: {view.spec.get('base', '')}"
-    if view.best is not None and DROP_RATE in view.best.user_attrs:
-        text += f". Best drop rate: {view.best.user_attrs[DROP_RATE]:g}"
+    for name, value in (view.parameters(view.best) if view.best is not None else {}).items():
+        text += f". Best {label(name)}: {value:g}"
     return Section("What was merged", ["expert", "model", "task", "best coefficient"], rows, text=text)

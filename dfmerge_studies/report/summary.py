@@ -14,7 +14,6 @@ from dfmerge_studies.study.plan import target_trials
 from dfmerge_studies.study.session import storage_url, stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
-    DROP_RATE,
     DROPS,
     FISHERS,
     SECONDS,
@@ -66,7 +65,7 @@ def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
         "number": best.number,
         "value": trial_value(best),
         "coefficients": best.user_attrs[COEFFICIENTS],
-        **({DROP_RATE: best.user_attrs[DROP_RATE]} if DROP_RATE in best.user_attrs else {}),
+        **spec.row.stored_parameters(best.user_attrs),
         "tasks": scores,
     }
     if len(best.values) > 1:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from dfmerge_studies.methods import METHODS, label
 from dfmerge_studies.tasks.metrics import Metrics
 
 
@@ -20,6 +21,16 @@ def coefficients_text(coefficients: Mapping[str, float]) -> str:
         coefficients: by name; shown with three significant digits.
     """
     return " ".join(f"{name}={value:.3g}" for name, value in coefficients.items())
+
+
+def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, float]:
+    """The method's own parameters out of what a summary says of a trial.
+
+    Args:
+        method: its name.
+        described: `best` of a summary.
+    """
+    return {each.name: described[each.name] for each in METHODS[method].parameters if each.name in described}
 
 
 def status_table(summary: Mapping[str, Any]) -> Table:
@@ -45,8 +56,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     if best is not None:
         table.add_row("best", f"trial {best['number']}: {metrics.value_text([best['value']])} ({summary['metric']})")
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
-        if "drop_rate" in best:
-            table.add_row("drop rate", f"{best['drop_rate']:g}")
+        for name, value in method_parameters(summary["method"], best).items():
+            table.add_row(label(name), f"{value:g}")
         table.add_row(
             "tasks", "  ".join(f"{task} {metrics[task].shown(score)}" for task, score in best["tasks"].items())
         )

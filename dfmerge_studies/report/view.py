@@ -12,14 +12,14 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import DROP_RATE, METHODS, SHARED, Coefficients
+from dfmerge_studies.methods import METHODS, SHARED, Coefficients, label
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, objective_values, one_value, trial_value
-from dfmerge_studies.study.variants import VARIANTS
+from dfmerge_studies.study.variants import variants
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.reading import results
 
@@ -149,20 +149,21 @@ class StudyView:
         They are in the order of the method table; the study itself is among them, as its method, which comes last.
         """
         found: dict[str, dict[int, StudyView]] = {}
+        known = variants()
         storage = storage_of(self.study)
         for name in sorted(optuna.get_all_study_names(storage)):
-            label = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
-            if label == name or label not in VARIANTS:
+            suffix = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
+            if suffix == name or suffix not in known:
                 continue
             other = optuna.load_study(study_name=name, storage=storage)
             if provenance.stored_science(other) is None:
                 continue
             view = StudyView.of(other)
             if view.best is not None and self._shares(view, "digest", but="data digest"):
-                found.setdefault(label, {})[view.seed] = view
+                found.setdefault(suffix, {})[view.seed] = view
         if self.best is not None:
             found.setdefault(self.method, {})[self.seed] = self
-        order = [*(name for name in VARIANTS if name != self.method), self.method]
+        order = [*(name for name in known if name != self.method), self.method]
         return {name: dict(sorted(found[name].items())) for name in order if name in found}
 
     def _shares(self, other: StudyView, what: str, but: str = "\n") -> bool:
@@ -200,25 +201,41 @@ class StudyView:
     @property
     def dimensions(self) -> dict[str, str]:
         """What each trial chooses, as figures call it, by name of its Optuna parameter; nothing if all is fixed."""
-        if self.policy is Coefficients.PER_EXPERT:
-            return {name: name for name in self.experts}
-        method = METHODS[self.method]
-        return {
-            name: words
-            for name, words in ((SHARED, "λ of all experts"), (DROP_RATE, "drop rate"))
-            if name in method.grid
-        }
+        if self.policy is Coefficients.FIXED:
+            return {}
+        chosen = (
+            {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else dict.fromkeys(self.experts)
+        )
+        row = METHODS.get(self.method)
+        known = [each.name for each in row.parameters] if row is not None else []
+        own = {name: label(name) for name in known if any(name in trial.params for trial in self.trials[:1])}
+        return {**{name: words or name for name, words in chosen.items()}, **own}
+
+    @property
+    def searched_parameters(self) -> list[str]:
+        """The method's own parameters in which trials differ, as figures call them."""
+        known = {SHARED, *self.experts}
+        return [words for name, words in self.dimensions.items() if name not in known]
 
     def points(self) -> dict[str, list[float]]:
         """What the completed trials have chosen, by name out of `dimensions`' values, in the order of `trials`."""
-        found = {}
+        found, first = {}, next(iter(self.experts))
         for name, words in self.dimensions.items():
-            if name == DROP_RATE:
-                found[words] = [float(trial.user_attrs[DROP_RATE]) for trial in self.trials]
-            else:
-                expert = next(iter(self.experts)) if name == SHARED else name
-                found[words] = [self.coefficients(trial)[expert] for trial in self.trials]
+            values = [
+                {**trial.user_attrs, SHARED: self.coefficients(trial)[first], **self.coefficients(trial)}
+                for trial in self.trials
+            ]
+            found[words] = [float(value[name]) for value in values]
         return found
+
+    def parameters(self, trial: FrozenTrial) -> dict[str, float]:
+        """The method's own parameters of a completed trial.
+
+        Args:
+            trial: a completed trial.
+        """
+        method = METHODS.get(self.method)
+        return method.stored_parameters(trial.user_attrs) if method is not None else {}
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
         """Coefficient per expert of a completed trial.

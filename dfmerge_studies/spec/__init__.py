@@ -8,7 +8,6 @@ from dfmerge_studies.spec.examine import Examined
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
     ImportanceSettings,
-    MethodName,
     ObjectiveSettings,
     SearchSettings,
     parse_size,
@@ -19,7 +18,6 @@ __all__ = [
     "Examined",
     "ExpertSettings",
     "ImportanceSettings",
-    "MethodName",
     "ObjectiveSettings",
     "SearchSettings",
     "StudySpec",

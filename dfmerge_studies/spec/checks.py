@@ -31,7 +31,9 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_unknown_tasks(spec),
     ):
         yield field, InputError(what, where=spec.where(field), mend=mend)
-    if spec.experts:
+    unfit = list(odd_parameters(spec))
+    yield from unfit
+    if spec.experts and not unfit:
         yield from _odd_points(spec)
 
 
@@ -98,11 +100,31 @@ def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:
                 yield field, f"unknown task {odd!r}", f"The tasks are {', '.join(spec.tasks)}"
 
 
-def _odd_points(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
-    for point in spec.search.enqueue:
-        given = dict.fromkeys(spec.experts, point) if isinstance(point, float) else point
+def odd_parameters(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
+    """Values of methods' parameters that the methods do not have or that cannot be.
+
+    Args:
+        spec: the spec.
+
+    Yields:
+        The dotted name of a field, and what is wrong with it.
+    """
+    for method in spec.parameters:
         try:
-            check_coefficients(spec, given, "search.enqueue", step=spec.search.step)
+            spec.row_of(method)
+        except InputError as error:
+            yield f"parameters.{method}", error
+
+
+def _odd_points(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
+    search, row, experts = spec.search, spec.row, list(spec.experts)
+    plain = Space(tuple(experts), *search.bounds, search.step)
+    space = row.space(experts, search.bounds, search.step) if row.searches else plain
+    own = {each.name: each.default for each in row.searched if each.default is not None} if row.searches else {}
+    for point in search.enqueue:
+        given = dict.fromkeys(experts, point) if isinstance(point, float) else point
+        try:
+            space.check({**own, **given}, where=spec.where("search.enqueue"))
         except InputError as error:
             yield "search.enqueue", error
 
@@ -113,20 +135,18 @@ def check_coefficients(
     field: str,
     *,
     bounds: tuple[float, float] | None = None,
-    step: float | None = None,
 ) -> dict[str, float]:
-    """A coefficient for every expert, each inside the bounds, in the order of the experts.
+    """A coefficient for every expert, each inside the bounds (a merge needs no step), in the order of the experts.
 
     Args:
         spec: names the experts and the bounds.
         point: coefficient per expert.
         field: where the point stands, for messages: a field of the spec, or a flag with its dashes.
         bounds: range of a method whose coefficients may lie elsewhere than `search.bounds`.
-        step: distance between allowed values; any value of the range by default, since a merge needs no step.
 
     Raises:
         InputError: as `Space.check` has it.
     """
-    space = Space(tuple(spec.experts), *(bounds or spec.search.bounds), step)
+    space = Space(tuple(spec.experts), *(bounds or spec.search.bounds))
     space.check(point, where=field if field.startswith("-") else spec.where(field))
     return {name: float(point[name]) for name in spec.experts}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dfmerge_studies import limits
-from dfmerge_studies.tasks.strict import Settings
+from dfmerge_studies.methods import METHODS, Estimator
+from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
 
-MethodName = Literal[
-    "df-merge", "df-merge-static", "gta", "averaging", "fisher", "fisher-nodes", "task-arithmetic", "dare", "ties"
-]
+KnownMethod = Annotated[str, one_of("methods", lambda: METHODS)]
 
 
 class ExpertSettings(Settings):
@@ -26,7 +25,7 @@ class ExpertSettings(Settings):
 class ImportanceSettings(Settings):
     """How the importance C_i of an expert's parameters is estimated."""
 
-    estimator: Literal["exact", "sampled", "empirical", "mask-nodes"] = Field(
+    estimator: Annotated[str, one_of("estimators", lambda: Estimator)] = Field(
         "exact", description="which expectation over choices; mask-nodes: of masks on heads and neurons"
     )
     samples: int = Field(30, gt=0, le=limits.COUNT, description="validation inputs per task, drawn with the seed")

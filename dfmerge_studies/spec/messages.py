@@ -20,7 +20,17 @@ from dfmerge_studies.tasks.strict import BOOLEAN
 
 _UNWRITABLE = re.compile("[\\x00\\ud800-\\udfff]")
 _NO_TEXT = "has a character that no text has"
-_UNION_MEMBERS = ("choice", "classification", "float", "int", "str", "list[str]", "dict[str,float]")
+_UNION_MEMBERS = (
+    "choice",
+    "classification",
+    "float",
+    "int",
+    "str",
+    "list[str]",
+    "list[float]",
+    "dict[str,float]",
+    "[key]",
+)
 
 
 @dataclass(frozen=True)

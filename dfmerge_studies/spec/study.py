@@ -11,13 +11,14 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.names import NAME
-from dfmerge_studies.spec.checks import labels_lacking, reference_problems
+from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, reference_problems
 from dfmerge_studies.spec.examine import Examined, examine_
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
     ImportanceSettings,
-    MethodName,
+    KnownMethod,
     ObjectiveSettings,
     SearchSettings,
     parse_size,
@@ -36,11 +37,15 @@ class StudySpec(Settings):
     base: str = Field(description="model that every expert was fine-tuned from")
     experts: dict[str, ExpertSettings] = Field(description="the fine-tuned models by name")
     tasks: dict[str, TaskSettings] = Field(description="what merged models are scored on, by name")
-    method: MethodName = Field("df-merge", description="row of the method table")
+    method: KnownMethod = Field("df-merge", description="row of the method table")
+    parameters: dict[KnownMethod, dict[str, float | list[float]]] = Field(
+        default_factory=dict,
+        description="values of methods' own parameters, by method: a number, or a list of what is tried or searched",
+    )
     importance: ImportanceSettings = ImportanceSettings.model_validate({})
     search: SearchSettings = SearchSettings.model_validate({})
     objective: ObjectiveSettings = ObjectiveSettings.model_validate({})
-    baselines: list[MethodName] = Field(
+    baselines: list[KnownMethod] = Field(
         default_factory=list, description="methods that `run` shows beside this one, each as a study NAME.METHOD"
     )
     multi_task: str | None = Field(
@@ -81,6 +86,22 @@ class StudySpec(Settings):
     def storage_url(self) -> str:
         """The storage as the spec writes it, or the default."""
         return self.storage or f"sqlite:///{self.name}.db"
+
+    @property
+    def row(self) -> Method:
+        """The row of the method table, with the spec's values of its parameters."""
+        return self.row_of(self.method)
+
+    def row_of(self, method: str) -> Method:
+        """A row of the method table, with the spec's values of its parameters.
+
+        Args:
+            method: its name.
+
+        Raises:
+            InputError: the method has no such parameter, or it cannot have that value.
+        """
+        return METHODS[method].adjusted(self.parameters.get(method, {}), self.where(f"parameters.{method}"))
 
     @property
     def needs_labels(self) -> bool:
@@ -129,6 +150,8 @@ class StudySpec(Settings):
         copy._file, copy._workdir = self._file, self._workdir
         for field, what, mend in labels_lacking(copy):
             raise InputError(what, where=copy.where(field), mend=mend)
+        for _, problem in odd_parameters(copy):
+            raise problem
         return copy
 
     @classmethod

@@ -208,7 +208,7 @@ def compare(
 
     Args:
         spec: models, data and settings that all methods share; `multi_task` adds a row.
-        methods: names out of `variants.VARIANTS`; all that are installed by default.
+        methods: names out of `variants.variants`; all that are installed by default.
         seeds: how many, from the spec's own upwards.
         split: "validation", or "test" (the default where every task has one): the best trial by validation is scored
             on it too.

@@ -23,7 +23,7 @@ from torch import Tensor
 from dfmerge_studies.checkpoints.resident import Resident
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.importance.cache import LocalCache
-from dfmerge_studies.methods import METHODS, Coefficients, Importance, Method
+from dfmerge_studies.methods import Coefficients, Importance, Method
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
@@ -172,7 +172,7 @@ def landscape(
             cache = LocalCache(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfmerge-"))))
         for method in landscape_methods(session.method):
             cells = found["methods"].setdefault(method, {})
-            merger = Merger(problem, METHODS[method], cache)
+            merger = Merger(problem, problem.spec.row_of(method), cache)
             merger.ask_experts_("validation")
             for i, first in enumerate(wanted["lambdas"]):
                 row = {f"{i} {j}": (first, second) for j, second in enumerate(wanted["lambdas"])}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from optuna.samplers import BaseSampler
 
-from dfmerge_studies.methods import METHODS, SHARED, Coefficients, fixed_coefficients
+from dfmerge_studies.methods import Coefficients, fixed_coefficients
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.trials.space import Space
@@ -22,14 +22,7 @@ def search_space(spec: StudySpec) -> Space:
     Args:
         spec: the settings.
     """
-    low, high = spec.search.bounds
-    method = METHODS[spec.method]
-    if method.coefficients is Coefficients.SHARED_GRID:
-        ranges = {name: (min(values), max(values)) for name, values in method.grid.items()}
-        return Space(tuple(ranges), *ranges.pop(SHARED), own=ranges)
-    if method.coefficients is Coefficients.FIXED:
-        return Space(tuple(spec.experts))
-    return Space(tuple(spec.experts), low, high, spec.search.step)
+    return spec.row.space(list(spec.experts), spec.search.bounds, spec.search.step)
 
 
 def target_trials(spec: StudySpec, stored: int = 0) -> int:
@@ -39,7 +32,7 @@ def target_trials(spec: StudySpec, stored: int = 0) -> int:
         spec: the settings.
         stored: a total that an earlier `--add` raised the study to.
     """
-    method = METHODS[spec.method]
+    method = spec.row
     if method.coefficients is Coefficients.FIXED:
         return 1
     if method.coefficients is Coefficients.SHARED_GRID:
@@ -53,7 +46,7 @@ def study_sampler(spec: StudySpec) -> BaseSampler:
     Args:
         spec: the settings.
     """
-    search, method = spec.search, METHODS[spec.method]
+    search, method = spec.search, spec.row
     name: str = "ucb" if search.acquisition == "ucb" else search.sampler
     if method.coefficients is not Coefficients.PER_EXPERT:
         name = "grid" if method.coefficients is Coefficients.SHARED_GRID else "random"
@@ -83,14 +76,15 @@ def known_points(spec: StudySpec) -> list[Mapping[str, float]]:
     Args:
         spec: the settings.
     """
-    method, experts = METHODS[spec.method], list(spec.experts)
+    method, experts = spec.row, list(spec.experts)
     if method.coefficients is Coefficients.SHARED_GRID:
         return []
     first = fixed_coefficients(experts)
     if method.coefficients is Coefficients.FIXED:
         return [first]
     asked = [dict.fromkeys(experts, p) if isinstance(p, float) else p for p in spec.search.enqueue]
-    return [{name: _inside(spec, value) for name, value in first.items()}, *asked]
+    own = {each.name: each.default for each in method.searched if each.default is not None}
+    return [{**own, **point} for point in ({name: _inside(spec, value) for name, value in first.items()}, *asked)]
 
 
 def _inside(spec: StudySpec, value: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import METHODS
+from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import StudySpec
@@ -41,7 +41,12 @@ _LIBRARIES = (
 
 
 # What studies did before a field came to be stated: whoever does not state it, did this.
-_FORMERLY: Mapping[str, Any] = {"importance.normalise": "none", "importance.power": 1.0}
+_FORMERLY: Mapping[str, Any] = {
+    "importance.normalise": "none",
+    "importance.power": 1.0,
+    "positive": {},
+    "parameters": {},
+}
 
 
 def stated_science(spec: StudySpec) -> dict[str, Any]:
@@ -61,7 +66,8 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
         **({"positive": positive} if positive else {}),
-        "importance.estimator": METHODS[spec.method].estimator_for(importance.estimator),
+        **({"parameters": changed} if (changed := _changed_parameters(spec.row)) else {}),
+        "importance.estimator": spec.row.estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
         "importance.dtype": importance.dtype,
@@ -77,6 +83,15 @@ def stated_science(spec: StudySpec) -> dict[str, Any]:
         "search.max_drop": search.max_drop,
         "objective": spec.objective.model_dump(),
         "dtype": spec.dtype,
+    }
+
+
+def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
+    """Parameters of a method that a spec has set otherwise than the table: a value, or what is tried or searched."""
+    return {
+        own.name: list(own.grid or own.bounds or ()) or own.default
+        for own, usual in zip(row.parameters, METHODS[row.name].parameters, strict=True)
+        if own != usual
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import FisherCache, open_cache
-from dfmerge_studies.methods import METHODS, Coefficients, Method, expand
+from dfmerge_studies.methods import Method, Point
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
@@ -38,7 +38,6 @@ from dfmerge_studies.study.plan import known_points, search_space, study_sampler
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
-    DROP_RATE,
     DROPS,
     FISHERS,
     SECONDS,
@@ -121,7 +120,7 @@ class Session:
         Args:
             wanted: an explicit total; methods without a search have as many trials as points, whatever is wanted.
         """
-        if wanted is not None and self.method.coefficients is Coefficients.PER_EXPERT:
+        if wanted is not None and self.method.searches:
             return wanted
         return target_trials(self.spec, self.stored_target())
 
@@ -133,13 +132,9 @@ class Session:
         """The best completed trial."""
         return best_trial(results(self.study), self.spec.objective)
 
-    def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
-        """Coefficient per expert of a completed trial."""
-        return dict(trial.user_attrs[COEFFICIENTS])
-
-    def drop_rate(self, trial: FrozenTrial) -> float | None:
-        """Drop rate of a completed trial, if the method has one."""
-        return trial.user_attrs.get(DROP_RATE)
+    def point(self, trial: FrozenTrial) -> Point:
+        """What a completed trial was merged at."""
+        return Point(dict(trial.user_attrs[COEFFICIENTS]), self.method.stored_parameters(trial.user_attrs))
 
     def merge_(self, trial: FrozenTrial) -> Outcome:
         """Write the merged weights of a completed trial into the resident model.
@@ -150,7 +145,7 @@ class Session:
         Raises:
             RunError: an importance or a weight is not finite, or memory ran out.
         """
-        return self.merger.merge_(self.coefficients(trial), self.drop_rate(trial))
+        return self.merger.merge_(self.point(trial))
 
     def reference_scores(self, row: str, split: str) -> dict[str, float]:
         """Scores of the base or of the experts, computed once per study and then kept in it.
@@ -224,17 +219,17 @@ class Session:
         return KeptScores(self.study, self.problem)
 
     def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
-        coefficients, drop_rate = expand(self.method, point, self.problem.experts)
+        at = self.method.point(point, self.problem.experts)
         if self.spec.search.step is not None:  # 3 * 0.1 and 0.3 must be one point, and one entry of the cache
-            coefficients = {name: round(value, 12) for name, value in coefficients.items()}
-        outcome = self.merger.run(coefficients, drop_rate)
+            at = replace(at, coefficients={name: round(value, 12) for name, value in at.coefficients.items()})
+        outcome = self.merger.run(at)
         metrics = self.spec.metrics("validation")
         task_drops = metrics.drops(outcome.tasks, expert_scores)
         return TrialResult(
             values=objective_values(self.spec.objective, outcome.tasks, metrics),
             attributes={
-                COEFFICIENTS: coefficients,
-                **({DROP_RATE: drop_rate} if drop_rate is not None else {}),
+                COEFFICIENTS: dict(at.coefficients),
+                **at.parameters,
                 TASKS: outcome.tasks,
                 SECONDS: {phase: round(seconds, 4) for phase, seconds in outcome.seconds.items()},
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
@@ -273,7 +268,7 @@ def open_study(
         InputError: models or data do not fit, or the study in the storage is about something else.
     """
     check_extras(spec)
-    url, method = storage_url(spec), METHODS[spec.method]
+    url, method = storage_url(spec), spec.row
     if spec.search.max_drop is not None:
         check_constraints(url, len(spec.tasks), where=spec.where("search.max_drop"))
     search_space(spec)

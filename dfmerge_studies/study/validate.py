@@ -9,9 +9,8 @@ import psutil
 import torch
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.importance.estimator import Estimator
 from dfmerge_studies.importance.nodes import masks_of
-from dfmerge_studies.methods import METHODS, Importance
+from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
@@ -22,6 +21,7 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.session import spec_cache, storage_url, stored_study_or_none
 from dfmerge_studies.tasks.data import load_rows
 from dfmerge_studies.tasks.files import check_data_files
+from dfmerge_studies.transforms import TRANSFORMS
 
 
 def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
-            check_importance(problem, METHODS[spec.method])
+            check_importance(problem, spec.row)
             _check_storage(spec, problem)
             estimate = memory_estimate(problem)
         except InputError as error:
@@ -75,7 +75,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance with its workspace, in float32; the masks and counts of TIES.
+    sums of the merge and one importance with its workspace, in float32; what the transform keeps.
 
     Args:
         problem: the loaded spec.
@@ -84,13 +84,13 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     parameters = sum(p.numel() for p in resident.model.parameters())
     changed = sum(resident.base[name].numel() for name in resident.names)
     width = torch.empty((), dtype=getattr(torch, problem.spec.dtype)).element_size()
-    method = METHODS[problem.spec.method]
+    method = problem.spec.row
     importance = method.importance is not Importance.UNIFORM
     nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
     stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
     sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
-    masks = vectors + 2 * changed if problem.spec.method == "ties" else 0
+    kept = TRANSFORMS[method.transform].kept(vectors, changed)
     return {
         "parameters": parameters,
         "changed_parameters": changed,
@@ -99,7 +99,7 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
         "fisher_inputs": {name: len(task.fisher) for name, task in problem.tasks.items()},
         "truncated_inputs": {n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
         "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * stored,
-        "peak_bytes": width * (parameters + changed + vectors) + sums + masks,
+        "peak_bytes": width * (parameters + changed + vectors) + sums + kept,
         "available_bytes": _available(problem),
     }
 

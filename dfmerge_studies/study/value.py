@@ -9,9 +9,8 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
 
-# User attributes of a trial.
+# User attributes of a trial; each of its method's parameters is another, under the parameter's own name.
 COEFFICIENTS = "coefficients"
-DROP_RATE = "drop_rate"
 TASKS = "tasks"
 SECONDS = "seconds"
 FISHERS = "fishers"

@@ -39,21 +39,23 @@ class Variant:
 
 
 NO_SEARCH = "df-merge-no-search"
-VARIANTS: Mapping[str, Variant] = {
-    variant.name: variant
-    for variant in (
-        *(Variant(name, name) for name in METHODS),
-        Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
-        Variant(
-            "df-merge-ucb",
-            "df-merge",
-            {"search": {"sampler": "gp", "acquisition": "ucb"}},
-            needs=("botorch", "optuna_integration"),
-        ),
-        Variant("df-merge-agreement", "df-merge", {"objective": {"kind": "agreement", "weights": None}}),
-        Variant(NO_SEARCH, "df-merge", first=True),
-    )
-}
+_OTHERS = (
+    Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
+    Variant(
+        "df-merge-ucb",
+        "df-merge",
+        {"search": {"sampler": "gp", "acquisition": "ucb"}},
+        needs=("botorch", "optuna_integration"),
+    ),
+    Variant("df-merge-agreement", "df-merge", {"objective": {"kind": "agreement", "weights": None}}),
+    Variant(NO_SEARCH, "df-merge", first=True),
+)
+
+
+def variants() -> dict[str, Variant]:
+    """All that a comparison can have, by name: the methods, then methods with settings of their own."""
+    return {variant.name: variant for variant in (*(Variant(name, name) for name in METHODS), *_OTHERS)}
+
 
 # The ablation takes one thing at a time away from df-merge (the paper's Table 3): its rows are rows of the comparison.
 ABLATION: Mapping[str, str] = {
@@ -80,31 +82,32 @@ def choose_variants(
     Raises:
         InputError: a name is unknown or given twice, what it needs is not installed, or its scores are of another kind.
     """
+    known = variants()
     if names is None:
-        every = [VARIANTS[name] for name in (ABLATION if ablation else VARIANTS)]
+        every = [known[name] for name in (ABLATION if ablation else known)]
         return [
             v
             for v in every
             if v.installed and (ablation or not v.first) and _adds_a_row(spec, v) and _is_comparable(spec, v, split)
         ]
     for name in names:
-        if name not in VARIANTS:
-            mend = did_you_mean(name, VARIANTS) or f"The methods are {', '.join(VARIANTS)}"
+        if name not in known:
+            mend = did_you_mean(name, known) or f"The methods are {', '.join(known)}"
             raise InputError(f"unknown method {name!r}", where="--methods", mend=mend)
         if names.count(name) > 1:
             raise InputError(f"{name!r} is named twice", where="--methods", mend="Name it once")
-        if not VARIANTS[name].installed:
-            missing = ", ".join(VARIANTS[name].needs)
+        if not known[name].installed:
+            missing = ", ".join(known[name].needs)
             raise InputError(f"{name!r} needs {missing}", where="--methods", mend="Install it, or leave the method out")
-        if not _is_comparable(spec, VARIANTS[name], split):
+        if not _is_comparable(spec, known[name], split):
             raise InputError(
                 f"{name!r} has agreement and not {spec.metrics(split).short} on the validation split",
                 where="--methods",
                 mend="Use --split test, or leave the method out",
             )
     if not names:
-        raise InputError("no method is named", where="--methods", mend=f"The methods are {', '.join(VARIANTS)}")
-    return [VARIANTS[name] for name in names]
+        raise InputError("no method is named", where="--methods", mend=f"The methods are {', '.join(known)}")
+    return [known[name] for name in names]
 
 
 def study_spec(spec: StudySpec, variant: Variant, seed: int) -> StudySpec:
@@ -135,7 +138,7 @@ def baseline_specs(spec: StudySpec) -> list[StudySpec]:
     Args:
         spec: the spec that lists them.
     """
-    return [study_spec(spec, VARIANTS[method], spec.search.seed) for method in spec.baselines]
+    return [study_spec(spec, variants()[method], spec.search.seed) for method in spec.baselines]
 
 
 def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, StudySpec]:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dfmerge_studies import limits
-from dfmerge_studies.errors import did_you_mean
 from dfmerge_studies.tasks.metrics import METRICS, task_metrics
-from dfmerge_studies.tasks.strict import Settings
-
-
-def _known_metric(name: str) -> str:
-    known = task_metrics()
-    if name not in known:
-        raise ValueError(did_you_mean(name, known) or f"the metrics are {', '.join(known)}")
-    return name
+from dfmerge_studies.tasks.strict import Settings, one_of
 
 
 class _Task(Settings):
@@ -45,7 +37,7 @@ class _Task(Settings):
         le=limits.COUNT,
         description="use only so many validation rows (count, or fraction below 1), drawn with the seed",
     )
-    metric: Annotated[str, AfterValidator(_known_metric)] = Field("accuracy", description="what a score is")
+    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("accuracy", description="what a score is")
     positive: int | str | None = Field(
         None, description="of f1: the class that counts, by index or, where `doc_to_choice` is a list, by text"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from dfmerge_studies.errors import did_you_mean
 
 BOOLEAN = "misplaced_boolean"  # type of the error; its context has what to write instead as `mend`
 
@@ -34,6 +36,24 @@ class Settings(BaseModel):
         if errors:
             raise ValidationError.from_exception_data(cls.__name__, errors)
         return data
+
+
+def one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """A check of a text field: it names a row of a table, as the table is when the check is made.
+
+    Args:
+        what: the rows are called, in the plural.
+        names: of the rows.
+    """
+
+    def check(name: str) -> str:
+        known = list(names())
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ValueError(near[0].lower() + near[1:] if near else f"the {what} are {', '.join(known)}")
+        return name
+
+    return AfterValidator(check)
 
 
 def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, ...], bool, list[Any]]]:

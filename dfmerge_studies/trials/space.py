@@ -55,9 +55,14 @@ class Space:
         """Return the Optuna distribution of each coefficient."""
         from optuna.distributions import FloatDistribution  # not before: the spec checks its points without Optuna
 
-        return {name: FloatDistribution(*self._range(name), step=self._step(name)) for name in self.names}
+        return {name: FloatDistribution(*self.range_of(name), step=self._step(name)) for name in self.names}
 
-    def _range(self, name: str) -> tuple[float, float]:
+    def range_of(self, name: str) -> tuple[float, float]:
+        """Smallest and largest value of one name.
+
+        Args:
+            name: one of `names`.
+        """
         return self.own.get(name, (self.low, self.high))
 
     def _step(self, name: str) -> float | None:
@@ -88,7 +93,7 @@ class Space:
             self._check_value(name, point[name], where)
 
     def _check_value(self, name: str, value: float, where: str | None) -> None:
-        (low, high), step = self._range(name), self._step(name)
+        (low, high), step = self.range_of(name), self._step(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"the coefficient of {name!r} is {value!r}, not a number", where=where)
         if not low <= value <= high:

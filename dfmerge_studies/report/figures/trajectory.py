@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.methods import DROP_RATE, Coefficients
+from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.figures.base import (
     BLUE,
     DARK,
@@ -62,7 +62,7 @@ class Trajectory(Drawing):
         kinds: how each trial's coefficients came about: a key of `KINDS`.
         feasible: whether a trial keeps the study's constraints.
         best: score of the trial that would be chosen after each.
-        coefficients: what every trial chose, per expert, or for all of them (and the drop rate).
+        coefficients: what every trial chose, per expert, or for all of them, and the method's own parameters.
         chosen: what those are.
         levels: value of other merges, drawn as level lines.
     """
@@ -244,7 +244,7 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         feasible=[violation(trial) <= 0 for trial in view.trials],
         best=best,
         coefficients=view.points(),
-        chosen="coefficient, drop rate" if DROP_RATE in view.dimensions else "coefficient",
+        chosen=", ".join(["coefficient", *view.searched_parameters]),
         levels=levels,
     )
 
