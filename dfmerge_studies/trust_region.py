@@ -165,19 +165,13 @@ def _next_point(
         merits = list(zip([-_violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
     width = space.high - space.low
-    # A lattice has one step in every dimension; beside parameters that have none, coefficients are rounded to theirs.
-    stepped = space.step is not None and not space.own
-    steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if stepped and space.step else None
+    steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
     point = surrogate.proposal(history, worth, region=region, steps=steps, seed=seed)
-    return {name: _value(space, name, share) for name, share in zip(space.names, point.tolist(), strict=True)}
-
-
-def _value(space: Space, name: str, share: float) -> float:
-    """The value of one name at a share of its range, on its step if it has one."""
-    low, high = space.range_of(name)
-    value: float = low + (high - low) * share
-    step = None if name in space.own else space.step
-    return value if step is None else min(high, low + round((value - low) / step) * step)
+    ranges = {name: space.range_of(name) for name in space.names}
+    return {
+        name: low + (high - low) * value
+        for (name, (low, high)), value in zip(ranges.items(), point.tolist(), strict=True)
+    }
 
 
 def _unit(trial: FrozenTrial, space: Space) -> list[float]:

@@ -166,23 +166,6 @@ def test_a_stepped_space_is_searched_on_its_steps_and_no_point_twice() -> None:
     assert not set(proposed) & {tuple(t.params.values()) for t in study.trials[:5]}
 
 
-def test_a_parameter_with_a_range_of_its_own_is_searched_over_that_range() -> None:
-    space = Space(("a", "b"), step=0.25, own={"b": (2.0, 6.0)})
-    sampler = make_sampler("auto", seed=0, study_name="s", space=space, startup_trials=5)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
-
-    def objective(trial: optuna.Trial) -> float:
-        a, b = trial.suggest_float("a", 0, 1, step=0.25), trial.suggest_float("b", 2, 6)
-        found = {"t": math.exp(-((a - 0.75) ** 2)) + math.exp(-((b - 5.0) ** 2))}
-        trial.set_user_attr("place", trial.number)
-        trial.set_user_attr("tasks", found)
-        return found["t"]
-
-    study.optimize(objective, n_trials=14)
-    assert study.best_params["a"] == 0.75
-    assert abs(study.best_params["b"] - 5.0) < 0.3
-
-
 def test_a_pareto_study_spreads_along_the_front() -> None:
     study = study_of(goal=Goal("pareto"), directions=["maximize", "maximize"])
     run(study, 15, pareto=True)
