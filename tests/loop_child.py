@@ -1,4 +1,4 @@
-"""A worker process for the tests: `python loop_child.py '{"url": …}'` calls `work` once, on a cheap real objective.
+"""A worker process for the tests: it calls `work` once, on a cheap real objective.
 
 Faults are real: the process kills or signals itself at the moment that the test asks for.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -114,7 +113,3 @@ def work_as_told(settings: dict[str, Any]) -> None:
         raise SystemExit(error.exit_code) from None
     print(json.dumps(["summary", {**summary.__dict__, "seconds": time.monotonic() - begun}]), flush=True)
     os._exit(0)  # a timer that would kill this process later has nothing left to kill
-
-
-if __name__ == "__main__":
-    work_as_told(json.loads(sys.argv[1]))

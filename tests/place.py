@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
-import subprocess
-import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +14,8 @@ import optuna
 
 from dfmerge_studies.trials.reading import counts, failures, results
 from tests.loop_child import objective, study_of, work_as_told
+from tests.processes import Forked, context
 
-CHILD = Path(__file__).with_name("loop_child.py")
-ROOT = CHILD.parents[1]
 POINTS = [{"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}, {"a": 0.5, "b": 0.5, "c": 0.5}, {"a": 0.0, "b": 1.0, "c": 0.25}]
 
 
@@ -30,7 +26,7 @@ class Place:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.seconds = 0.0
-        self.warnings = "error"
+        self.filters: list[tuple[Any, type[Warning]]] = [("error", Warning)]
         self.settings = {
             "url": storage.format(folder),
             "log": f"{folder}/log",
@@ -40,15 +36,8 @@ class Place:
             **settings,
         }
 
-    def start(self, **settings: Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": self.warnings}
-        return subprocess.Popen(
-            [sys.executable, str(CHILD), json.dumps({**self.settings, **settings})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    def start(self, **settings: Any) -> Forked:
+        return Forked(work_as_told, {**self.settings, **settings}, filters=self.filters)
 
     def run(self, code: int = 0, **settings: Any) -> list[list[Any]]:
         """Run a worker to its end; return its events."""
@@ -101,8 +90,6 @@ class Crowd:
         self.workers: list[BaseProcess] = []
         self.excused: list[BaseProcess] = []  # those that may end because they could not reach their storage
         self.output = place.folder / "output"
-        self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["pytest", "tests.place"])
 
     def __enter__(self) -> Crowd:
         return self
@@ -114,7 +101,7 @@ class Crowd:
 
     def start(self, **settings: Any) -> BaseProcess:
         told = {**self.place.settings, "output": str(self.output), **settings}
-        process: BaseProcess = self._context.Process(target=_member, args=(told,))
+        process: BaseProcess = context().Process(target=_member, args=(told,))
         process.start()
         return process
 
@@ -147,9 +134,8 @@ class Crowd:
             assert worker.exitcode in allowed, (worker.exitcode, self.output.read_text()[-2000:])
 
 
-def wait_for(process: subprocess.Popen[str], kind: str, times: int = 1) -> None:
+def wait_for(process: Forked, kind: str, times: int = 1) -> None:
     """Read a worker's events until the given one has come so many times."""
-    assert process.stdout is not None
     for line in process.stdout:
         times -= json.loads(line)[0] == kind
         if times == 0:

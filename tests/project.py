@@ -7,8 +7,6 @@ import io
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from transformers import AutoModel
 from dfmerge_studies.cli.app import main
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
+from tests.processes import Forked, command
 
 EXPERTS = ("red", "blue")
 
@@ -78,17 +77,16 @@ class Project:
                     code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return _checked(Done(code, out.getvalue(), err.getvalue()), check)
 
+    def start(self, *arguments: str | Path, leader: bool = False, **environment: str) -> Forked:
+        """Start the command line in the folder, in a process of its own."""
+        words = list(map(str, arguments))
+        return Forked(command, words, folder=self.folder, environment=cli_environment(**environment), leader=leader)
+
     def process(self, *arguments: str | Path, check: int | None = 0, **environment: str) -> Done:
-        """Run `python -m dfmerge_studies` in the folder."""
-        done = subprocess.run(
-            [sys.executable, "-m", "dfmerge_studies", *map(str, arguments)],
-            cwd=self.folder,
-            env=cli_environment(**environment),
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        return _checked(Done(done.returncode, done.stdout, done.stderr), check)
+        """Run the command line in the folder to its end, in a process of its own."""
+        process = self.start(*arguments, **environment)
+        output, errors = process.communicate(timeout=500)
+        return _checked(Done(process.wait(), output, errors), check)
 
     def json(self, *arguments: str | Path) -> Any:
         """What a command prints with `--json`."""

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -21,16 +20,12 @@ from typing import Any
 import pytest
 from sqlalchemy.engine import URL
 
-ROOT = Path(__file__).parents[1]
+from dfmerge_studies.storage import open_storage
+from tests.processes import Forked
+
 PASSWORD = "g{eh}e%im:/@ü"  # every test of Postgres is also one of a password that must be escaped
 # What parametrised tests run on; `new_storage` makes each.
 STORAGES = ["sqlite", "journal", pytest.param("postgres", marks=pytest.mark.postgres), "grpc"]
-PROXY = """
-import sys, time
-from optuna.storages import run_grpc_proxy_server
-from dfmerge_studies.storage import open_storage
-run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
-"""
 
 
 def free_port() -> int:
@@ -151,6 +146,12 @@ def running_postgres() -> Iterator[PostgresServer]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _serve(storage: str, port: int) -> None:
+    from optuna.storages import run_grpc_proxy_server
+
+    run_grpc_proxy_server(open_storage(storage), host="127.0.0.1", port=port)
+
+
 class ProxyServer:
     """Optuna's gRPC storage proxy in a process of its own; it keeps its port over restarts."""
 
@@ -158,14 +159,10 @@ class ProxyServer:
         self.port = free_port()
         self.url = f"grpc://127.0.0.1:{self.port}"
         self._storage = storage
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROXY, self._storage, str(self.port)],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-        )
+        self._process = Forked(_serve, self._storage, self.port, filters=[("ignore", Warning)])
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from dfmerge_studies.importance.cache import FisherKey, LocalCache, load_fisher, save_fisher
+from tests.processes import Forked
 
 KEY = FisherKey(
     base="b" * 64,
@@ -166,11 +166,8 @@ def test_an_entry_may_be_read_by_whom_any_new_file_may_be(cache, tmp_path):
 
 def test_two_writers_of_one_key_leave_one_valid_entry_and_readers_never_see_half_a_file(cache):
     cache.put(KEY, values(size=2000))
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write_many, args=(str(cache.folder), 20)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
+    writers = [Forked(_write_many, str(cache.folder), 20) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
         assert same(cache.get(KEY), values(size=2000))
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert [file.name for file in cache.folder.iterdir()] == [cache.file_of(KEY.digest).name]

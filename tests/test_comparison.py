@@ -7,8 +7,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import optuna
 import pytest
@@ -18,7 +16,7 @@ from dfmerge_studies import InputError, StudySpec, compare, load_problem
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.study.scores import multi_task_row, stored_scores
 from dfmerge_studies.study.variants import Variant, study_spec, variants
-from tests.project import Project, cli_environment
+from tests.project import Project
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -128,15 +126,7 @@ def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, tmp_path,
     asked = ["compare", "spec.yaml", "--methods", "df-merge,gta,averaging", "--seeds", "2", "--json"]
     whole = Project(tmp_path / "whole", "t5", project.spec)
     shutil.copytree(project.folder, whole.folder)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dfmerge_studies", *asked],
-        cwd=project.folder,
-        env=cli_environment(PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
+    process = project.start(*asked)
     assert any("colours.gta: 2/4" in line for line in process.stderr)
     process.send_signal({"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[how])
     process.communicate(timeout=120)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,9 @@ import pytest
 
 from dfmerge_studies.trials.reading import counts
 from dfmerge_studies.trials.recovery import recover
-from tests.place import ROOT, Crowd, Place, wait_for
+from tests.loop_child import limit_files
+from tests.place import Crowd, Place, wait_for
+from tests.processes import Forked, command
 from tests.project import Project, cli_environment
 from tests.servers import PostgresServer, ProxyServer
 
@@ -127,27 +127,23 @@ def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_result(
     assert counts(place.study())["complete"] >= 2 + finished
 
 
+def _with_little_space(size: int, words: list[str]) -> None:
+    limit_files(size)
+    command(words)
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing_of_an_export_and_the_next_one_succeeds(project: Project) -> None:
     project.cli("run", "spec.yaml", "--trials", "1", "--no-test")
     project.cli("export", "spec.yaml", "--out", "whole")
     before = sorted(project.folder.iterdir())
     size = (project.folder / "whole" / "model.safetensors").stat().st_size
-    code = (
-        "import sys; from tests.loop_child import limit_files; from dfmerge_studies.cli.app import main; "
-        f"limit_files({size - 1}); main(sys.argv[1:])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "export", "spec.yaml", "--out", "merged"],
-        cwd=project.folder,
-        env=cli_environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "merged: cannot be written" in done.stderr
-    assert "Free space" in done.stderr
+    words = ["export", "spec.yaml", "--out", "merged"]
+    process = Forked(_with_little_space, size - 1, words, folder=project.folder, environment=cli_environment())
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "merged: cannot be written" in errors
+    assert "Free space" in errors
     assert sorted(project.folder.iterdir()) == before
     project.cli("export", "spec.yaml", "--out", "merged")
     assert (project.folder / "merged" / "model.safetensors").stat().st_size == size

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -29,7 +27,7 @@ from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import open_storage
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.trials.reading import results
-from tests.project import Project, cli_environment, make_project
+from tests.project import Project, make_project
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
@@ -215,15 +213,7 @@ def test_a_port_that_is_taken_is_refused_with_a_way_out(site: Site, finished: Pr
 
 
 def test_the_command_serves_until_it_is_interrupted(finished: Project) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dfmerge_studies", "dashboard", "spec.yaml", "--port", "0", "--json"],
-        cwd=finished.folder,
-        env=cli_environment(PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
+    process = finished.start("dashboard", "spec.yaml", "--port", "0", "--json", PYTHONUNBUFFERED="1")
     text = ""
     while not text.rstrip().endswith("}"):
         line = process.stdout.readline()

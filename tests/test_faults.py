@@ -68,7 +68,7 @@ def test_a_run_killed_in_every_third_trial_equals_an_uninterrupted_one(uninterru
 @pytest.mark.slow
 def test_a_search_by_ucb_that_was_killed_in_a_proposed_trial_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, cut = (Place(tmp_path / name, sampler="ucb", constraints=1, target=7) for name in ("whole", "cut"))
-    whole.warnings = cut.warnings = "error,ignore::DeprecationWarning"  # importing botorch's dependencies warns
+    whole.filters = cut.filters = [("error", Warning), ("ignore", DeprecationWarning)]  # botorch's dependencies warn
     whole.run()
     cut.run(-signal.SIGKILL, kill_at_call=6)
     cut.run()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import resource
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import fsspec
@@ -17,6 +17,7 @@ from moto.server import ThreadedMotoServer
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherCache, LocalCache, RemoteCache, copy_entries, open_cache
 from dfmerge_studies.importance.cache.base import PAUSE
+from tests.processes import Forked, context
 from tests.project import Project
 from tests.test_cache import KEY, same, values
 
@@ -118,16 +119,13 @@ def _write(url: str, seed: int, times: int) -> None:
 @pytest.mark.slow
 def test_two_workers_that_compute_the_same_key_leave_one_valid_entry(bucket: str) -> None:
     """Their values differ in rounding, as on two kinds of machines: whichever manifest is last, its data is whole."""
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=_write, args=(bucket, seed, 10)) for seed in (1, 2)]
-    for writer in writers:
-        writer.start()
+    writers = [Forked(_write, bucket, seed, 10) for seed in (1, 2)]
     reader, seen = RemoteCache(bucket), 0
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         found = reader.get(KEY)
         seen += found is not None
         assert found is None or same(found, values(1)) or same(found, values(2))
-    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert reader.digests() == {KEY.digest}
     assert reader.get(KEY) is not None
     assert reader.verify() == []
@@ -225,7 +223,7 @@ def test_push_and_pull_on_the_command_line(bucket: str, project: Project) -> Non
     assert len(project.json("cache", "ls", "spec.yaml", "--cache", bucket)) == len(pushed["copied"])
 
 
-def _hold(file: str, held: multiprocessing.synchronize.Event, over: multiprocessing.synchronize.Event) -> None:
+def _hold(file: str, held: Event, over: Event) -> None:
     """Read an entry slowly, as a reader on a slow file system does."""
     import fcntl
 
@@ -239,23 +237,17 @@ def test_a_file_that_another_process_reads_is_not_pruned(tmp_path: Path) -> None
     cache = LocalCache(tmp_path)
     cache.put(KEY, values())
     cache.put(OTHER, values())
-    context = multiprocessing.get_context("spawn")
-    held, over = context.Event(), context.Event()
-    reader = context.Process(target=_hold, args=(str(cache.file_of(KEY.digest)), held, over))
-    reader.start()
+    held, over = context().Event(), context().Event()
+    reader = Forked(_hold, str(cache.file_of(KEY.digest)), held, over)
     assert held.wait(60)
     assert cache.prune(0) == [str(cache.file_of(OTHER.digest))]
     over.set()
-    reader.join()
+    assert reader.wait(60) == 0
     assert cache.prune(0) == [str(cache.file_of(KEY.digest))]
 
 
 def test_a_disk_that_fills_up_costs_the_entry_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writer = context.Process(target=_write_with_little_space, args=(str(tmp_path),))
-    writer.start()
-    writer.join(120)
-    assert writer.exitcode == 0
+    assert Forked(_write_with_little_space, str(tmp_path)).wait(120) == 0
     assert [file.name for file in tmp_path.iterdir()] == [LocalCache(tmp_path).file_of(OTHER.digest).name]
 
 

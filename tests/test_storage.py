@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +31,8 @@ from dfmerge_studies.storage import (
     storage_file,
     storage_identity,
 )
-from tests.servers import ROOT, STORAGES
+from tests.processes import Forked, context
+from tests.servers import STORAGES
 
 needs_permissions = pytest.mark.skipif(
     getattr(os, "geteuid", lambda: 1)() == 0, reason="the superuser may write everywhere"
@@ -134,9 +133,9 @@ def _join_and_take(url: str, start: Any, found: Any) -> None:
 
 
 def test_processes_that_join_an_empty_storage_at_once_all_start_and_share_the_queue(url: str) -> None:
-    context, workers, queued = multiprocessing.get_context("spawn"), 6, 12
-    start, found = context.Barrier(workers + 1), context.Queue()
-    processes = [context.Process(target=_join_and_take, args=(url, start, found)) for _ in range(workers)]
+    workers, queued = 6, 12
+    start, found = context().Barrier(workers + 1), context().Queue()
+    processes = [context().Process(target=_join_and_take, args=(url, start, found)) for _ in range(workers)]
     for process in processes:
         process.start()
     start.wait()
@@ -156,17 +155,14 @@ def test_processes_that_join_an_empty_storage_at_once_all_start_and_share_the_qu
 # SQLite
 
 
-_ADD_A_TRIAL = """
-import optuna, sys
-from dfmerge_studies.storage import load_study, open_storage
-study = load_study(open_storage(sys.argv[1]), "s")
-study.add_trial(optuna.trial.create_trial(value=float(len(study.trials))))
-"""
+def _add_a_trial(url: str) -> None:
+    study = load_study(open_storage(url), "s")
+    study.add_trial(optuna.trial.create_trial(value=float(len(study.trials))))
 
 
 def test_a_storage_opened_twice_in_one_process_stays_shared_with_others(url: str) -> None:
     def elsewhere() -> None:
-        subprocess.run([sys.executable, "-W", "ignore", "-c", _ADD_A_TRIAL, url], check=True, timeout=300)
+        assert Forked(_add_a_trial, url).wait(300) == 0
 
     first = join_study(open_storage(url), "s", directions=["maximize"])
     second = load_study(open_storage(url), "s")
@@ -189,14 +185,16 @@ def test_sqlite_uses_a_write_ahead_log_and_immediate_transactions(tmp_path: Path
         other.close()
 
 
+def _enqueue_a_trial(url: str) -> None:
+    join_study(open_storage(url), "s", directions=["maximize"]).enqueue_trial({"x": 0.5})
+
+
 def test_opening_a_database_again_does_not_cut_this_process_off_from_what_others_write(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     study = join_study(open_storage(url), "s", directions=["maximize"])
     open_storage(url)  # as `run` does; closing any descriptor of the file would drop the locks of the first
-    code = "import sys; from tests.test_storage import join_study, open_storage; "
-    code += "join_study(open_storage(sys.argv[1]), 's', directions=['maximize']).enqueue_trial({'x': 0.5})"
     for count in (1, 2):
-        subprocess.run([sys.executable, "-c", code, url], check=True, cwd=ROOT, timeout=300)
+        assert Forked(_enqueue_a_trial, url).wait(300) == 0
         assert (tmp_path / "s.db-wal").exists()
         assert len(study.trials) == count
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import optuna
@@ -17,7 +15,8 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import found_study, open_storage
 from dfmerge_studies.study.session import open_study
 from dfmerge_studies.trials.reading import results
-from tests.project import Project, cli_environment, make_project
+from tests.processes import Forked
+from tests.project import Project, make_project
 
 EXPERTS = ("red", "blue")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -33,18 +32,11 @@ def completed(project: Project, name: str = "colours") -> list[tuple[dict[str, f
     ]
 
 
-def start(project: Project, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dfmerge_studies", "run", "spec.yaml", *arguments],
-        cwd=project.folder,
-        env=cli_environment(PYTHONUNBUFFERED="1"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(project: Project, *arguments: str) -> Forked:
+    return project.start("run", "spec.yaml", *arguments)
 
 
-def wait_for_trials(project: Project, process: subprocess.Popen[str], count: int) -> None:
+def wait_for_trials(project: Project, process: Forked, count: int) -> None:
     """Read progress lines until `count` trials are complete."""
     assert process.stderr is not None
     for line in process.stderr:

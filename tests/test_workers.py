@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,35 +26,27 @@ from dfmerge_studies.study.pool import MAX_RESTARTS, Notice, Orders, Pool, devic
 from dfmerge_studies.trials.reading import counts, results
 from dfmerge_studies.trials.space import Space
 from tests.place import Place, wait_for
-from tests.project import Project, cli_environment
+from tests.processes import Forked
+from tests.project import Project
 from tests.servers import STORAGES
 
 DAY = datetime(2026, 1, 1)
 
 
-def start(project: Project, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dfmerge_studies", "run", "spec.yaml", *arguments],
-        cwd=project.folder,
-        env=cli_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def start(project: Project, *arguments: str) -> Forked:
+    return project.start("run", "spec.yaml", *arguments, leader=True)
 
 
 class Heard:
     """The standard error of a parent, line by line, and waiting for a line that says something."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Forked) -> None:
         self.lines: list[str] = []
         self._more = threading.Condition()
         self._over = False
         threading.Thread(target=self._read, args=(process,), daemon=True).start()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stderr is not None
+    def _read(self, process: Forked) -> None:
         for line in process.stderr:
             with self._more:
                 self.lines.append(line)
@@ -147,9 +138,8 @@ def test_a_killed_worker_is_noticed_and_started_again_and_its_trial_taken_by_ano
     heard.wait("worker 1:", "trial")
     os.kill(victim, signal.SIGKILL)
     heard.wait(f"worker 1: process {victim} died (SIGKILL)", "started again")
-    output, _ = process.communicate(timeout=500)
-    assert process.returncode == 0, heard.lines
-    assert f"{total} of {total} trials complete" in output
+    assert process.wait(500) == 0, heard.lines
+    assert f"{total} of {total} trials complete" in process.stdout.read()
     check_whole(study_of(project), total)
 
 

@@ -1,0 +1,133 @@
+"""Real processes that are there in a moment: forked from one that has imported everything heavy already.
+
+Starting Python with torch, transformers and optuna anew costs several seconds of a core, and the suite starts some
+two hundred processes. What happens in the first seconds of a real start is tested by those tests that use
+`subprocess`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+_IMPORTED = ("pytest", "tests.place", "tests.ranks_child", "tests.preloaded")
+
+
+def command(arguments: list[str]) -> None:
+    """What `python -m dfmerge_studies` does."""
+    from dfmerge_studies.cli.app import main
+
+    main(arguments)
+
+
+def context() -> Any:
+    """The multiprocessing context whose processes are forked from the prepared one."""
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(list(_IMPORTED))
+    with contextlib.chdir(ROOT):  # where the modules of the tests are
+        forkserver.ensure_running()
+    return found
+
+
+class Forked:
+    """A process of its own that calls a function, with the attributes and methods of `subprocess.Popen` in text mode.
+
+    Args:
+        target: a function of a module; a `SystemExit` of it is the exit code.
+        arguments: what it is called with.
+        folder: the working directory.
+        environment: all of the environment.
+        filters: warnings that are errors or ignored, as `warnings.simplefilter` takes them.
+        leader: whether it begins a session, and so a process group, of its own.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., None],
+        *arguments: Any,
+        folder: Path = ROOT,
+        environment: Mapping[str, str] | None = None,
+        filters: Iterable[tuple[Any, type[Warning]]] = (),
+        leader: bool = False,
+    ) -> None:
+        pipes = [os.pipe(), os.pipe()]
+        ends = [Connection(write, readable=False) for _, write in pipes]
+        settings = (str(folder), dict(os.environ if environment is None else environment), tuple(filters), leader)
+        self._process = context().Process(target=_begin, args=(ends, settings, target, arguments), daemon=True)
+        self._process.start()
+        for end in ends:
+            end.close()
+        self.args = arguments
+        self.pid: int = self._process.pid
+        self.stdout, self.stderr = (os.fdopen(read, "r", encoding="utf-8") for read, _ in pipes)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode  # type: ignore[no-any-return]
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.args), timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What is left to read of standard output and error, at the end of the process."""
+        read = {"stdout": "", "stderr": ""}
+
+        def drain(name: str, stream: io.TextIOBase) -> None:
+            with contextlib.suppress(ValueError):  # another thread reads it to its end
+                read[name] = stream.read()
+
+        drains = [threading.Thread(target=drain, args=(name, getattr(self, name)), daemon=True) for name in read]
+        for thread in drains:
+            thread.start()
+        self.wait(timeout)
+        for thread in drains:
+            thread.join(timeout)
+        return read["stdout"], read["stderr"]
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _begin(ends: list[Connection], settings: Any, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In the new process: take its place in the world, then do its work."""
+    folder, environment, filters, leader = settings
+    if leader:
+        os.setsid()
+    for number, end in enumerate(ends, start=1):
+        os.dup2(end.fileno(), number)
+        end.close()
+    unbuffered = "PYTHONUNBUFFERED" in environment
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1 if unbuffered else -1)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for action, category in filters:
+        warnings.simplefilter(action, category)
+    target(*arguments)
