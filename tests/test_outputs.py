@@ -201,3 +201,25 @@ def test_a_file_that_is_no_journal_is_not_cut(project, text):
     for command in ("run", "status"):
         project.cli(command, "spec.yaml", "--storage", f"journal:///{project.folder}/notes.txt", check=2)
         assert (project.folder / "notes.txt").read_text() == text
+
+
+@pytest.mark.parametrize("name", ["what? #1", "100%41 [x]{y}*", "a:b@c=d&e"])
+def test_a_project_stays_in_its_folder_whatever_that_is_called(project, tmp_path, name):
+    folder = tmp_path / "of" / name
+    folder.parent.mkdir()
+    moved = Project(project.folder.rename(folder), project.family, project.spec)
+    before = contents(tmp_path)
+    for line in (
+        "run --trials 2 --workers 2",
+        "run --trials 3",
+        "status",
+        "list",
+        "repair",
+        "export --out merged",
+        "report",
+    ):
+        command, *flags = line.split()
+        moved.json(command, "spec.yaml", *flags)
+    assert moved.json("status", "spec.yaml")["trials"]["complete"] == 3
+    new = contents(tmp_path).keys() - before.keys()
+    assert {path.split("/")[2] for path in new} == {"colours.db", ".dfmerge", "merged", "report"}

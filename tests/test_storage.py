@@ -373,6 +373,50 @@ def test_relative_paths_are_resolved_below_the_given_folder(tmp_path: Path) -> N
         assert resolve_url(url, Path("/elsewhere")).endswith(url.partition("://")[2].lstrip("/"))
 
 
+ODD_NAMES = (
+    "what?",
+    "a?b=c",
+    "?",
+    "100%",
+    "100%41",
+    "%3F",
+    "x#y",
+    "a b",
+    "ü",
+    "x:y",
+    "a@b",
+    "{o}",
+    "a&b=c",
+    "x?timeout=1",
+)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("scheme", ["sqlite", "journal"])
+def test_a_storage_is_in_its_folder_whatever_that_is_called(scheme: str, name: str, tmp_path: Path) -> None:
+    folder, other = tmp_path / name / "deep", tmp_path / f"{name}2" / "deep"
+    for place in (folder, other):
+        place.mkdir(parents=True)
+        url = resolve_url(f"{scheme}:///s.db", place)
+        join_study(open_storage(url), f"of-{place.parent.name.count('2')}", directions=["maximize"])
+        assert storage_file(url) == place / "s.db"
+        assert (place / "s.db").stat().st_size > 0
+        assert [s.study_name for s in open_storage(safe_url(url), create=False).get_all_studies()] == [
+            f"of-{place.parent.name.count('2')}"
+        ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, f"{name}2"])
+
+
+def test_a_question_mark_in_a_url_that_starts_no_parameters_is_part_of_the_path(tmp_path: Path) -> None:
+    (tmp_path / "what?").mkdir()
+    open_storage(f"sqlite:///{tmp_path}/what?/s.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["what?"]
+    assert open_storage(f"sqlite:///{tmp_path}/what?/s.db?timeout=5", create=False).get_all_studies() == []
+    with pytest.raises(InputError, match="unknown parameter 'timeuot'"):
+        open_storage(f"sqlite:///{tmp_path}/s.db?timeuot=5")
+    assert not (tmp_path / "s.db").exists()
+
+
 def test_database_errors_become_run_errors_without_the_password() -> None:
     url = "postgresql+psycopg://u:geheim@h/d"
     with pytest.raises(RunError, match="refused") as caught, storage_errors(url):

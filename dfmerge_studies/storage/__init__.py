@@ -32,7 +32,6 @@ __all__ = [
     "check_url",
     "found_study",
     "id_of",
-    "identity",
     "is_damaged",
     "join_study",
     "last_heartbeat",

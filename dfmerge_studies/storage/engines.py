@@ -20,7 +20,7 @@ from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage.failures import is_damaged, storage_errors
 from dfmerge_studies.storage.files import check_file, check_sqlite_file
 from dfmerge_studies.storage.journal import open_journal
-from dfmerge_studies.storage.urls import optuna_url, parse_url, safe_url, unsupported
+from dfmerge_studies.storage.urls import optuna_url, parse_url, safe_url, unsupported, write_url
 
 _T = TypeVar("_T")
 _FIRST_START_TRIES = 10
@@ -149,7 +149,7 @@ def _open_postgres(url: URL, heartbeat: int, grace: int) -> BaseStorage:
             mend="Install the extra: pip install 'dfmerge-studies[postgres]'",
         )
     engine = {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 3, "connect_args": {"connect_timeout": 10}}
-    with storage_errors(url.render_as_string(hide_password=False)):
+    with storage_errors(write_url(url)):
         return first_start(
             lambda: RDBStorage(
                 optuna_url(url), engine_kwargs=dict(engine), heartbeat_interval=heartbeat, grace_period=grace

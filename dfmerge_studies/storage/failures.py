@@ -10,10 +10,9 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from sqlalchemy import exc
-from sqlalchemy.engine import make_url
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.storage.urls import safe_url
+from dfmerge_studies.storage.urls import read_url, safe_url
 
 
 def _rpc_errors() -> tuple[type[Exception], ...]:
@@ -60,7 +59,7 @@ def _translated(error: Exception, url: str | None) -> InputError | RunError:
     if url is not None:
         where = safe_url(url)
         with contextlib.suppress(exc.ArgumentError, ValueError):
-            password = make_url(url).password
+            password = read_url(url).password
             text = text.replace(str(password), "***") if password else text
     if is_damaged(error):
         return InputError(f"the database is damaged ({text})", where=where, mend="Restore a copy, or name another file")

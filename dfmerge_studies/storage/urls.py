@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
@@ -10,6 +13,9 @@ from sqlalchemy.engine import URL, make_url
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.redact import HIDDEN, is_secret, masked_url
 
+_FILES = ("sqlite", "sqlite+pysqlite", "journal")
+_SQLITE_PARAMETERS = ("timeout", "check_same_thread", "cached_statements", "isolation_level", "detect_types")
+_PARAMETER = re.compile(r"\w+=[^/?]*")
 _SCHEMES = "sqlite:///FILE, postgresql+psycopg://USER@HOST/NAME, journal:///FILE or grpc://HOST:PORT"
 
 
@@ -20,19 +26,26 @@ def safe_url(url: str) -> str:
         url: any text; also one that is no URL.
     """
     try:
-        parsed = make_url(url)
+        parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
         return masked_url(url)
     if _is_misread(parsed):
         return masked_url(url)
     secret = [key for key in parsed.query if is_secret(key)]
-    return parsed.update_query_dict(dict.fromkeys(secret, HIDDEN)).render_as_string(hide_password=True)
+    return _masked(parsed, secret)
+
+
+def _masked(url: URL, secret: Iterable[str]) -> str:
+    """A URL as text, with nothing in the place of its password and of some parameters."""
+    shown = url.update_query_dict(dict.fromkeys(secret, HIDDEN))
+    return write_url(shown) if is_file(shown) else shown.render_as_string(hide_password=True)
 
 
 def _is_misread(parsed: URL) -> bool:
     """Whether a password that is not escaped has been taken for a host or for a database."""
-    file = parsed.drivername.split("+")[0] in ("sqlite", "journal")
-    return not file and any("@" in str(part) for part in (parsed.username, parsed.host, parsed.database))
+    return parsed.drivername not in _FILES and any(
+        "@" in str(part) for part in (parsed.username, parsed.host, parsed.database)
+    )
 
 
 def resolve_url(url: str, folder: Path) -> str:
@@ -42,10 +55,13 @@ def resolve_url(url: str, folder: Path) -> str:
         url: a storage URL.
         folder: where a relative path starts.
     """
-    scheme, separator, path = url.partition(":///")
-    if separator and scheme in ("sqlite", "sqlite+pysqlite", "journal") and path and path != ":memory:":
-        return f"{scheme}:///{(folder / path).absolute()}"
-    return url
+    try:
+        parsed = read_url(url)
+    except (exc.ArgumentError, ValueError):
+        return url
+    if not is_file(parsed):
+        return url
+    return write_url(parsed.set(database=str((folder / str(parsed.database)).absolute())))
 
 
 def storage_file(url: str) -> Path | None:
@@ -55,11 +71,53 @@ def storage_file(url: str) -> Path | None:
         url: a storage URL, resolved.
     """
     try:
-        parsed = make_url(url)
+        parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
         return None
-    local = parsed.drivername in ("sqlite", "sqlite+pysqlite", "journal") and parsed.database not in (None, ":memory:")
-    return Path(str(parsed.database)) if local else None
+    return Path(str(parsed.database)) if is_file(parsed) else None
+
+
+def read_url(url: str) -> URL:
+    """The parts of a URL; `database` is the path of a file as the file system has it, whatever characters it has.
+
+    SQLAlchemy ends the path at the first `?`, which a folder's name may hold.
+
+    Args:
+        url: as a user or `write_url` gave it; in it `%3F` and `?` are the same, unless parameters follow.
+
+    Raises:
+        sqlalchemy.exc.ArgumentError: it is none.
+    """
+    scheme, separator, rest = url.partition(":///")
+    if not separator or scheme not in _FILES:
+        return make_url(url)
+    path, mark, tail = rest.rpartition("?")
+    parameters = tail.split("&")
+    if not mark or not all(map(_PARAMETER.fullmatch, parameters)):
+        return URL.create(scheme, database=unquote(rest) or None)
+    query = dict(part.split("=", 1) for part in parameters)
+    return URL.create(scheme, database=unquote(path) or None, query=query)
+
+
+def write_url(url: URL) -> str:
+    """A URL as text, its password included.
+
+    Args:
+        url: from `read_url`.
+    """
+    if not is_file(url):
+        return url.render_as_string(hide_password=False)
+    query = "&".join(f"{name}={value}" for name, value in sorted(url.query.items()))
+    return f"{url.drivername}:///{quote(str(url.database), safe=' +/')}{'?' if query else ''}{query}"
+
+
+def is_file(url: URL) -> bool:
+    """Tell whether a URL names a file.
+
+    Args:
+        url: from `read_url`.
+    """
+    return url.drivername in _FILES and url.database not in (None, ":memory:")
 
 
 def storage_identity(url: str) -> str:
@@ -71,13 +129,13 @@ def storage_identity(url: str) -> str:
         url: a storage URL, resolved.
     """
     try:
-        parsed = make_url(url)
+        parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
         return url
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     secret = [key for key in parsed.query if "password" in key.lower()]
-    return parsed.update_query_dict(dict.fromkeys(secret, HIDDEN)).render_as_string(hide_password=True)
+    return _masked(parsed, secret)
 
 
 def check_constraints(url: str, number: int, *, where: str | None = None) -> None:
@@ -118,10 +176,10 @@ def parse_url(url: str) -> URL:
         url: as the user gave it.
 
     Raises:
-        InputError: it is none, or it holds a password among its parameters.
+        InputError: it is none, or it holds a password or something unknown among its parameters.
     """
     try:
-        parsed = make_url(url)
+        parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
         raise InputError("this is not a storage URL", where=safe_url(url), mend=f"Use {_SCHEMES}") from None
     if _is_misread(parsed):
@@ -136,6 +194,9 @@ def parse_url(url: str) -> URL:
             where=safe_url(url),
             mend="Write it as //user:password@host, or leave it to a password file",
         )
+    odd = [key for key in parsed.query if parsed.drivername in _FILES and key not in _SQLITE_PARAMETERS]
+    if odd:
+        raise InputError(f"unknown parameter {odd[0]!r}", where=safe_url(url), mend="Write a ? in a path as %3F")
     return parsed
 
 
@@ -145,4 +206,8 @@ def optuna_url(url: URL) -> str:
     Args:
         url: the parts of a URL.
     """
-    return url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    text = url.render_as_string(hide_password=False)
+    if is_file(url) and make_url(text).database != url.database:  # SQLAlchemy before 2.1 escapes no path: SQLite does
+        path = f"file:{quote(str(url.database))}"
+        text = url.set(database=path).update_query_dict({"uri": "true"}).render_as_string()
+    return text.replace("{", "{{").replace("}", "}}")
