@@ -96,6 +96,8 @@ def first_line(error: BaseException) -> str:
         reason = error.strerror[0].lower() + error.strerror[1:]
         named = str(error.filename) if error.filename is not None else ""
         return f"{reason}: {named}" if 0 < len(named) <= _LONGEST else reason
+    if isinstance(error, OverflowError) and len(error.args) == 2:  # of powers: a number and words
+        return str(error.args[1])
     if isinstance(error, UnicodeDecodeError):
         return f"not {error.encoding.upper()} text (byte {error.object[error.start]:#04x} at position {error.start})"
     if isinstance(error, RecursionError):

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.templates import renderer
 from tests.project import Done, Project
 
 CLASS_NAME = re.compile(r"\b(?:[A-Z]\w*)?(?:Error|Exception|Warning)\b(?!:? [a-z]+ing\b)|\bTraceback\b|\bpanicked\b")
@@ -319,3 +322,88 @@ def test_validate_lists_all_that_is_wrong_with_a_spec_at_once(project: Project) 
     first = refusal(project, "run", "spec.yaml")
     assert first.count("error: ") == 1
     assert "`dfmerge validate` lists all" in first
+
+
+# Templates.
+
+TEMPLATES = [
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in ['x'] * 10**9 %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
+    "{{ 'x' * 10**9 }}",
+    "{{ 10**9 * 'x' }}",
+    "{{ [1] * 10**9 }}",
+    "{{ 2**(10**9) }}",
+    "{% set x = 9**999 %}" + "{% set x = x * x %}" * 40,
+    "{% set x = 'x' %}" + "{% set x = x ~ x %}" * 60 + "{{ x }}",
+    "{% set x = 'x' %}" + "{% set x = x + x %}" * 60 + "{{ x }}",
+    "{% set x = 'x' %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60,
+    "{% set x = 'x' %}" + "{% set x = '%s%s' % (x, x) %}" * 60,
+    "{% set x = 'x' %}" + "{% set x = '{0}{0}'.format(x) %}" * 60,
+    "{% set x = 'x' %}" + "{% set x = [x, x]|join %}" * 60,
+    "{% set x = 'x' * 99999 %}{{ x.replace('x', x) }}",
+    "{% set x = 'x' * 99999 %}{{ x|replace('x', x) }}",
+    "{% set x = 'x' * 99999 %}{{ ''.join([x] * 99999) }}",
+    "{% set x = 'x' * 99999 %}{{ ([x] * 99999)|join }}",
+    "{{ 'x'|center(10**9) }}",
+    "{{ 'x'.ljust(10**9) }}",
+    "{{ 'x'.zfill(10**9) }}",
+    "{{ ('\t' * 99999).expandtabs(9999) }}",
+    "{{ ('x\n' * 99999)|indent(9999) }}",
+    "{{ ('x ' * 99999)|wordwrap(1, True, 'x' * 9999) }}",
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%1000000000d'|format(1) }}",
+    "{{ '%*d' % (10**9, 1) }}",
+    "{{ '{:>1000000000}'.format(1) }}",
+    "{{ '{:{w}}'.format(1, w=10**9) }}",
+    "{{ 'x'.translate({120: 'x' * 9999}) }}",
+    "{{ [1]|batch(10**9, 'x')|list }}",
+    "{{ 1.5|round(10**9, 'ceil') }}",
+    "{{ [1]|tojson(indent=10**9) }}",
+    "{{ lipsum(n=10**6) }}",
+    "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}",
+    "{{ 1" + " + 1" * 9000 + " }}",
+    "{{ 1" + "0" * 9000 + " }}",
+    "{% if 1 %}" * 9000 + "{% endif %}" * 9000,
+    "{{ input }}" + "x" * 200_000,
+    "{{ input.__class__.__base__.__subclasses__() }}",
+    "{{ 2.0**9999 }}",
+    "{{ input|nosuch }}",
+    "{% include 'x' %}",
+    "{{ 1 / 0 }}",
+    "{{",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_a_template_that_would_not_end_or_fails_is_refused_by_field(template: str) -> None:
+    with pytest.raises(InputError) as refused:
+        renderer(template, ["input"], "spec.yaml: tasks.red.doc_to_text")({"input": "words"}, 7)
+    assert str(refused.value).startswith("spec.yaml: tasks.red.doc_to_text: ")
+    assert not CLASS_NAME.search(str(refused.value))
+    assert len(str(refused.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            "{% for i in (4, 5) %}{{ loop.index }}:{{ loop.length }}{{ i ~ input }}{{ ';' if loop.first }}{% endfor %}",
+            "1:24a b;2:25a b",
+        ),
+        ("{%- for k, v in {'x': 1}.items() if v %}{{ k }}={{ v }}{% else %}none{% endfor %}", "x=1"),
+        ("{% for i in [] %}x{% else %}none{% endfor %}", "none"),
+        ("{{ input|upper|replace('A', 'C')|trim }} {{ ['x', 'y']|join(', ') }}", "C B x, y"),
+        ("{{ '%s: %5.2f' % (input, 1.5) }} {{ '{:>5}'.format(input) }}", "a b:  1.50   a b"),
+        ("{% set n = namespace(x=0) %}{% for c in input %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x }}", "3"),
+        ("{% macro q(x) %}<{{ x }}>{% endmacro %}{{ q(input.split(' ')[0]) }}", "<a>"),
+        ("{{ [3, 1]|sort|map('string')|list|join }} {{ 2 * 3 + 2**3 % 5 }} {{ 'ab' * 2 }}", "13 9 abab"),
+        ("{{ {'a': 1}|tojson }} {{ range(3)|sum }} {{ ('x' * 9999)|truncate(9) }}", '{"a": 1} 3 xxxxxx...'),
+    ],
+)
+def test_a_template_within_its_budget_renders_as_in_jinja(template: str, text: str) -> None:
+    assert renderer(template, ["input"], "spec.yaml")({"input": "a b"}, 0) == text
+    assert jinja2.Environment(keep_trailing_newline=True).from_string(template).render(input="a b") == text

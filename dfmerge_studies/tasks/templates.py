@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2.exceptions import SecurityError
 
-from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.boundary import reading
+from dfmerge_studies.errors import InputError, did_you_mean, first_line
+from dfmerge_studies.tasks.sandbox import BoundedEnvironment
 
 CSV_HINT = "; if a CSV file has NA, None or null as texts, add keep_default_na: false to dataset"
 _BARE = re.compile(r"\{\{-?\s*([^\W\d]\w*)\s*-?\}\}")
@@ -54,8 +55,8 @@ class Empty:
     __repr__ = __str__
 
 
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment()
     environment.tests["none"] = lambda value: value is None or isinstance(value, Empty)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": _null}
     return environment
@@ -126,23 +127,23 @@ def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
             where=where,
             mend=did_you_mean(source, columns) or "Name a column, or write a template such as '{{text}}'",
         )
-    try:
-        template = _TEMPLATES.from_string(source)
-    except TemplateError as error:
-        raise InputError(f"not a valid Jinja2 template: {error}", where=where, mend="Correct the template") from error
+    with reading(where, "not a valid Jinja2 template", "Correct the template"):
+        template = _TEMPLATES.template(source)
 
     def render(document: Mapping[str, Any], index: int) -> str:
         try:
-            return template.render({column: _marked(value, column) for column, value in document.items()})
+            values = {column: _marked(value, column) for column, value in document.items()}
+            return _TEMPLATES.render(template, values)
         except EmptyCell as error:
             raise empty_cell(error.column, index, where) from error
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except Exception as error:  # whatever the template's operations and filters raise
             empty = [column for column, value in document.items() if is_missing(value)]
             also = f"; empty on this row: {', '.join(empty)}" if empty else ""
+            mend = "Write a simpler one" if isinstance(error, SecurityError) else "Use only columns that the data has"
             raise InputError(
-                f"the template fails on row {index}: {error} (columns: {', '.join(columns)}{also})",
+                f"the template fails on row {index}: {first_line(error)} (columns: {', '.join(columns)}{also})",
                 where=where,
-                mend="Use only columns that the data has",
+                mend=mend,
             ) from error
 
     return render
