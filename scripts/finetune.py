@@ -149,11 +149,13 @@ def load_trainee(found: Checkpoints, tasks: Sequence[str], classes: Mapping[str,
 
 
 def _class_names(spec: StudySpec, task: str) -> list[str]:
-    """Names of a classification task's classes; numbers up to the largest label where the spec names none."""
+    """Names of a classification task's classes: the spec's, the data's, or numbers up to the largest label."""
     settings = spec.tasks[task]
     if isinstance(settings.doc_to_choice, list):
         return list(settings.doc_to_choice)
-    rows = read_split(spec, task, "training")
+    rows = read_split(spec, task, "training", {})
+    if rows[0].choices:
+        return list(rows[0].choices)
     return [str(label) for label in range(1 + max(row.label for row in rows))]
 
 
@@ -170,10 +172,10 @@ def load_data(
         kind: how it answers.
         validation_rows: at most so many validation rows per task, drawn with the spec's seed.
     """
-    training = {task: encode_split(spec, task, "training", model, tokenizer, kind) for task in tasks}
+    training = {task: encode_split(spec, task, "training", model, tokenizer, kind, {}) for task in tasks}
     validation = {}
     for task in tasks:
-        rows = encode_split(spec, task, "validation", model, tokenizer, kind)
+        rows = encode_split(spec, task, "validation", model, tokenizer, kind, {})
         kept = limited_rows(len(rows), validation_rows, seeded_generator(spec.search.seed, "limit", task))
         validation[task] = [rows[row] for row in kept]
     return Data(training, validation)
@@ -290,10 +292,12 @@ def _line(course: Course, steps: int, seconds: float) -> str:
     )
 
 
-def _save(trainee: Trainee, found: Checkpoints, tasks: Sequence[str], out: Path, record: str, *, force: bool) -> None:
+def _save(
+    trainee: Trainee, found: Checkpoints, classes: Mapping[str, list[str]], out: Path, record: str, *, force: bool
+) -> None:
     """Write the model directory."""
-    trainee.take_head_(tasks[0])
-    heads = trainee.heads if len(tasks) > 1 else {}
+    trainee.take_head_(next(iter(trainee.heads), ""))
+    heads = trainee.heads if len(trainee.heads) > 1 else {}
     tokenizer = load_tokenizer(found.base)
     write_model(
         trainee.model,
@@ -301,6 +305,7 @@ def _save(trainee: Trainee, found: Checkpoints, tasks: Sequence[str], out: Path,
         out,
         source=found.base.path,
         heads=heads,
+        classes=classes,
         texts={RECORD: record},
         force=force,
         mark=RECORD,
@@ -351,7 +356,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
         "history": course.history,
     }
     if accelerator.is_main_process:
-        _save(trainee, found, tasks, out, json.dumps(record, indent=2) + "\n", force=options.force)
+        _save(trainee, found, classes, out, json.dumps(record, indent=2) + "\n", force=options.force)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record

@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = "heads"  # folder of the per-task classification heads
+CLASSES = "classes"  # key of a head's metadata: a JSON list of the names of its classes, in its order
 SHARD_SIZE = "5GB"
 PROVENANCE = "dfmerge.json"  # by which an exported directory is known
 FILES = "files"  # the field of it that lists what was written
@@ -98,6 +99,7 @@ def write_model(
     source: Path,
     heads: Mapping[str, Mapping[str, Tensor]],
     texts: Mapping[str, str],
+    classes: Mapping[str, Sequence[str]] | None = None,
     force: bool = False,
     shard_size: str = SHARD_SIZE,
     mark: str = PROVENANCE,
@@ -113,6 +115,7 @@ def write_model(
         out: directory to make.
         source: directory of the base, whose own code files are copied where it brings any.
         heads: parameters of each task's head.
+        classes: names of the classes of each task's head, as far as they are known; kept with the head.
         texts: further files by name: the model card, the provenance.
         force: replace a directory that exists, if it has the mark.
         shard_size: largest size of one weights file.
@@ -138,9 +141,9 @@ def write_model(
             shutil.copy2(file, temporary)
         for task, head in heads.items():
             (temporary / HEADS).mkdir(exist_ok=True)
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in head.items()}, temporary / HEADS / f"{task}.safetensors"
-            )
+            names = {CLASSES: json.dumps(list(classes[task]))} if classes and task in classes else None
+            tensors = {n: t.detach().cpu().contiguous() for n, t in head.items()}
+            save_file(tensors, temporary / HEADS / f"{task}.safetensors", metadata=names)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if mark in texts:
@@ -156,6 +159,24 @@ def write_model(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_classes(file: Path) -> tuple[str, ...]:
+    """Names of the classes of a head that `write_model` wrote; nothing where it kept none.
+
+    Args:
+        file: in the `heads` folder.
+
+    Raises:
+        InputError: it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as head:
+            return tuple(json.loads((head.metadata() or {}).get(CLASSES, "[]")))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"not readable: {first_line(error)}", where=str(file), mend="Export it again") from error
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:

@@ -119,6 +119,8 @@ def validate(
         common.print_json(result)
     for problem in result["problems"]:
         common.warn(f"error: {InputError(**problem)}")
+    for note in result["notes"]:
+        common.warn(f"note: {note['where']}: {note['what']}")
     if found.spec is not None and result["ok"] and not json:
         _show_estimate(found.spec.file.name, result["estimate"])
     if not result["ok"]:

@@ -16,8 +16,9 @@ from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokeni
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.weights import read_tensors
-from dfmerge_studies.checkpoints.write import HEADS
+from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.classes import Classes, classes_of_experts, positive_class
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
 from dfmerge_studies.params import float_parameters
@@ -26,6 +27,7 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
+from dfmerge_studies.tasks.labels import class_order
 from dfmerge_studies.tasks.metrics import Answers, predict
 
 if TYPE_CHECKING:
@@ -102,11 +104,13 @@ def _evaluate(
             mend="Copy the checkpoint again, or name the right one",
         )
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+    of_experts = classes_of_experts(spec, found.experts)
+    classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, dict[str, float | int | str]] = {}
     for task in spec.tasks:
-        examples = encode_split(spec, task, split, model, tokenizer, found.kind)
+        examples = encode_split(spec, task, split, model, tokenizer, found.kind, classes)
         check_labels(spec, task, examples, heads)
-        examples = scored_examples(spec, task, split, examples)
+        examples = scored_examples(spec, task, split, examples, classes)
         put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
@@ -114,15 +118,30 @@ def _evaluate(
             model, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, progress=advance, ranks=ranks
         )
         if metric.labels:
-            answers = Answers(losses, labels_of(examples), spec.tasks[task].positive_class())
+            answers = Answers(losses, labels_of(examples), positive_class(spec, task, classes))
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
             others = choice_losses(
                 expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
             )
-            answers = Answers(losses, predict(others))
+            answers = Answers(losses, _in_order_of(classes, of_experts, task, predict(others)))
         results[task] = {"score": metric.score(answers), "metric": metric.name, "n": len(examples)}
     return results
+
+
+def _classes_of_heads(spec: StudySpec, checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of the heads that a model has in its `heads` folder, of those that say them."""
+    files = {task: checkpoint.path / HEADS / f"{task}.safetensors" for task in spec.tasks}
+    found = {task: read_classes(file) for task, file in files.items() if file.is_file()}
+    return {task: names for task, names in found.items() if names}
+
+
+def _in_order_of(classes: Classes, of_experts: Classes, task: str, answers: list[int]) -> list[int]:
+    """Answers of a task's expert as classes of the head that is scored."""
+    if task not in classes or task not in of_experts:
+        return answers
+    order = class_order(tuple(of_experts[task]), tuple(classes[task]), f"tasks.{task}")
+    return [order[answer] for answer in answers]
 
 
 def _load_expert(spec: StudySpec, task: str, found: Checkpoints, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.classes import Classes, positive_class
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def scored_examples(spec: StudySpec, task: str, split: str, examples: Sequence[Encoded]) -> list[Encoded]:
+def scored_examples(
+    spec: StudySpec, task: str, split: str, examples: Sequence[Encoded], classes: Classes
+) -> list[Encoded]:
     """The inputs that a model is scored on: of validation those that `limit` leaves, drawn with the study's seed.
 
     Args:
@@ -27,6 +30,7 @@ def scored_examples(spec: StudySpec, task: str, split: str, examples: Sequence[E
         task: name of the task.
         split: "validation" or "test".
         examples: all inputs of the split.
+        classes: of the heads.
 
     Raises:
         InputError: every model would have the same score on them.
@@ -36,7 +40,7 @@ def scored_examples(spec: StudySpec, task: str, split: str, examples: Sequence[E
         generator = seeded_generator(spec.search.seed, "limit", task)
         examples = [examples[row] for row in limited_rows(len(examples), settings.limit, generator)]
     labels = [example.label for example in examples if example.label is not None]
-    reason = metric.pointless(labels, settings.positive_class()) if metric.labels else None
+    reason = metric.pointless(labels, positive_class(spec, task, classes)) if metric.labels else None
     if reason is not None:
         raise InputError(
             f"{metric.name} on {split} would be the same for every model: {reason}",
@@ -81,7 +85,7 @@ def check_classes(spec: StudySpec, task: str, split: str, rows: Sequence[Row]) -
 def check_labels(
     spec: StudySpec, task: str, examples: Sequence[Encoded], heads: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Refuse labels that a classification head has no class for.
+    """Refuse a head of one output, or of another number of classes than the task, and labels that it has no class for.
 
     Args:
         spec: for messages.
@@ -90,11 +94,24 @@ def check_labels(
         heads: parameters of the heads by task.
 
     Raises:
-        InputError: naming the row.
+        InputError: naming the row, if it is one.
     """
     if task not in heads:
         return
     classes = head_classes(heads[task])
+    if classes == 1:
+        raise InputError(
+            "the expert's head is a regression head: it has one output",
+            where=spec.where(f"tasks.{task}"),
+            mend="Name an expert with a head of single-label classification",
+        )
+    names = spec.tasks[task].doc_to_choice
+    if isinstance(names, list) and len(names) != classes:
+        raise InputError(
+            f"{len(names)} classes {names}, but the expert's head has {classes}",
+            where=spec.where(f"tasks.{task}.doc_to_choice"),
+            mend="Name the head's classes, or the expert that was trained on these classes",
+        )
     for example in examples:
         if example.label is not None and example.label >= classes:
             raise InputError(
@@ -111,6 +128,7 @@ def encode_split(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     kind: Kind,
+    classes: Classes,
 ) -> list[Encoded]:
     """Read and tokenise one split of a task.
 
@@ -121,20 +139,25 @@ def encode_split(
         model: whose limits and architecture count.
         tokenizer: its tokenizer.
         kind: how it answers.
+        classes: of the heads, in whose order labels are to be.
 
     Raises:
         InputError: the split is not named, cannot be read, or does not fit the model.
     """
-    return encode_read(spec, task, read_split(spec, task, split), model, tokenizer, kind)
+    return encode_read(spec, task, read_split(spec, task, split, classes), model, tokenizer, kind)
 
 
-def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
+def read_split(
+    spec: StudySpec, task: str, split: str, classes: Classes, *, remarks: list[str] | None = None
+) -> list[Row]:
     """Read one split of a task as text.
 
     Args:
         spec: where the task is described.
         task: its name.
         split: "validation", "test" or "training".
+        classes: of the heads, in whose order labels are to be.
+        remarks: takes a sentence on labels that could be read otherwise too.
 
     Raises:
         InputError: the split is not named, or cannot be read.
@@ -145,7 +168,16 @@ def read_split(spec: StudySpec, task: str, split: str) -> list[Row]:
         mend = "Name one, or use --split validation" if split == "test" else "Name one"
         raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
     labelled = split == "test" or spec.needs_labels
-    rows = load_rows(task, settings, name, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+    rows = load_rows(
+        task,
+        settings,
+        name,
+        root=spec.root,
+        spec_file=str(spec.file),
+        labelled=labelled,
+        classes=classes.get(task, ()),
+        remarks=remarks,
+    )
     if split != "training":
         check_classes(spec, task, split, rows)
     return rows

@@ -17,6 +17,7 @@ from dfmerge_studies.importance.cache import FisherCache
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import Importance, Method, Point, coefficient_range, importance_coefficient
+from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.importances import Importances
 from dfmerge_studies.objective.problem import Problem
@@ -222,7 +223,8 @@ class Merger:
     def _answers(self, task: str, split: str) -> Answers:
         spec, losses = self.problem.spec, self.losses(task, split)
         if spec.metrics(split)[task].labels:
-            return Answers(losses, labels_of(self.problem.examples(task, split)), spec.tasks[task].positive_class())
+            positive = positive_class(spec, task, self.problem.classes)
+            return Answers(losses, labels_of(self.problem.examples(task, split)), positive)
         return Answers(losses, self.problem.expert_answers[task, split])
 
     @_everywhere

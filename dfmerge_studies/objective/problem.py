@@ -13,6 +13,7 @@ from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.classes import Classes, classes_of_experts
 from dfmerge_studies.objective.inputs import (
     check_labels,
     encode_read,
@@ -85,6 +86,7 @@ class Problem:
         known_digests: of the data, by split, as far as they are known.
         expert_answers: what each task's own expert answers, by task and split, as far as it is known.
         ranks: the processes that have all this loaded and share the work.
+        classes: names of the classes of each task's head, as far as they are known.
     """
 
     spec: StudySpec
@@ -93,6 +95,7 @@ class Problem:
     tasks: dict[str, TaskInputs]
     pad_id: int
     ranks: Ranks = SOLO
+    classes: Classes = field(default_factory=dict)
     reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     expert_answers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
@@ -148,9 +151,10 @@ class Problem:
         """
         splits = self.tasks[task].splits
         if split not in splits:
-            found = encode_split(self.spec, task, split, self.resident.model, self.resident.tokenizer, self.kind)
+            model, tokenizer = self.resident.model, self.resident.tokenizer
+            found = encode_split(self.spec, task, split, model, tokenizer, self.kind, self.classes)
             check_labels(self.spec, task, found, self.resident.heads)
-            splits[split] = scored_examples(self.spec, task, split, found)
+            splits[split] = scored_examples(self.spec, task, split, found, self.classes)
         return splits[split]
 
 
@@ -252,7 +256,9 @@ def _load_problem(
     checkpoints = find_checkpoints(spec)
     device, dtype = choose_device(spec, ranks), getattr(torch, spec.dtype)
     wanted = indices or read_indices(spec)
-    rows = {name: read_split(spec, name, "validation") for name in spec.tasks}  # before the weights: it fails sooner
+    classes = classes_of_experts(spec, checkpoints.experts)
+    # Before the weights: it fails sooner.
+    rows = {name: read_split(spec, name, "validation", classes) for name in spec.tasks}
     progress("loading models", 1, steps)
     resident = load_resident(
         checkpoints.base,
@@ -276,10 +282,10 @@ def _load_problem(
         check_labels(spec, name, everything, resident.heads)
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs(
-            {"validation": scored_examples(spec, name, "validation", everything)}, fisher, everything
+            {"validation": scored_examples(spec, name, "validation", everything, classes)}, fisher, everything
         )
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), ranks)
+    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), ranks, classes)
 
 
 def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:

@@ -47,6 +47,7 @@ def export_merge(
         place,
         source=problem.checkpoints.base.path,
         heads=problem.resident.heads,
+        classes=problem.classes,
         texts={CARD: model_card(problem, spec, merged), PROVENANCE: provenance_json(problem, spec, merged)},
         force=force,
         shard_size=shard_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -11,15 +12,16 @@ import torch
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
+from dfmerge_studies.objective.classes import Classes, classes_of_experts
 from dfmerge_studies.objective.importances import check_importance
+from dfmerge_studies.objective.inputs import read_split
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
-from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
+from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec
 from dfmerge_studies.storage import check_url, safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.session import spec_cache, storage_url, stored_study_or_none
-from dfmerge_studies.tasks.data import load_rows
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.transforms import TRANSFORMS
 
@@ -32,7 +34,8 @@ def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
         progress: told how far it is.
 
     Returns:
-        `ok`, `problems` (each with `where`, `what`, `mend`), and `estimate` where everything could be loaded.
+        `ok`, `problems` (each with `where`, `what`, `mend`), `notes` (each with `where`, `what`) on what is valid and
+        may still be meant otherwise, and `estimate` where everything could be loaded.
     """
     return validate_examined(Examined(spec=spec), progress=progress)
 
@@ -48,9 +51,10 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
         As `validate`.
     """
     problems, spec = list(found.problems), found.spec
+    notes: list[dict[str, str]] = []
     estimate: dict[str, Any] = {}
     if spec is not None:
-        for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound)):
+        for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound, notes)):
             if str(each) not in map(str, problems):  # a missing file fails every split
                 problems.append(each)
     if spec is not None and not problems:
@@ -67,6 +71,7 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
     return {
         "ok": not problems,
         "problems": [{"where": p.where, "what": p.what, "mend": p.mend} for p in problems],
+        "notes": notes,
         "estimate": estimate,
     }
 
@@ -128,20 +133,27 @@ def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator
                 yield error
 
 
-def _data_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:
+def _data_problems(
+    spec: StudySpec, is_sound: Callable[[str], bool], notes: list[dict[str, str]]
+) -> Iterator[InputError]:
+    classes: Classes | None = None
+    with suppress(InputError):  # of a model: told elsewhere
+        if spec.tasks and all(map(is_sound, ("base", "experts", "tasks"))):
+            classes = classes_of_experts(spec, find_checkpoints(spec).experts)
     for name, task in spec.tasks.items():
-        whole = is_sound(f"tasks.{name}")
-        for split in (task.validation_split, task.test_split):
-            if split is None or not is_sound(f"tasks.{name}.dataset"):
+        whole = is_sound(f"tasks.{name}") and (classes is not None or task.type != "classification")
+        for split in ("validation", "test"):
+            if getattr(task, f"{split}_split") is None or not is_sound(f"tasks.{name}.dataset"):
                 continue
+            remarks: list[str] = []
             try:
                 if whole:
-                    labelled = split == task.test_split or spec.needs_labels
-                    load_rows(name, task, split, root=spec.root, spec_file=str(spec.file), labelled=labelled)
+                    read_split(spec, name, split, classes or {}, remarks=remarks)
                 else:
                     check_data_files(name, task, root=spec.root, spec_file=str(spec.file))
             except InputError as error:
                 yield error
+            notes += [{"where": spec.where(f"tasks.{name}.doc_to_target ({split})"), "what": what} for what in remarks]
 
 
 def _check_storage(spec: StudySpec, problem: Problem) -> None:

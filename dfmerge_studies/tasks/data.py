@@ -81,7 +81,7 @@ def load_rows(
         if remark is not None and remarks is not None:
             remarks.append(remark)
         rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
-    return [_in_order_of(classes, row, f"{where}.doc_to_choice") for row in rows] if classes else rows
+    return [_in_order_of(classes, row, task, where) for row in rows] if classes else rows
 
 
 def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
@@ -92,11 +92,18 @@ def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
     return tuple(feature.names or ()) if isinstance(feature, ClassLabel) else ()
 
 
-def _in_order_of(classes: Sequence[str], row: Row, where: str) -> Row:
+def _in_order_of(classes: Sequence[str], row: Row, task: ChoiceTask | ClassificationTask, where: str) -> Row:
     """A row of a classification task with its label as a class of the head."""
     if not row.choices:
         return row
-    order = class_order(row.choices, tuple(classes), where)
+    order = class_order(row.choices, tuple(classes), f"{where}.doc_to_choice")
+    positive = task.positive if task.doc_to_choice is None else None  # an index with no list that it points into
+    if isinstance(positive, int) and order[positive : positive + 1] not in ([], [positive]):
+        raise InputError(
+            f"class {positive} is {row.choices[positive]!r} in the data and {classes[positive]!r} in the expert's head",
+            where=f"{where}.positive",
+            mend="Name the classes in doc_to_choice and give positive as one of these texts",
+        )
     return replace(
         row,
         choices=tuple(row.choices[order.index(place)] for place in range(len(order))),

@@ -1,0 +1,44 @@
+"""Names of the classes of each task's head, in whose order labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dfmerge_studies.checkpoints.heads import class_names
+from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.labels import class_order
+
+Classes = Mapping[str, Sequence[str]]  # by task; a task without names of classes is left out
+
+
+def classes_of_experts(spec: StudySpec, experts: Mapping[str, Checkpoint]) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of the heads that a spec's experts bring.
+
+    Args:
+        spec: which expert has which task.
+        experts: the experts by name.
+
+    Raises:
+        InputError: a head is for multi-label classification or regression.
+    """
+    classes: dict[str, tuple[str, ...]] = {}
+    for name, expert in spec.experts.items():
+        if expert.task in spec.tasks and spec.tasks[expert.task].type == "classification":
+            classes.setdefault(expert.task, class_names(experts[name]))
+    return {task: names for task, names in classes.items() if names}
+
+
+def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:
+    """The class that the task's metric counts, as a label; None where the metric has none.
+
+    Args:
+        spec: names it.
+        task: name of the task.
+        classes: of the heads.
+    """
+    settings = spec.tasks[task]
+    index, names = settings.positive_class(), settings.doc_to_choice
+    if index is None or task not in classes or not isinstance(names, list):
+        return index
+    return class_order(tuple(names), tuple(classes[task]), spec.where(f"tasks.{task}.doc_to_choice"))[index]
