@@ -325,19 +325,46 @@ def test_an_unknown_module_is_run_again_row_by_row_and_a_layer_used_twice_is_one
         assert bool((found["odd.core"] > 0).all())
 
 
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (lambda model, x: model.odd(x.flatten(0, 1)).view(x.shape), r"module odd: .*Linear.*not one row per input"),
-        (lambda model, x: F.linear(x, model.odd.weight), "parameter odd.weight: Tiny uses the parameter outside"),
-        (lambda model, x: x, "does not use 2 of the parameters.*odd.bias, odd.weight"),
-        (lambda model, x: model.odd(x) + x.mul_(2), "overwrites the module's input"),
-    ],
-    ids=["flattened", "outside", "unused", "overwritten"],
-)
-def test_what_cannot_be_exact_is_refused_by_name(use: Callable[[Tiny, Tensor], Tensor], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        engine("bert", tiny(nn.Linear(6, 6), use), make_examples("bert"))
+USES: dict[str, Callable[[Tiny, Tensor], Tensor]] = {
+    "flattened": lambda model, x: model.odd(x.flatten(0, 1)).view(x.shape),
+    "outside its module": lambda model, x: F.linear(x, model.odd.weight),
+    "shared by all rows": lambda model, x: x + model.odd(torch.eye(x.shape[1], 6, dtype=x.dtype)),
+    "along the first dimension": lambda model, x: model.odd(x.transpose(0, 1)).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("use", USES)
+def test_what_a_batch_does_not_show_by_rows_is_computed_row_by_row(
+    caplog: pytest.LogCaptureFixture, use: str, estimator: str
+) -> None:
+    model, examples = tiny(nn.Linear(6, 6), USES[use]), make_examples("bert")
+    names = [name for name, _ in model.named_parameters() if not (use.startswith("outside") and "bias" in name)]
+    draws = sampling_draws(len(examples), torch.Generator().manual_seed(3))
+    for inputs in (examples[:1], examples):  # what one input alone shows says nothing of a batch
+        done: list[int] = []
+        found = engine(
+            "bert",
+            model,
+            inputs,
+            names=names,
+            estimator=estimator,
+            generator=torch.Generator().manual_seed(3),
+            progress=done.append,
+        )
+        assert_same(found.values, loop_fisher(model, Kind.CLASSIFICATION, inputs, estimator, draws, names))
+        assert sum(done) == len(inputs)
+    assert len([record for record in caplog.records if "one row at a time" in record.getMessage()]) == 1
+
+
+def test_a_parameter_that_no_input_reaches_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"does not use 2 of the parameters.*odd\.bias, odd\.weight"):
+        engine("bert", tiny(nn.Linear(6, 6), lambda model, x: x), make_examples("bert"))
+
+
+def test_a_model_that_overwrites_what_gradients_need_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Tiny cannot be differentiated: .*inplace operation"):
+        engine("bert", tiny(nn.Linear(6, 6), lambda model, x: model.odd(x) + x.mul_(2)), make_examples("bert"))
 
 
 class AcrossRows(nn.Module):
@@ -346,12 +373,12 @@ class AcrossRows(nn.Module):
         self.weight = nn.Parameter(torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x - x.mean(0, keepdim=True))
+        return self.weight * (x - x.mean(0, keepdim=True) / 2)
 
 
-def test_a_module_that_mixes_the_rows_is_refused() -> None:
-    with pytest.raises(InputError, match=r"module odd: .*AcrossRows.*depends on other rows"):
-        engine("bert", tiny(AcrossRows(), lambda model, x: model.odd(x)), make_examples("bert"))
+def test_a_module_that_mixes_the_rows_is_seen_with_each_row_alone() -> None:
+    model, examples = tiny(AcrossRows(), lambda model, x: model.odd(x)), make_examples("bert")
+    assert_same(engine("bert", model, examples).values, loop_fisher(model, Kind.CLASSIFICATION, examples))
 
 
 # --- a pretrained model ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.importance.layers import Call, is_known, parts, tensors_of, versions_of
+from dfmerge_studies.importance.layers import Call, Unseparable, is_known, parts, tensors_of, versions_of
 from dfmerge_studies.importance.squares import Part, Whole, add_squares_
 
 
@@ -65,6 +65,23 @@ def check_names(model: nn.Module, names: Collection[str]) -> None:
             raise InputError(f"the model has no parameter {name}", mend="Use the names of named_parameters()")
         if not parameters[name].is_floating_point():
             raise InputError("a parameter of integers has no gradient", where=f"parameter {name}")
+
+
+def refuse_unused(names: Collection[str]) -> None:
+    """Refuse parameters that a model has and that no input reaches.
+
+    Args:
+        names: of parameters that were wanted and never used.
+
+    Raises:
+        InputError: there are any.
+    """
+    if names:
+        raise InputError(
+            f"the model does not use {len(names)} of the parameters whose importance is wanted, "
+            f"so they have no Fisher information: {', '.join(sorted(names)[:5])}",
+            mend="Leave them out of the merge, or use the class of model that uses them",
+        )
 
 
 class Capture:
@@ -294,13 +311,7 @@ class Capture:
         Raises:
             InputError: a parameter's module never ran.
         """
-        missing = sorted(set(self.sums) - self.visited)
-        if missing:
-            raise InputError(
-                f"the model does not use {len(missing)} of the parameters whose importance is wanted, "
-                f"so they have no Fisher information: {', '.join(missing[:5])}",
-                mend="Leave them out of the merge, or use the class of model that uses them",
-            )
+        refuse_unused(set(self.sums) - self.visited)
         for total in self.sums.values():
             total.clamp_min_(0)
         return self.sums
@@ -359,7 +370,7 @@ class _OutsideUses(TorchFunctionMode):
             if isinstance(tensor, nn.Parameter) and id(tensor) in self.name_of and tensors_of(result):
                 if any(p is tensor for module in self.inside for p in module._parameters.values()):
                     continue
-                raise InputError(
+                raise Unseparable(
                     f"{type(self.model).__name__} uses the parameter outside the module that owns it "
                     f"(in {getattr(func, '__name__', func)}), where its gradient cannot be seen",
                     where=f"parameter {self.name_of[id(tensor)]}",

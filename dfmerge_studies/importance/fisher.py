@@ -27,8 +27,11 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.layers import Unseparable
 from dfmerge_studies.importance.nodes import NodeCapture, spread
 from dfmerge_studies.importance.passes import PASSES, Job
+from dfmerge_studies.importance.rows import sum_by_rows
+from dfmerge_studies.importance.ways import can_batch, not_batched
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
@@ -213,20 +216,49 @@ def fisher_sum(
         torch.zeros(len(examples)) if draws is None else draws,
         autocast,
     )
-    kept = NodeCapture if estimator == Estimator.MASK_NODES else Capture
-    capture = kept(model, names, accumulate_dtype)
-    if not capture.sums or not examples:
-        return FisherResult(capture.sums, len(examples))
-    run = PASSES[kind]
+    if not names or not examples:
+        return FisherResult(_empty(job, names, accumulate_dtype), len(examples))
+
+    def advance(inputs: int) -> None:
+        ranks.check()
+        if progress is not None:
+            progress(inputs)
+
+    def batched(job: Job, dtype: torch.dtype, done: Callable[[int], None] = lambda inputs: None) -> dict[str, Tensor]:
+        return _batched_sums(job, names, dtype, row_budget, done)
+
+    ranks.check()
+    if job.estimator is Estimator.MASK_NODES:
+        return FisherResult(batched(job, accumulate_dtype, advance), len(examples))
+    if can_batch(job, names, batched):
+        try:
+            return FisherResult(batched(job, accumulate_dtype, advance), len(examples))
+        except Unseparable:  # in another shape of batch than those that were tried
+            not_batched(job, names)
+    return FisherResult(sum_by_rows(job, names, accumulate_dtype, done=advance), len(examples))
+
+
+def _batched_sums(
+    job: Job, names: Collection[str], dtype: torch.dtype, row_budget: int, done: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Sums through hooks on ordinary passes over chunks of inputs."""
+    capture = _capture(job, names, dtype)
     with capture.attached(), torch.no_grad():
-        for chunk in length_batches(examples, kind, row_budget, _rows_times_tokens):
-            ranks.check()
-            with autocasting(model, autocast):
-                run(job, capture, chunk)
+        for chunk in length_batches(job.examples, job.kind, row_budget, _rows_times_tokens):
+            with autocasting(job.model, job.autocast):
+                PASSES[job.kind](job, capture, chunk)
                 capture.end_chunk()
-            if progress is not None:
-                progress(len(chunk))
-        return FisherResult(capture.finish(), len(examples))
+            done(len(chunk))
+        return capture.finish()
+
+
+def _capture(job: Job, names: Collection[str], dtype: torch.dtype) -> Capture:
+    return (NodeCapture if job.estimator is Estimator.MASK_NODES else Capture)(job.model, names, dtype)
+
+
+def _empty(job: Job, names: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Sums over no inputs, or of nothing."""
+    return _capture(job, names, dtype).sums
 
 
 def _rows_times_tokens(example: Encoded, kind: Kind) -> int:

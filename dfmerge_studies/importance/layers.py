@@ -25,6 +25,10 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.squares import Outer, Part, Sparse, Whole
 
 
+class Unseparable(InputError):
+    """A batch does not show what each of its rows contributes to the gradient of a parameter."""
+
+
 @dataclass(slots=True)
 class Call:
     """One use of a module in a forward pass, with all that its parameters' gradients need.
@@ -51,14 +55,14 @@ class Call:
     versions: list[int] = field(default_factory=list)
     arrived: dict[int, Tensor] = field(default_factory=dict)
 
-    def refuse(self, why: str) -> InputError:
+    def refuse(self, why: str) -> Unseparable:
         """The error that names this module.
 
         Args:
             why: what cannot be done, as a clause without a full stop.
         """
-        return InputError(
-            f"the Fisher information of {type(self.module).__name__} cannot be computed exactly: {why}",
+        return Unseparable(
+            f"the Fisher information of {type(self.module).__name__} cannot be computed exactly in batches: {why}",
             where=f"module {self.path}",
             mend="Leave its parameters out of the merge, or use a model without such a module",
         )

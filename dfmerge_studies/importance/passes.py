@@ -42,16 +42,29 @@ def _classification(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     batch = [job.examples[i] for i in chunk]
     with capture.stage(len(batch)) as stage:
         logits = class_logits(job.model, batch, job.pad_id)
-    _check_finite(logits.detach(), batch)
-    p = torch.softmax(logits.detach(), dim=-1)
-    if job.estimator is Estimator.EXACT:
-        directions = class_directions(p)
-    else:
-        chosen = _chosen(job, chunk, p)
-        directions = (p - nn.functional.one_hot(chosen, p.shape[1]))[:, None]
+    check_finite(logits.detach(), batch)
+    directions = class_rows(job, chunk, logits.detach())
     for k in range(directions.shape[1]):
         rows = [k * len(batch) + i for i in range(len(batch))]
         capture.backward(stage, logits, directions[:, k], rows, keep=k + 1 < directions.shape[1])
+
+
+def class_rows(job: Job, chunk: Sequence[int], logits: Tensor) -> Tensor:
+    """Directions in the space of class scores whose squared gradients are added up.
+
+    Args:
+        job: the estimator, and the draws or labels that it needs.
+        chunk: positions of the B inputs.
+        logits: (B, K) their class scores.
+
+    Returns:
+        (B, rows, K)
+    """
+    p = torch.softmax(logits, dim=-1)
+    if job.estimator is Estimator.EXACT:
+        return class_directions(p)
+    chosen = _chosen(job, chunk, p)
+    return (p - nn.functional.one_hot(chosen, p.shape[1]))[:, None]
 
 
 def class_directions(p: Tensor) -> Tensor:
@@ -85,7 +98,7 @@ def _causal(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
         losses = None
         if job.estimator.draws:
             losses = rows.grid(continuation_losses(job.model, batch, rows, job.pad_id), len(batch))
-        batch, rows = _only_chosen(job, chunk, batch, losses)
+        batch, rows = only_chosen(job, chunk, batch, losses)
     with capture.stage(len(rows.owner)) as stage:
         flat = continuation_losses(job.model, batch, rows, job.pad_id)
     capture.backward(stage, flat, _weights(job, flat, rows, batch), range(len(flat)))
@@ -103,7 +116,7 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
         if job.estimator.draws:
             plain = hidden.detach()
             losses = rows.grid(decode(model, plain[rows.owner], mask[rows.owner], rows.targets), len(batch))
-        batch, rows = _only_chosen(job, chunk, batch, losses)
+        batch, rows = only_chosen(job, chunk, batch, losses)
     states = hidden.detach()[rows.owner].requires_grad_(hidden.requires_grad)
     with capture.stage(len(rows.owner)) as decoder:
         flat = decode(model, states, mask[rows.owner], rows.targets)
@@ -133,7 +146,7 @@ PASSES = {Kind.TEXT_TO_TEXT: _text_to_text, Kind.CAUSAL: _causal, Kind.CLASSIFIC
 def _weights(job: Job, losses: Tensor, rows: Rows, batch: Sequence[Encoded]) -> Tensor:
     """(R,) square roots of the rows' weights: of p(c|x) for `exact`, 1 for the estimators that take one row each."""
     table = rows.grid(losses.detach(), len(batch))
-    _check_finite(losses.detach(), [batch[i] for i in rows.owner.tolist()])
+    check_finite(losses.detach(), [batch[i] for i in rows.owner.tolist()])
     if job.estimator is not Estimator.EXACT:
         return torch.ones_like(losses)
     weights: Tensor = probabilities(table)[rows.owner, rows.choice].sqrt()
@@ -157,10 +170,17 @@ def _chosen(job: Job, chunk: Sequence[int], p: Tensor) -> Tensor:
     return torch.minimum((edges <= draws).sum(1), last)
 
 
-def _only_chosen(
+def only_chosen(
     job: Job, chunk: Sequence[int], batch: Sequence[Encoded], losses: Tensor | None
 ) -> tuple[list[Encoded], Rows]:
-    """The batch with only the chosen choice of every input, and its rows."""
+    """The batch with only the chosen choice of every input, and its rows.
+
+    Args:
+        job: the estimator, and the draws or labels that it needs.
+        chunk: positions of the B inputs.
+        batch: these inputs.
+        losses: (B, C), where the choice is drawn.
+    """
     p = torch.empty(len(batch), 1, device=device_of(job.model)) if losses is None else probabilities(losses)
     chosen = _chosen(job, chunk, p).tolist()
     kept = [
@@ -170,7 +190,16 @@ def _only_chosen(
     return kept, make_rows(kept, device_of(job.model))
 
 
-def _check_finite(values: Tensor, examples: Sequence[Encoded]) -> None:
+def check_finite(values: Tensor, examples: Sequence[Encoded]) -> None:
+    """Refuse losses or scores that are not finite.
+
+    Args:
+        values: (n, ...) one row each.
+        examples: their n inputs, for the message.
+
+    Raises:
+        RunError: naming the row.
+    """
     finite = values.isfinite().flatten(1).all(1) if values.dim() > 1 else values.isfinite()
     if not bool(finite.all()):
         example = examples[int((~finite).long().argmax())]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, out_of_memory
 from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import can_fold, forward_losses
@@ -172,16 +172,30 @@ def _folding_is_right(
     """Whether this model gives the same losses for choices folded into one sequence as for rows of their own.
 
     It does unless it has absolute decoder positions, a sliding window or the like.  Rather than a list of
-    architectures, the longest input decides, where such differences are largest.
+    architectures, the inputs decide on which such differences are largest: the longest one, and the one with the most
+    tokens in its choices.  A model that cannot take a folded batch at all is not given any.
     """
     several = [example for example in examples if len(example.choices) > 1]
     if not several or not can_fold(model, kind):
         return False
-    probe = [max(several, key=lambda example: row_length(example, kind))]
-    plain = forward_losses(model, kind, probe, pad_id=pad_id, autocast=autocast)
-    folded = forward_losses(model, kind, probe, pad_id=pad_id, autocast=autocast, folded=True)
+    lengths: tuple[Callable[[Encoded], int], ...] = (
+        lambda example: row_length(example, kind),
+        lambda example: sum(map(len, example.choices)),
+    )
+    probes = list({id(probe): probe for probe in (max(several, key=length) for length in lengths)}.values())
     dtype = autocast or next(model.parameters()).dtype
-    return _agree(plain, folded, FOLD_TOLERANCE.get(dtype, FOLD_TOLERANCE_16_BIT))
+    tolerance = FOLD_TOLERANCE.get(dtype, FOLD_TOLERANCE_16_BIT)
+    for probe in probes:
+        plain = forward_losses(model, kind, [probe], pad_id=pad_id, autocast=autocast)
+        try:
+            folded = forward_losses(model, kind, [probe], pad_id=pad_id, autocast=autocast, folded=True)
+        except Exception as error:
+            if out_of_memory(error) is not None:
+                raise
+            return False
+        if not _agree(plain, folded, tolerance):
+            return False
+    return True
 
 
 def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:

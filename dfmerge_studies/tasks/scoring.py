@@ -201,12 +201,23 @@ def _shifted(model: nn.Module, targets: Tensor) -> Tensor:
     """Decoder inputs for the targets: the start token, then all targets but the last."""
     prepare: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if prepare is None:
-        raise InputError(
-            f"{type(model).__name__} cannot make decoder inputs from targets",
-            mend="Use an encoder-decoder class with a language modelling head",
-        )
+        return _shifted_by_config(model, targets)
     ids: Tensor = prepare(labels=targets)
     return ids
+
+
+def _shifted_by_config(model: nn.Module, targets: Tensor) -> Tensor:
+    """The same for models that only shift targets inside of their own loss (Blenderbot, M2M100)."""
+    config: Any = model.config
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise InputError(
+            f"{type(model).__name__} cannot make decoder inputs from targets: no decoder_start_token_id",
+            mend="Use an encoder-decoder class with a language modelling head, and set it in config.json",
+        )
+    ids = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], dim=1)
+    blank = getattr(config, "pad_token_id", None)
+    return ids.masked_fill(ids == IGNORED, 0 if blank is None else blank)
 
 
 def _fold(model: nn.Module, hidden: Tensor, mask: Tensor, rows: Rows) -> Tensor:

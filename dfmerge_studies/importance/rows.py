@@ -1,0 +1,138 @@
+"""Sum of squared per-row gradients by plain autograd, one row at a time: slow, and right for any model.
+
+A row is an (input, choice) pair, or a direction of an input's class scores, as in `fisher`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import InputError, first_line, out_of_memory
+from dfmerge_studies.importance.capture import check_names, refuse_unused
+from dfmerge_studies.importance.passes import Job, check_finite, class_rows, only_chosen
+from dfmerge_studies.methods import Estimator
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.scoring import (
+    autocasting,
+    class_logits,
+    continuation_losses,
+    decode,
+    device_of,
+    encode,
+    make_rows,
+    probabilities,
+)
+
+
+def sum_by_rows(
+    job: Job, names: Collection[str], dtype: torch.dtype, *, done: Callable[[int], None] = lambda inputs: None
+) -> dict[str, Tensor]:
+    """Sum of squared per-row gradients of a model's parameters.
+
+    Args:
+        job: model, inputs, estimator.
+        names: names of the wanted parameters, as `named_parameters()` gives them.
+        dtype: precision of the sums.
+        done: called with the number of inputs done since the last call.
+
+    Returns:
+        {parameter: tensor of its shape}
+
+    Raises:
+        InputError: a name that the model does not have, or a parameter that it does not use.
+        RunError: a loss is not finite.
+    """
+    model = job.model
+    check_names(model, names)
+    asked = set(names)
+    wanted = {name: p for name, p in model.named_parameters() if name in asked}
+    ids = {id(p) for p in wanted.values()}
+    sums = {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name, p in wanted.items()}
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    used: set[str] = set()
+    try:
+        model.eval()
+        for p, _ in flags:
+            p.requires_grad_(id(p) in ids)
+        for i in range(len(job.examples)):
+            for output, direction in _rows(job, i):
+                for name, gradient in zip(wanted, _gradients(model, output, direction, wanted), strict=True):
+                    if gradient is not None:
+                        used.add(name)
+                        sums[name].addcmul_(gradient.to(dtype), gradient.to(dtype))
+            done(1)
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+    refuse_unused(set(sums) - used)
+    return sums
+
+
+def _gradients(
+    model: nn.Module, output: Tensor, direction: Tensor, wanted: Mapping[str, Tensor]
+) -> Sequence[Tensor | None]:
+    if not output.requires_grad:
+        return [None] * len(wanted)
+    several = output.dim() > 0  # class scores, which have a pass per direction
+    try:
+        return torch.autograd.grad(output, [*wanted.values()], direction, retain_graph=several, allow_unused=True)
+    except RuntimeError as error:
+        if out_of_memory(error) is not None:
+            raise
+        raise InputError(
+            f"{type(model).__name__} cannot be differentiated: {first_line(error)}",
+            mend="Use a method without importance, such as gta, or another model",
+        ) from error
+
+
+def _rows(job: Job, i: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each row of the i-th input is the gradient of, and in which direction."""
+    example = job.examples[i]
+    if job.kind is Kind.CLASSIFICATION:
+        with torch.enable_grad(), autocasting(job.model, job.autocast):
+            logits = class_logits(job.model, [example], job.pad_id)
+        check_finite(logits.detach(), [example])
+        directions = class_rows(job, [i], logits.detach())
+        for k in range(directions.shape[1]):
+            yield logits, directions[:, k]
+        return
+    weights = [1.0] * len(example.choices)
+    if job.estimator is Estimator.EXACT or job.estimator.draws:
+        with torch.no_grad():
+            losses = torch.stack([_loss(job, single) for single in _singles(example)])
+        check_finite(losses, [example] * len(losses))
+        weights = probabilities(losses).tolist()
+        if job.estimator is not Estimator.EXACT:
+            example = only_chosen(job, [i], [example], losses[None])[0][0]
+            weights = [1.0]
+    else:
+        example = only_chosen(job, [i], [example], None)[0][0]
+    for single, weight in zip(_singles(example), weights, strict=False):
+        with torch.enable_grad():
+            loss = _loss(job, single)
+        check_finite(loss.detach()[None], [example])
+        yield loss, loss.new_tensor(weight).sqrt()
+
+
+def _singles(example: Encoded) -> list[Encoded]:
+    """The input with each of its choices alone."""
+    return [
+        Encoded(example.index, example.input_ids, (choice,), 0, example.token_type_ids, example.truncated)
+        for choice in example.choices
+    ]
+
+
+def _loss(job: Job, single: Encoded) -> Tensor:
+    model: nn.Module = job.model
+    with autocasting(model, job.autocast):
+        rows = make_rows([single], device_of(model))
+        if job.kind is Kind.CAUSAL:
+            return continuation_losses(model, [single], rows, job.pad_id)[0]
+        hidden, mask = encode(model, [single], job.pad_id)
+        return decode(model, hidden, mask, rows.targets)[0]

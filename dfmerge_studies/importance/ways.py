@@ -1,0 +1,92 @@
+"""Which way to the Fisher information of a model: batched, or row by row where that is not exact.
+
+Two short inputs are computed both ways when a model is first seen, and the batched way is only taken where it gives
+the same.  So a module that the hooks misread costs time, and never a wrong number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import RunError, first_line, out_of_memory
+from dfmerge_studies.importance.passes import Job
+from dfmerge_studies.importance.rows import sum_by_rows
+from dfmerge_studies.methods import Estimator
+from dfmerge_studies.tasks.encoding import Encoded
+
+logger = logging.getLogger(__name__)
+
+PROBED_CHOICES = 2
+# In L2, relative to a parameter's and, for those that are all rounding, to that of all.  What is misread is off by 1.
+TOLERANCE = {torch.float64: (1e-4, 1e-8), torch.float32: (2e-2, 1e-5)}
+TOLERANCE_16_BIT = (0.5, 2e-2)
+
+_batched: WeakKeyDictionary[nn.Module, dict[tuple[str, frozenset[str]], bool]] = WeakKeyDictionary()
+
+
+def can_batch(job: Job, names: Collection[str], sums: Callable[[Job, torch.dtype], dict[str, Tensor]]) -> bool:
+    """Whether batched sums of this model's squared gradients are those of its rows.
+
+    Args:
+        job: model and inputs.
+        names: names of the wanted parameters.
+        sums: the batched way.
+
+    Raises:
+        InputError: the model cannot be differentiated row by row either.
+        RunError: a loss is not finite, or memory ran out.
+    """
+    known, key = _batched.setdefault(job.model, {}), (job.kind.value, frozenset(names))
+    if key not in known:
+        why = _difference(replace(job, examples=_probes(job), estimator=Estimator.EXACT), names, sums)
+        known[key] = why is None
+        if why is not None:
+            logger.warning(
+                "%s: importance is computed one row at a time, which is slower (%s)", type(job.model).__name__, why
+            )
+    return known[key]
+
+
+def not_batched(job: Job, names: Collection[str]) -> None:
+    """Remember that a model's sums cannot be batched, which only came out later.
+
+    Args:
+        job: model and inputs.
+        names: names of the wanted parameters.
+    """
+    _batched.setdefault(job.model, {})[job.kind.value, frozenset(names)] = False
+
+
+def _probes(job: Job) -> list[Encoded]:
+    """The shortest input, and the next of another length, so that one of the two is padded."""
+    order = sorted(job.examples, key=lambda example: len(example.input_ids))
+    other = next((each for each in order if len(each.input_ids) > len(order[0].input_ids)), order[-1])
+    return [replace(example, choices=example.choices[:PROBED_CHOICES]) for example in (order[0], other)]
+
+
+def _difference(job: Job, names: Collection[str], sums: Callable[[Job, torch.dtype], dict[str, Tensor]]) -> str | None:
+    """Why the batched way is not to be taken, None where both agree."""
+    dtype = torch.promote_types(next(job.model.parameters()).dtype, torch.float32)
+    try:
+        found = sums(job, dtype)
+    except RunError:
+        raise
+    except Exception as error:
+        # Whatever a model does to the hooks: the other way has none, and says what is wrong with the model itself.
+        if out_of_memory(error) is not None:
+            raise
+        return first_line(error)
+    expected = sum_by_rows(job, names, dtype)
+    precision = job.autocast or next(job.model.parameters()).dtype
+    relative, absolute = TOLERANCE.get(precision, TOLERANCE_16_BIT)
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in expected.items():
+        if not (found[name] - value).norm() <= relative * value.norm() + absolute * whole:
+            return f"batched, that of {name} comes out otherwise"
+    return None
