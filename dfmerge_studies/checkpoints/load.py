@@ -150,11 +150,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"the tokenizer cannot be loaded: {first_line(error)}",
-            where=str(checkpoint.path),
-            mend="Save the tokenizer into the model directory with tokenizer.save_pretrained",
-        ) from error
+        mend = "Save the tokenizer into the model directory with tokenizer.save_pretrained"
+        raise refused(error, str(checkpoint.path), "the tokenizer cannot be loaded", mend) from error
     return tokenizer
 
 
@@ -216,6 +213,12 @@ def refused(error: Exception, where: str, what: str, mend: str) -> InputError:
         what: what failed, as a clause.
         mend: what the reader can do.
     """
+    if "trust_remote_code" in str(error):
+        return InputError(
+            "it brings code of its own, which is not run unless you say so",
+            where=where,
+            mend="Read that code; if you trust it, add --trust-remote-code",
+        )
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return InputError(
             "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",

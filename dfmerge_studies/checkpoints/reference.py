@@ -100,7 +100,7 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
                 raise InputError(f"{path} is a file, expected a model directory", where=where, mend="Name its folder")
             path = _download(reference, path, where)
     checkpoint = Checkpoint(reference, path, trust_remote_code)
-    checkpoint.read_config()
+    _refuse_kernels(checkpoint)
     if checkpoint.is_adapter:
         read_json_object(path / "adapter_config.json")
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
@@ -110,6 +110,20 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
             mend="Name a directory that save_pretrained wrote",
         )
     return checkpoint
+
+
+def _refuse_kernels(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that makes transformers fetch compiled code from the Hub."""
+    config = checkpoint.read_config()
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        named = config.get(name)
+        values = named.values() if isinstance(named, dict) else (named,)
+        if not checkpoint.trust_remote_code and any("/" in str(value) for value in values):
+            raise InputError(
+                f"{name}: {named!r} fetches code, which is not run unless you say so",
+                where=str(checkpoint.path / "config.json"),
+                mend="Take the field out, or, if you trust that code, add --trust-remote-code",
+            )
 
 
 def _package_folder(reference: str, where: str) -> Path:

@@ -50,6 +50,14 @@ CacheOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what this program wrote there, and nothing else.")]
 
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with a checkpoint: a spec alone cannot say so.",
+    ),
+]
+
 MethodParameters = dict[str, float] | None  # those that were given; see `with_method_parameters`
 
 QUICKSTART = "quickstart"
@@ -122,6 +130,16 @@ def _spec_arguments(
 
 def _workdir(file: Path | None) -> Path | None:
     return Path.cwd() if file is None else None
+
+
+def trusting(overrides: list[str] | None, trust: bool) -> list[str]:
+    """Overrides with the flag that lets foreign code run among them, so that later commands get it too.
+
+    Args:
+        overrides: values of `--set`.
+        trust: whether `--trust-remote-code` was given.
+    """
+    return [*(overrides or []), *(["trust_remote_code=true"] if trust else [])]
 
 
 def check_early(spec: StudySpec, *, models: bool = True, storage: bool = False, create: bool = True) -> None:

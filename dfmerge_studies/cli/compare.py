@@ -48,6 +48,7 @@ def compare(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     json: common.JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print one line per row and task, for other programs.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
@@ -57,6 +58,7 @@ def compare(
         raise InputError("--json, --csv and --latex cannot be used together", where="compare", mend="Choose one")
     if ablation and methods is not None:
         raise InputError("--ablation names its methods itself", where="--methods", mend="Leave one of the two out")
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(
         spec, overrides, storage=storage, device=device, cache=cache, multi_task=_model(multi_task)
     )

@@ -106,10 +106,11 @@ def validate(
     spec: common.SpecArgument = None,
     storage: common.StorageOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Check everything that can be checked before spending: files, shapes, tokenizers, data, memory."""
-    found = common.examine_spec(spec, overrides, storage=storage)
+    found = common.examine_spec(spec, common.trusting(overrides, trust), storage=storage)
     with common.progress_bar() as progress:
         common.quiet_libraries()
         from dfmerge_studies.study.validate import validate_examined

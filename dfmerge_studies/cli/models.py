@@ -31,10 +31,12 @@ def merge(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     force: common.ForceOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Merge once at the given coefficients, without a study."""
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
     row = settings.row
     point = Point(_parse_coefficients(settings, coefficients), row.complete(parameters or {}, flags=True))
@@ -77,10 +79,12 @@ def fisher(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     force: common.ForceOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Write one expert's diagonal Fisher information as a safetensors file."""
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, device=device, cache=cache)
     from dfmerge_studies.spec import check_coefficients
 
@@ -129,6 +133,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
     device: common.DeviceOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Score any model on the spec's tasks."""
@@ -136,6 +141,7 @@ def evaluate(
         raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
     from dfmerge_studies.objective.preflight import check_model
 
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, device=device)
     common.check_early(settings)
     check_model(model, root=Path.cwd(), where="--model")
@@ -167,6 +173,7 @@ def export(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weights file.")] = "5GB",
     force: common.ForceOption = False,
     json: common.JsonOption = False,
@@ -174,6 +181,7 @@ def export(
     """Write the best trial, or a given one, as a model directory that from_pretrained loads."""
     if out is None:
         raise InputError("nothing says where to write", where="--out", mend="Add --out DIR")
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
     from dfmerge_studies.report.outputs import model_target
 

@@ -50,11 +50,13 @@ def report(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     force: common.ForceOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Write a study's figures and one self-contained HTML page."""
     names, shares = _names(figures), _shares(ratios)
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
     from dfmerge_studies.report.outputs import report_target
 

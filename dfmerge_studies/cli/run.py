@@ -42,6 +42,7 @@ def run(
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
+    trust: common.TrustOption = False,
     test: Annotated[bool, typer.Option(help="Score the winner on the test splits, where there are any.")] = True,
     json: common.JsonOption = False,
 ) -> None:
@@ -56,6 +57,7 @@ def run(
             where="--workers",
             mend="Leave it out, or start run without accelerate launch or torchrun",
         )
+    overrides = common.trusting(overrides, trust)
     settings = common.load_spec(
         spec,
         overrides,

@@ -98,7 +98,8 @@ def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[str])
             for index in range(count)
         ]
         show = _Display(bars, spec)
-        command = [sys.executable, "-m", "dfmerge_studies", _COMMAND]
+        # -P: the working directory may be a spec's folder, which may hold a torch.py
+        command = [sys.executable, "-P", "-m", "dfmerge_studies", _COMMAND]
         return Pool(command, orders, on_notice=show.notice, on_death=show.put_back).run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
 from dfmerge_studies.tasks.strict import Settings
+
+TRUST_VARIABLE = "DFMERGE_TRUST_REMOTE_CODE"
 
 
 class StudySpec(Settings):
@@ -62,7 +65,10 @@ class StudySpec(Settings):
         le=limits.COUNT,
         description="tokens in one evaluation batch: bounds memory; changes results by rounding only",
     )
-    trust_remote_code: bool = Field(False, description="let code that comes with a checkpoint run")
+    trust_remote_code: bool = Field(
+        False,
+        description="let code that comes with a checkpoint run; the command line or the environment must agree",
+    )
 
     _file: Path = PrivateAttr(Path("spec.yaml"))
     _workdir: Path | None = PrivateAttr(None)
@@ -183,6 +189,7 @@ class StudySpec(Settings):
         spec, wrong = cls._validated(read_fields(path, overrides), path)
         if spec is None:
             raise _the_first([each.problem for each in wrong])
+        spec = _as_trusted(spec, overrides)
         spec._file, spec._workdir = path.resolve(), workdir
         if problems := [problem for _, problem in reference_problems(spec)]:
             raise _the_first(problems)
@@ -207,6 +214,7 @@ class StudySpec(Settings):
             return found
         examine_(found, data, lambda fields: cls._validated(fields, path))
         if found.spec is not None:
+            found.spec = _as_trusted(found.spec, overrides)
             found.spec._file, found.spec._workdir = path.resolve(), workdir
             found.problems += [p for field, p in reference_problems(found.spec) if found.is_sound(field)]
         return found
@@ -287,6 +295,13 @@ def _the_first(problems: Sequence[InputError]) -> InputError:
         where=first.where,
         mend=f"{first.mend}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
     )
+
+
+def _as_trusted(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The spec, in which foreign code runs only if whoever uses the spec says so: its author may be somebody else."""
+    stated = any(override.partition("=")[0].strip() == "trust_remote_code" for override in overrides)
+    agreed = os.environ.get(TRUST_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+    return spec if stated or agreed else spec.model_copy(update={"trust_remote_code": False})
 
 
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {

@@ -19,7 +19,7 @@ from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow", "pandas")
+_LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 
 
 def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: Path, spec_file: str) -> None:

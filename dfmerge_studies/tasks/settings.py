@@ -47,6 +47,10 @@ class _Task(Settings):
     def _dataset_has_a_path(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("path"), str):
             raise ValueError("'path' is required: json, csv, parquet, a directory or a Hub id")
+        if value["path"] == "pandas":
+            raise ValueError("a pickle can run any code when it is read; write the table as parquet, csv or json")
+        if "trust_remote_code" in value:
+            raise ValueError("data sets that are code are not run; write the rows as parquet, csv or json")
         for key in ("split", "streaming"):
             if key in value:
                 raise ValueError(f"{key!r} cannot be set here; name the splits with validation_split and test_split")
