@@ -6,7 +6,7 @@ The commands are thin skins over what is here:
     open_study(spec).run()               create the study or join it, and work until its total is reached
     load_problem(spec)                   models and data of a spec, in memory
     merge(problem, coefficients)         one merge, scored; the model stays in `problem.resident.model`
-    diagonal_fisher(model, kind, ...)    importance of a model's parameters on given inputs
+    diagonal_fisher(model, forward, inputs)    exact diagonal Fisher of any model under any loss
     evaluate_model(spec, model, split)   scores of any model directory
     compare(spec, methods, seeds=3)      methods side by side, each a study per seed
 

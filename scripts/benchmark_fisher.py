@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
-from dfmerge_studies.importance.fisher import diagonal_fisher
+from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 
 
@@ -107,7 +107,7 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     names = [name for name, _ in model.named_parameters() if options.embeddings or "embeddings" not in name]
 
     def engine() -> dict[str, Tensor]:
-        return diagonal_fisher(model, kind, inputs, pad_id=0, names=names, row_budget=options.row_budget).values
+        return task_fisher(model, kind, inputs, pad_id=0, names=names, row_budget=options.row_budget).values
 
     engine()
     fast, fast_seconds, fast_work = timed(engine, device, options.repeats)

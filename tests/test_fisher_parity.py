@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from dfmerge_studies.importance.fisher import diagonal_fisher
+from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.metrics import METRICS, Answers
@@ -98,7 +98,7 @@ def test_the_fisher_is_that_of_the_reference(
         for name, p in model.named_parameters():
             p.add_(scale * (expert[name] - p))
     inputs = [examples[task][i] for i in reference["fisher_indices"][task]]
-    found = diagonal_fisher(model, Kind.TEXT_TO_TEXT, inputs, pad_id=0).values
+    found = task_fisher(model, Kind.TEXT_TO_TEXT, inputs, pad_id=0).values
     expected = load_file(PARITY / "reference" / f"point{point}.fisher.{task}.safetensors")
     assert found.keys() == expected.keys()
     squares = error = 0.0

@@ -29,8 +29,10 @@ from transformers import (
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import load_fisher
-from dfmerge_studies.importance.fisher import diagonal_fisher, fisher_sum, sampling_draws
 from dfmerge_studies.importance.nodes import spread
+from dfmerge_studies.importance.passes import Job
+from dfmerge_studies.importance.task_fisher import sampling_draws, share_of_sum, task_fisher
+from dfmerge_studies.methods import Estimator
 from dfmerge_studies.objective.merger import merge
 from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.spec import StudySpec
@@ -110,9 +112,9 @@ def loop_nodes(family: str, model: nn.Module, examples: list[Encoded], draws: Te
 
 def nodes_of(family: str, model: nn.Module, examples: list[Encoded], **options: Any) -> dict[str, Tensor]:
     """What the engine finds."""
-    options = {"compact": True, "accumulate_dtype": torch.float64, "pad_id": FAMILIES[family].pad_id} | options
+    options = {"compact": True, "pad_id": FAMILIES[family].pad_id} | options
     generator = torch.Generator().manual_seed(3)
-    return diagonal_fisher(
+    return task_fisher(
         model, FAMILIES[family].kind, examples, estimator="mask-nodes", generator=generator, **options
     ).values
 
@@ -159,11 +161,9 @@ def test_neither_the_size_of_chunks_nor_what_pads_them_changes_the_masks(family:
 def test_shares_of_the_inputs_add_up_before_and_after_spreading() -> None:
     model, examples = make_model("t5", torch.float64), make_examples("t5")
     draws, names = draws_of(examples), [name for name, _ in model.named_parameters()]
-    options: dict[str, Any] = {"pad_id": 0, "estimator": "mask-nodes", "accumulate_dtype": torch.float64}
-    shares = [
-        fisher_sum(model, Kind.TEXT_TO_TEXT, examples[part], draws=draws[part], **options).values
-        for part in (slice(0, 3), slice(3, 8), slice(8, 8))
-    ]
+    job = Job(model, Kind.TEXT_TO_TEXT, examples, 0, Estimator.MASK_NODES, draws)
+    parts = (range(3), range(3, len(examples)), range(0))
+    shares = [share_of_sum(job, part, names) for part in parts]
     total = {name: sum(share[name] for share in shares) / len(examples) for name in shares[0]}
     assert_same(total, nodes_of("t5", model, examples))  # type: ignore[arg-type]
     spread_shares = [spread(model, share, names) for share in shares]
@@ -346,7 +346,7 @@ def test_unknown_names_and_a_missing_generator_are_refused() -> None:
     with pytest.raises(InputError, match="no parameter nothing"):
         nodes_of("bert", model, examples, names=["nothing"])
     with pytest.raises(InputError, match="generator"):
-        diagonal_fisher(model, Kind.CLASSIFICATION, examples, pad_id=0, estimator="mask-nodes")
+        task_fisher(model, Kind.CLASSIFICATION, examples, pad_id=0, estimator="mask-nodes")
 
 
 def test_an_architecture_without_a_row_is_refused_before_a_study_exists(
@@ -381,7 +381,7 @@ def test_fisher_nodes_is_the_mean_of_the_experts_weighed_by_their_masks(
         thetas.append({name: p.detach().clone() for name, p in resident.model.named_parameters()})
         seed = int(seeded_generator(0, "sampled", expert).integers(2**62))
         weights.append(
-            diagonal_fisher(
+            task_fisher(
                 resident.model,
                 problem.kind,
                 problem.tasks[expert].fisher,

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.layers import Call, Unseparable, is_known, parts, tensors_of, versions_of
 from dfmerge_studies.importance.squares import Part, Whole, add_squares_
+from dfmerge_studies.params import at_least_float32
 
 
 @dataclass(slots=True)
@@ -90,20 +91,23 @@ class Capture:
     Args:
         model: the model.
         names: names of the wanted parameters, as `named_parameters()` gives them.
-        dtype: precision of the sums.
+
+    Attributes:
+        sums: by name, in the precision of the parameter, or float32 where that is narrower.
+        visited: names that a stage has used.
 
     Raises:
         InputError: a name that the model does not have, or a parameter that is not of floating point.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self.model = model
         check_names(model, names)
         parameters = dict(model.named_parameters())
         wanted = set(names)
         self._name_of = {id(p): name for name, p in parameters.items() if name in wanted}
         self.sums = {
-            name: torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False)
+            name: torch.zeros(p.shape, dtype=at_least_float32(p), device=p.device)
             for name, p in parameters.items()
             if name in wanted
         }

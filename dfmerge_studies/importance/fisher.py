@@ -1,267 +1,228 @@
-"""Diagonal Fisher information of a task at a model's present weights.
+"""Exact diagonal Fisher information of any model under any loss, from batched passes.
 
-    x        one of the N inputs;  c  one of its choices, or a class
-    l(x, c)  loss of the choice, p(c|x) its probability (see `tasks.scoring`); p is a constant for the gradients
+    r        row: one term of the sum, with a loss of its own; R of them in a batch
+    l[r]     loss of a row, (R,); or C losses of a row that share its forward pass, (R, C)
+    w[r]     weight of a loss, >= 0, a constant for the gradients; shape of l
     F        {parameter: shape of the parameter}, >= 0
 
-    exact       F = 1/N  sum over x and c of p(c|x) (grad l(x, c))^2
-    sampled     F = 1/N  sum over x of (grad l(x, c))^2,  c drawn from p(.|x)
-    empirical   F = 1/N  sum over x of (grad l(x, c))^2,  c the label
-    mask-nodes  as sampled, but of masks on heads and neurons, spread over the parameters (see `nodes`)
+    F = sum over r of w[r] (grad l[r])^2  /  sum over r of w[r]          elementwise
 
-Squares are taken per input and choice, never of a batch's sum.  Weights go into the direction of the backward pass,
-sqrt(p) l, so that nothing is weighted afterwards.
+Squares are taken per row, never of a batch's sum, which would add cross terms.  Weights go into the direction of the
+backward pass, sqrt(w) l, so that nothing is weighted afterwards.
 
-For classes, l(x, c) = -log p(c|x), and sum over c of p_c (grad l_c)^2 is a quadratic form in the gradients of the
-scores with the matrix diag(p) - p p^T.  Its rank is one less than the number of classes, so one backward pass per class
-but one is enough, each along a column of a square root of that matrix.
+With every choice c of an input x as a row, l = -log p(c|x) and w = p(c|x), this is the Fisher information; with the
+labels as the only rows it is the empirical one.  `task_fisher` computes both for the tasks of a spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.capture import Capture
-from dfmerge_studies.importance.layers import Unseparable
-from dfmerge_studies.importance.nodes import NodeCapture, spread
-from dfmerge_studies.importance.passes import PASSES, Job
-from dfmerge_studies.importance.rows import sum_by_rows
-from dfmerge_studies.importance.ways import can_batch, not_batched
-from dfmerge_studies.methods import Estimator
-from dfmerge_studies.params import float_parameters
-from dfmerge_studies.ranks import SOLO, Ranks
-from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import length_batches
-from dfmerge_studies.tasks.scoring import autocasting
 
-ROW_BUDGET = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class FisherResult:
-    """A diagonal Fisher, without a floor.
-
-    Attributes:
-        values: {parameter name: tensor of its shape, >= 0}: means over the inputs, or sums where so documented; or
-            {mask: (units,)} where so documented.
-        samples: inputs used.
-    """
-
-    values: dict[str, Tensor]
-    samples: int
+Batch = TypeVar("Batch")
+Weights = Callable[[Tensor, Any], Tensor] | Sequence[float] | Tensor
 
 
 def diagonal_fisher(
     model: nn.Module,
-    kind: Kind,
-    examples: Sequence[Encoded],
+    forward: Callable[[Any, Batch], Tensor],
+    inputs: Iterable[Batch],
+    weights: Weights | None = None,
     *,
-    pad_id: int,
     names: Collection[str] | None = None,
-    estimator: str = Estimator.EXACT,
-    generator: torch.Generator | None = None,
-    row_budget: int = ROW_BUDGET,
-    accumulate_dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
-    compact: bool = False,
-    progress: Callable[[int], None] | None = None,
-    ranks: Ranks = SOLO,
-) -> FisherResult:
-    """Diagonal Fisher information, the mean over the inputs.
-
-    Args:
-        model: the model; left as it is found.
-        kind: how the model answers.
-        examples: the N inputs; labels are used by `empirical` only.
-        pad_id: token id to pad inputs with.
-        names: parameters wanted, as `named_parameters()` gives them (tied ones once); all of floating point for `None`.
-        estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
-        generator: on the CPU, source of the choices that are drawn, one number per input in order.
-        row_budget: rows times tokens whose activations are alive at once, the bound on memory.
-        accumulate_dtype: precision of products and sums.
-        autocast: run the model in mixed precision of this dtype.
-        compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
-        progress: called with the number of inputs done since the last call.
-        ranks: processes that share the inputs; the values are right on the leader, and of no use on the others.
-
-    Raises:
-        InputError: no inputs, a missing label, an unknown estimator or name, or a module that cannot be handled.
-        RunError: a loss is not finite.
-    """
-    if not examples:
-        raise InputError("there are no inputs to compute the Fisher information from", mend="Check samples and limit")
-    draws = sampling_draws(len(examples), generator) if _draws(estimator) else None
-    share = ranks.shares([_rows_times_tokens(example, kind) for example in examples])[ranks.rank]
-    result = FisherResult({}, 0)
-
-    def compute() -> int:
-        nonlocal result
-        result = fisher_sum(
-            model,
-            kind,
-            [examples[i] for i in share],
-            pad_id=pad_id,
-            names=names,
-            estimator=estimator,
-            draws=draws[share] if draws is not None else None,
-            row_budget=row_budget,
-            accumulate_dtype=accumulate_dtype,
-            autocast=autocast,
-            progress=progress,
-            ranks=ranks,
-        )
-        return result.samples
-
-    samples = sum(ranks.agreed(compute))
-    values = result.values
-    ranks.sum_on_leader_(values[name] for name in sorted(values))
-    for total in values.values():
-        total.div_(samples)
-    return FisherResult(values if compact else whole(model, values, estimator=estimator, names=names), samples)
-
-
-def whole(
-    model: nn.Module, values: dict[str, Tensor], *, estimator: str, names: Collection[str] | None = None
+    rows: Callable[[Batch], int] | None = None,
 ) -> dict[str, Tensor]:
-    """Values by parameter, from those that `fisher_sum` and `diagonal_fisher(compact=True)` give.
+    """Weighted mean, over all rows, of the squared gradient of each row's loss.
+
+    The empirical Fisher of a linear model under half the squared error; the gradients are (1, 2) and (6, 0):
+
+    >>> import torch
+    >>> from dfmerge_studies import diagonal_fisher
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    >>> def forward(model, batch):
+    ...     x, y = batch
+    ...     return 0.5 * (model(x)[:, 0] - y) ** 2
+    >>> x, y = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([0.0, 1.0])
+    >>> diagonal_fisher(model, forward, [(x, y)])
+    {'weight': tensor([[18.5000,  2.0000]])}
+
+    The exact Fisher of a classifier: the losses of all classes, each weighed by its probability:
+
+    >>> classifier = torch.nn.Linear(2, 3)
+    >>> exact = diagonal_fisher(
+    ...     classifier,
+    ...     lambda model, batch: -model(batch).log_softmax(dim=-1),
+    ...     x.split(1),  # two batches of one row
+    ...     lambda losses, batch: (-losses).exp(),
+    ... )
+    >>> p = classifier(x).softmax(dim=-1)
+    >>> torch.allclose(exact["bias"], (p * (1 - p)).mean(dim=0))
+    True
+
+    Layers that transformers and torch have formulas for cost one pass for all rows; others are run again row by row,
+    which is exact too, and slower.  What cannot be exact is refused by name: a module that mixes rows, or a parameter
+    that is used outside its module.
 
     Args:
-        model: the model that they are of.
-        values: by mask for `mask-nodes`; the other estimators' are whole already and come back as they are.
-        estimator: theirs.
-        names: parameters wanted; all of floating point for `None`.
+        model: any model; it is in evaluation mode while this runs, and left as it is found.
+        forward: from the model and a batch to one loss per row, (R,), or to C losses per row, (R, C).  A row's losses
+            must depend on that row alone, and the first dimension of what passes through the model must be the rows.
+        inputs: batches, as a `DataLoader` gives them; what they are is for `forward` to know.  The graph of a whole
+            batch is in memory at once.
+        weights: a function from the losses, detached, and the batch to their weights, in the shape of the losses; or
+            one number per loss, in their order over all batches; `None` weighs all alike.
+        names: parameters wanted, as `named_parameters()` gives them (tied ones once); `None` for those that require a
+            gradient.
+        rows: how many rows `forward` makes of a batch.  Without it a pass without gradients finds that out.
 
     Returns:
-        {parameter: tensor of its shape}; for `mask-nodes` views that repeat their values and must not be written in.
-    """
-    if estimator != Estimator.MASK_NODES:
-        return values
-    return spread(model, values, float_parameters(model) if names is None else names)
-
-
-def _draws(estimator: str) -> bool:
-    return estimator in set(Estimator) and Estimator(estimator).draws
-
-
-def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
-    """(inputs,) uniform numbers, one per input in order, so that batching and sharing out do not change the choices.
-
-    Args:
-        inputs: how many inputs there are.
-        generator: on the CPU; advanced by `inputs` draws.
+        {parameter: tensor of its shape}, in float32 at least.
 
     Raises:
-        InputError: there is no generator.
-    """
-    if generator is None:
-        raise InputError("this estimator draws choices and needs a random generator", mend="Pass one, seeded")
-    return torch.rand(inputs, generator=generator, dtype=torch.float64)
-
-
-def fisher_sum(
-    model: nn.Module,
-    kind: Kind,
-    examples: Sequence[Encoded],
-    *,
-    pad_id: int,
-    names: Collection[str] | None = None,
-    estimator: str = Estimator.EXACT,
-    draws: Tensor | None = None,
-    row_budget: int = ROW_BUDGET,
-    accumulate_dtype: torch.dtype = torch.float32,
-    autocast: torch.dtype | None = None,
-    progress: Callable[[int], None] | None = None,
-    ranks: Ranks = SOLO,
-) -> FisherResult:
-    """Sums instead of means, for inputs that are shared out: add `values` and `samples` of the shares, then divide.
-
-    For `mask-nodes` the values are those of masks, by mask; `whole` gives those of parameters.
-
-    Args:
-        model: the model; left as it is found.
-        kind: how the model answers.
-        examples: the N inputs of this share; with none, the sums are zero.
-        pad_id: token id to pad inputs with.
-        names: parameters wanted; all of floating point for `None`.
-        estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
-        draws: (N,) of `sampling_draws`, the numbers of these inputs; needed where choices are drawn, else unused.
-        row_budget: rows times tokens whose activations are alive at once.
-        accumulate_dtype: precision of products and sums.
-        autocast: run the model in mixed precision of this dtype.
-        progress: called with the number of inputs done since the last call.
-        ranks: whose held signals are looked at between chunks; nothing is added up over them here.
-
-    Raises:
-        InputError: a missing label, an unknown estimator or name, draws that do not match the inputs, or a module that
-            cannot be handled.
+        InputError: there are no inputs, losses or weights have another shape or no gradient, a name is unknown, or a
+            module cannot be handled.
         RunError: a loss is not finite.
     """
-    if estimator not in set(Estimator):
-        raise InputError(f"unknown estimator {estimator!r}", mend=f"Use one of {', '.join(Estimator)}")
-    if _draws(estimator) and (draws is None or len(draws) != len(examples)):
-        raise InputError(f"the estimator {estimator} needs one draw per input", mend="Use sampling_draws")
     if names is None:
-        names = float_parameters(model)
-    job = Job(
-        model,
-        kind,
-        examples,
-        pad_id,
-        Estimator(estimator),
-        torch.zeros(len(examples)) if draws is None else draws,
-        autocast,
-    )
-    if not names or not examples:
-        return FisherResult(_empty(job, names, accumulate_dtype), len(examples))
+        names = [name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+        if not names:
+            raise InputError("no parameter of the model requires a gradient", mend="Give names=[...]")
+    capture, weigh = Capture(model, names), _Weigher(weights)
 
-    def advance(inputs: int) -> None:
-        ranks.check()
-        if progress is not None:
-            progress(inputs)
+    def run(batch: Batch) -> None:
+        number = rows(batch) if rows is not None else len(_checked(forward(model, batch)))
+        losses = add_rows_(capture, number, lambda: _checked(forward(model, batch)), lambda each: weigh(each, batch))
+        if len(losses) != number:
+            raise InputError(f"forward gave {len(losses)} losses for a batch of {number} rows")
+        if capture.visited and not losses.requires_grad:
+            raise InputError(
+                "the losses carry no gradient", where="forward", mend="Leave out torch.no_grad(), detach() and item()"
+            )
 
-    def batched(job: Job, dtype: torch.dtype, done: Callable[[int], None] = lambda inputs: None) -> dict[str, Tensor]:
-        return _batched_sums(job, names, dtype, row_budget, done)
-
-    ranks.check()
-    if job.estimator is Estimator.MASK_NODES:
-        return FisherResult(batched(job, accumulate_dtype, advance), len(examples))
-    if can_batch(job, names, batched):
-        try:
-            return FisherResult(batched(job, accumulate_dtype, advance), len(examples))
-        except Unseparable:  # in another shape of batch than those that were tried
-            not_batched(job, names)
-    return FisherResult(sum_by_rows(job, names, accumulate_dtype, done=advance), len(examples))
+    each_batch(capture, inputs, run)
+    weigh.check_end()
+    return {name: total.div_(weigh.total) for name, total in capture.finish().items()}
 
 
-def _batched_sums(
-    job: Job, names: Collection[str], dtype: torch.dtype, row_budget: int, done: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """Sums through hooks on ordinary passes over chunks of inputs."""
-    capture = _capture(job, names, dtype)
+def each_batch(
+    capture: Capture,
+    batches: Iterable[Batch],
+    run: Callable[[Batch], None],
+    *,
+    done: Callable[[Batch], None] = lambda batch: None,
+) -> None:
+    """The loop over data.
+
+    Args:
+        capture: keeps the sums, which `finish` gives.
+        batches: of any kind; the graphs of one are in memory together.
+        run: makes the forward and backward passes of a batch through `capture`.
+        done: told of each batch.
+    """
     with capture.attached(), torch.no_grad():
-        for chunk in length_batches(job.examples, job.kind, row_budget, _rows_times_tokens):
-            with autocasting(job.model, job.autocast):
-                PASSES[job.kind](job, capture, chunk)
-                capture.end_chunk()
-            done(len(chunk))
-        return capture.finish()
+        for batch in batches:
+            run(batch)
+            capture.end_chunk()
+            done(batch)
 
 
-def _capture(job: Job, names: Collection[str], dtype: torch.dtype) -> Capture:
-    return (NodeCapture if job.estimator is Estimator.MASK_NODES else Capture)(job.model, names, dtype)
+def add_rows_(
+    capture: Capture, rows: int, forward: Callable[[], Tensor], directions: Callable[[Tensor], Sequence[Tensor]]
+) -> Tensor:
+    """One batch: a forward pass, and a backward pass per direction, whose squares are added to the capture's sums.
+
+    Args:
+        capture: in use.
+        rows: in the batch, R.
+        forward: gives what is differentiated, (R, ...).
+        directions: from that, detached, to tensors of its shape.
+
+    Returns:
+        What `forward` gave.
+    """
+    with capture.stage(rows) as stage:
+        output = forward()
+    found = directions(output.detach())
+    for k, direction in enumerate(found):
+        numbers = range(k * rows, (k + 1) * rows)
+        capture.backward(stage, output, direction, numbers, keep=k + 1 < len(found))
+    return output
 
 
-def _empty(job: Job, names: Collection[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Sums over no inputs, or of nothing."""
-    return _capture(job, names, dtype).sums
+class _Weigher:
+    """From the losses of a batch to the directions of its backward passes; keeps the sum of all weights."""
+
+    def __init__(self, weights: Weights | None) -> None:
+        self._given = weights
+        self._used = 0
+        self.total = 0.0
+
+    def __call__(self, losses: Tensor, batch: Any) -> list[Tensor]:
+        finite = losses.isfinite().reshape(len(losses), -1).all(1)
+        if not bool(finite.all()):
+            raise RunError(
+                "a loss is not finite",
+                where=f"row {int((~finite).long().argmax())} of a batch",
+                mend="The weights, or the precision they are run in, overflow",
+            )
+        weights = self._of(losses, batch)
+        self.total += float(weights.double().sum())
+        root = weights.sqrt()
+        if losses.dim() == 1:
+            return [root]
+        columns = torch.eye(losses.shape[1], dtype=losses.dtype, device=losses.device)
+        return [root * column for column in columns]
+
+    def _of(self, losses: Tensor, batch: Any) -> Tensor:
+        if self._given is None:
+            return torch.ones_like(losses)
+        if callable(self._given):
+            found = self._given(losses, batch)
+        else:
+            found = torch.as_tensor(self._given).flatten()[self._used : self._used + losses.numel()]
+            self._used += losses.numel()
+            found = found.view(losses.shape) if len(found) == losses.numel() else found
+        weights = torch.as_tensor(found).detach().to(losses)
+        if weights.shape != losses.shape:
+            raise InputError(
+                f"weights of shape {tuple(weights.shape)} for losses of shape {tuple(losses.shape)}",
+                where="weights",
+                mend="Give one weight per loss",
+            )
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise InputError("a weight is negative or not finite", where="weights")
+        return weights
+
+    def check_end(self) -> None:
+        """Refuse weights that are left over, or that were none at all."""
+        if self._given is not None and not callable(self._given) and self._used != torch.as_tensor(self._given).numel():
+            raise InputError(
+                f"{torch.as_tensor(self._given).numel()} weights for {self._used} losses",
+                where="weights",
+                mend="Give one weight per loss",
+            )
+        if self.total <= 0:
+            raise InputError(
+                "there are no rows to compute the Fisher information from, or all of their weights are 0",
+                where="inputs",
+                mend="Check that the batches are not used up: a generator gives them only once",
+            )
 
 
-def _rows_times_tokens(example: Encoded, kind: Kind) -> int:
-    if kind is Kind.CLASSIFICATION:
-        return len(example.input_ids)
-    return len(example.choices) * (len(example.input_ids) + max(map(len, example.choices), default=0))
+def _checked(losses: Any) -> Tensor:
+    """What `forward` gave, if it can be losses of rows."""
+    if not isinstance(losses, Tensor) or losses.dim() not in (1, 2) or not losses.is_floating_point():
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(
+            f"forward gave {found}, not one loss per row",
+            where="forward",
+            mend='Return a tensor of shape (rows,), from a loss with reduction="none": a mean has lost its rows',
+        )
+    return losses

@@ -245,7 +245,10 @@ def _scaled_at_once(call: Call, places: Tensor) -> dict[str, Tensor] | None:
     copies = {name: p.detach().expand(*lead, -1).clone().requires_grad_() for name, p in own.items() if p is not None}
     (g,) = call.arrived.values()
     with torch.enable_grad():
-        output = functional_call(call.module, copies, call.args, call.kwargs)
+        try:
+            output = functional_call(call.module, copies, call.args, call.kwargs)
+        except RuntimeError:  # a norm over another dimension, which happens to be as long as the last
+            return None
         if not isinstance(output, Tensor) or output.shape != outputs[0].shape or not _close(output, outputs[0]):
             return None
         found = torch.autograd.grad(output, list(copies.values()), g, allow_unused=True)

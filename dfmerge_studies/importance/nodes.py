@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.capture import Capture, check_names
+from dfmerge_studies.params import at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,21 +219,20 @@ class NodeCapture(Capture):
     Args:
         model: the model.
         names: names of the parameters that the masks are wanted for; only checked, since all masks count for the means.
-        dtype: precision of the sums.
 
     Raises:
         InputError: a name that the model does not have, or layers that are not known.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         check_names(model, names)
-        super().__init__(model, (), dtype)
+        super().__init__(model, ())
         self._masks = masks_of(model)
         self._modules = dict(model.named_modules())
         self._watch = False  # for parameters that are used outside their modules
         for mask in self._masks:
-            device = next(self._modules[mask.gate].parameters()).device
-            self.sums[mask.gate] = torch.zeros(mask.units, dtype=dtype, device=device)
+            weight = next(self._modules[mask.gate].parameters())
+            self.sums[mask.gate] = torch.zeros(mask.units, dtype=at_least_float32(weight), device=weight.device)
 
     @contextmanager
     def attached(self) -> Iterator[Capture]:

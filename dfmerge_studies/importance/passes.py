@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.fisher import add_rows_
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
@@ -34,19 +35,17 @@ class Job:
     pad_id: int
     estimator: Estimator
     draws: Tensor
-    autocast: torch.dtype | None
 
 
 def _classification(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     """One forward pass, and a backward pass per direction in the space of class scores."""
     batch = [job.examples[i] for i in chunk]
-    with capture.stage(len(batch)) as stage:
-        logits = class_logits(job.model, batch, job.pad_id)
-    check_finite(logits.detach(), batch)
-    directions = class_rows(job, chunk, logits.detach())
-    for k in range(directions.shape[1]):
-        rows = [k * len(batch) + i for i in range(len(batch))]
-        capture.backward(stage, logits, directions[:, k], rows, keep=k + 1 < directions.shape[1])
+
+    def directions(logits: Tensor) -> Sequence[Tensor]:
+        check_finite(logits, batch)
+        return class_rows(job, chunk, logits).unbind(1)
+
+    add_rows_(capture, len(batch), lambda: class_logits(job.model, batch, job.pad_id), directions)
 
 
 def class_rows(job: Job, chunk: Sequence[int], logits: Tensor) -> Tensor:
@@ -99,9 +98,12 @@ def _causal(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
         if job.estimator.draws:
             losses = rows.grid(continuation_losses(job.model, batch, rows, job.pad_id), len(batch))
         batch, rows = only_chosen(job, chunk, batch, losses)
-    with capture.stage(len(rows.owner)) as stage:
-        flat = continuation_losses(job.model, batch, rows, job.pad_id)
-    capture.backward(stage, flat, _weights(job, flat, rows, batch), range(len(flat)))
+    add_rows_(
+        capture,
+        len(rows.owner),
+        lambda: continuation_losses(job.model, batch, rows, job.pad_id),
+        lambda losses: [_weights(job, losses, rows, batch)],
+    )
 
 
 def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:

@@ -1,6 +1,6 @@
 """Sum of squared per-row gradients by plain autograd, one row at a time: slow, and right for any model.
 
-A row is an (input, choice) pair, or a direction of an input's class scores, as in `fisher`.
+A row is an (input, choice) pair, or a direction of an input's class scores, as in `task_fisher`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dfmerge_studies.errors import InputError, first_line, out_of_memory
 from dfmerge_studies.importance.capture import check_names, refuse_unused
 from dfmerge_studies.importance.passes import Job, check_finite, class_rows, only_chosen
 from dfmerge_studies.methods import Estimator
+from dfmerge_studies.params import at_least_float32
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
-    autocasting,
     class_logits,
     continuation_losses,
     decode,
@@ -28,18 +28,17 @@ from dfmerge_studies.tasks.scoring import (
 
 
 def sum_by_rows(
-    job: Job, names: Collection[str], dtype: torch.dtype, *, done: Callable[[int], None] = lambda inputs: None
+    job: Job, names: Collection[str], *, done: Callable[[int], None] = lambda inputs: None
 ) -> dict[str, Tensor]:
     """Sum of squared per-row gradients of a model's parameters.
 
     Args:
         job: model, inputs, estimator.
         names: names of the wanted parameters, as `named_parameters()` gives them.
-        dtype: precision of the sums.
         done: called with the number of inputs done since the last call.
 
     Returns:
-        {parameter: tensor of its shape}
+        {parameter: tensor of its shape}, in its precision, or float32 where that is narrower.
 
     Raises:
         InputError: a name that the model does not have, or a parameter that it does not use.
@@ -50,7 +49,7 @@ def sum_by_rows(
     asked = set(names)
     wanted = {name: p for name, p in model.named_parameters() if name in asked}
     ids = {id(p) for p in wanted.values()}
-    sums = {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name, p in wanted.items()}
+    sums = {name: torch.zeros_like(p, dtype=at_least_float32(p), requires_grad=False) for name, p in wanted.items()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     used: set[str] = set()
@@ -63,7 +62,8 @@ def sum_by_rows(
                 for name, gradient in zip(wanted, _gradients(model, output, direction, wanted), strict=True):
                     if gradient is not None:
                         used.add(name)
-                        sums[name].addcmul_(gradient.to(dtype), gradient.to(dtype))
+                        gradient = gradient.to(sums[name].dtype)
+                        sums[name].addcmul_(gradient, gradient)
             done(1)
     finally:
         for p, flag in flags:
@@ -95,7 +95,7 @@ def _rows(job: Job, i: int) -> Iterator[tuple[Tensor, Tensor]]:
     """What each row of the i-th input is the gradient of, and in which direction."""
     example = job.examples[i]
     if job.kind is Kind.CLASSIFICATION:
-        with torch.enable_grad(), autocasting(job.model, job.autocast):
+        with torch.enable_grad():
             logits = class_logits(job.model, [example], job.pad_id)
         check_finite(logits.detach(), [example])
         directions = class_rows(job, [i], logits.detach())
@@ -130,9 +130,8 @@ def _singles(example: Encoded) -> list[Encoded]:
 
 def _loss(job: Job, single: Encoded) -> Tensor:
     model: nn.Module = job.model
-    with autocasting(model, job.autocast):
-        rows = make_rows([single], device_of(model))
-        if job.kind is Kind.CAUSAL:
-            return continuation_losses(model, [single], rows, job.pad_id)[0]
-        hidden, mask = encode(model, [single], job.pad_id)
-        return decode(model, hidden, mask, rows.targets)[0]
+    rows = make_rows([single], device_of(model))
+    if job.kind is Kind.CAUSAL:
+        return continuation_losses(model, [single], rows, job.pad_id)[0]
+    hidden, mask = encode(model, [single], job.pad_id)
+    return decode(model, hidden, mask, rows.targets)[0]

@@ -30,7 +30,7 @@ TOLERANCE_16_BIT = (0.5, 2e-2)
 _batched: WeakKeyDictionary[nn.Module, dict[tuple[str, frozenset[str]], bool]] = WeakKeyDictionary()
 
 
-def can_batch(job: Job, names: Collection[str], sums: Callable[[Job, torch.dtype], dict[str, Tensor]]) -> bool:
+def can_batch(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, Tensor]]) -> bool:
     """Whether batched sums of this model's squared gradients are those of its rows.
 
     Args:
@@ -70,11 +70,10 @@ def _probes(job: Job) -> list[Encoded]:
     return [replace(example, choices=example.choices[:PROBED_CHOICES]) for example in (order[0], other)]
 
 
-def _difference(job: Job, names: Collection[str], sums: Callable[[Job, torch.dtype], dict[str, Tensor]]) -> str | None:
+def _difference(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, Tensor]]) -> str | None:
     """Why the batched way is not to be taken, None where both agree."""
-    dtype = torch.promote_types(next(job.model.parameters()).dtype, torch.float32)
     try:
-        found = sums(job, dtype)
+        found = sums(job)
     except RunError:
         raise
     except Exception as error:
@@ -82,9 +81,8 @@ def _difference(job: Job, names: Collection[str], sums: Callable[[Job, torch.dty
         if out_of_memory(error) is not None:
             raise
         return first_line(error)
-    expected = sum_by_rows(job, names, dtype)
-    precision = job.autocast or next(job.model.parameters()).dtype
-    relative, absolute = TOLERANCE.get(precision, TOLERANCE_16_BIT)
+    expected = sum_by_rows(job, names)
+    relative, absolute = TOLERANCE.get(next(job.model.parameters()).dtype, TOLERANCE_16_BIT)
     whole = torch.stack([value.norm() for value in expected.values()]).norm()
     for name, value in expected.items():
         if not (found[name] - value).norm() <= relative * value.norm() + absolute * whole:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
 from dfmerge_studies.importance.cache import FisherCache, FisherKey
-from dfmerge_studies.importance.fisher import diagonal_fisher, whole
 from dfmerge_studies.importance.nodes import masks_of
+from dfmerge_studies.importance.task_fisher import task_fisher, whole
 from dfmerge_studies.methods import Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, counted, silent
@@ -79,7 +79,7 @@ class Importances:
         expert = self.problem.experts[index]
         for task in tasks:
             resident.use_head_(task)
-            result = diagonal_fisher(
+            result = task_fisher(
                 resident.model,
                 self.problem.kind,
                 self.problem.tasks[task].fisher,

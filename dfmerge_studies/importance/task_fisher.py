@@ -1,0 +1,210 @@
+"""Diagonal Fisher information of a spec's task at a model's present weights; `fisher` is the core.
+
+    x        one of the N inputs;  c  one of its choices, or a class
+    l(x, c)  loss of the choice, p(c|x) its probability (see `tasks.scoring`); p is a constant for the gradients
+    F        {parameter: shape of the parameter}, >= 0
+
+    exact       F = 1/N  sum over x and c of p(c|x) (grad l(x, c))^2
+    sampled     F = 1/N  sum over x of (grad l(x, c))^2,  c drawn from p(.|x)
+    empirical   F = 1/N  sum over x of (grad l(x, c))^2,  c the label
+    mask-nodes  as sampled, but of masks on heads and neurons, spread over the parameters (see `nodes`)
+
+For classes, l(x, c) = -log p(c|x), and sum over c of p_c (grad l_c)^2 is a quadratic form in the gradients of the
+scores with the matrix diag(p) - p p^T.  Its rank is one less than the number of classes, so one backward pass per class
+but one is enough, each along a column of a square root of that matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.fisher import each_batch
+from dfmerge_studies.importance.layers import Unseparable
+from dfmerge_studies.importance.nodes import NodeCapture, spread
+from dfmerge_studies.importance.passes import PASSES, Job
+from dfmerge_studies.importance.rows import sum_by_rows
+from dfmerge_studies.importance.ways import can_batch, not_batched
+from dfmerge_studies.methods import Estimator
+from dfmerge_studies.params import float_parameters
+from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.evaluate import length_batches
+
+ROW_BUDGET = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class FisherResult:
+    """A diagonal Fisher, without a floor.
+
+    Attributes:
+        values: {parameter name: tensor of its shape, >= 0}: means over the inputs, or sums where so documented; or
+            {mask: (units,)} where so documented.
+        samples: inputs used.
+    """
+
+    values: dict[str, Tensor]
+    samples: int
+
+
+def task_fisher(
+    model: nn.Module,
+    kind: Kind,
+    examples: Sequence[Encoded],
+    *,
+    pad_id: int,
+    names: Collection[str] | None = None,
+    estimator: str = Estimator.EXACT,
+    generator: torch.Generator | None = None,
+    row_budget: int = ROW_BUDGET,
+    compact: bool = False,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
+) -> FisherResult:
+    """Diagonal Fisher information of a task, the mean over its inputs.
+
+    Args:
+        model: the model; left as it is found.
+        kind: how the model answers.
+        examples: the N inputs; labels are used by `empirical` only.
+        pad_id: token id to pad inputs with.
+        names: parameters wanted, as `named_parameters()` gives them (tied ones once); all of floating point for `None`.
+        estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
+        generator: on the CPU, source of the choices that are drawn, one number per input in order.
+        row_budget: rows times tokens whose activations are alive at once, the bound on memory.
+        compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
+        progress: called with the number of inputs done since the last call.
+        ranks: processes that share the inputs; the values are right on the leader, and of no use on the others.
+
+    Raises:
+        InputError: no inputs, a missing label, an unknown estimator or name, or a module that cannot be handled.
+        RunError: a loss is not finite.
+    """
+    if estimator not in set(Estimator):
+        raise InputError(f"unknown estimator {estimator!r}", mend=f"Use one of {', '.join(Estimator)}")
+    if not examples:
+        raise InputError("there are no inputs to compute the Fisher information from", mend="Check samples and limit")
+    if names is None:
+        names = float_parameters(model)
+    drawn = Estimator(estimator).draws
+    draws = sampling_draws(len(examples), generator) if drawn else torch.zeros(len(examples))
+    job = Job(model, kind, examples, pad_id, Estimator(estimator), draws)
+    share = ranks.shares([_rows_times_tokens(example, kind) for example in examples])[ranks.rank]
+    values: dict[str, Tensor] = {}
+
+    def compute() -> int:
+        values.update(share_of_sum(job, share, names, row_budget=row_budget, progress=progress, ranks=ranks))
+        return len(share)
+
+    samples = sum(ranks.agreed(compute))
+    ranks.sum_on_leader_(values[name] for name in sorted(values))
+    for total in values.values():
+        total.div_(samples)
+    return FisherResult(values if compact else whole(model, values, estimator=estimator, names=names), samples)
+
+
+def share_of_sum(
+    job: Job,
+    share: Sequence[int],
+    names: Collection[str],
+    *,
+    row_budget: int = ROW_BUDGET,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
+) -> dict[str, Tensor]:
+    """The sum over some of a task's inputs; those of all shares add up to N times the mean.
+
+    Args:
+        job: the task.
+        share: positions of the inputs; with none, the sums are zero.
+        names: parameters wanted.
+        row_budget: rows times tokens whose activations are alive at once.
+        progress: called with the number of inputs done since the last call.
+        ranks: whose held signals are looked at between chunks; nothing is added up over them here.
+
+    Returns:
+        By parameter, or by mask for `mask-nodes`.
+    """
+    mine = replace(job, examples=[job.examples[i] for i in share], draws=job.draws[list(share)])
+    if not names or not share:
+        return _capture(mine, names).sums
+
+    def advance(inputs: int) -> None:
+        ranks.check()
+        if progress is not None:
+            progress(inputs)
+
+    def batched(job: Job, done: Callable[[int], None] = lambda inputs: None) -> dict[str, Tensor]:
+        return _batched_sum(job, names, row_budget, done)
+
+    ranks.check()
+    if job.estimator is Estimator.MASK_NODES:
+        return batched(mine, advance)
+    if can_batch(mine, names, batched):
+        try:
+            return batched(mine, advance)
+        except Unseparable:  # in another shape of batch than those that were tried
+            not_batched(mine, names)
+    return sum_by_rows(mine, names, done=advance)
+
+
+def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callable[[int], None]) -> dict[str, Tensor]:
+    """The sum through hooks on ordinary passes over chunks of inputs."""
+    capture = _capture(job, names)
+
+    def run(chunk: list[int]) -> None:
+        PASSES[job.kind](job, capture, chunk)
+
+    chunks = length_batches(job.examples, job.kind, row_budget, _rows_times_tokens)
+    each_batch(capture, chunks, run, done=lambda chunk: done(len(chunk)))
+    return capture.finish()
+
+
+def _capture(job: Job, names: Collection[str]) -> Capture:
+    return (NodeCapture if job.estimator is Estimator.MASK_NODES else Capture)(job.model, names)
+
+
+def whole(
+    model: nn.Module, values: dict[str, Tensor], *, estimator: str, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Values by parameter, from those that `share_of_sum` and `task_fisher(compact=True)` give.
+
+    Args:
+        model: the model that they are of.
+        values: by mask for `mask-nodes`; the other estimators' are whole already and come back as they are.
+        estimator: theirs.
+        names: parameters wanted; all of floating point for `None`.
+
+    Returns:
+        {parameter: tensor of its shape}; for `mask-nodes` views that repeat their values and must not be written in.
+    """
+    if estimator != Estimator.MASK_NODES:
+        return values
+    return spread(model, values, float_parameters(model) if names is None else names)
+
+
+def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
+    """(inputs,) uniform numbers, one per input in order, so that batching and sharing out do not change the choices.
+
+    Args:
+        inputs: how many inputs there are.
+        generator: on the CPU; advanced by `inputs` draws.
+
+    Raises:
+        InputError: there is no generator.
+    """
+    if generator is None:
+        raise InputError("this estimator draws choices and needs a random generator", mend="Pass one, seeded")
+    return torch.rand(inputs, generator=generator, dtype=torch.float64)
+
+
+def _rows_times_tokens(example: Encoded, kind: Kind) -> int:
+    if kind is Kind.CLASSIFICATION:
+        return len(example.input_ids)
+    return len(example.choices) * (len(example.input_ids) + max(map(len, example.choices), default=0))
