@@ -28,7 +28,7 @@ class Importance(Enum):
 
 
 class Estimator(StrEnum):
-    """Which choices of an input count for Fisher information, and how much; `importance.fisher` has the formulas."""
+    """Which choices of an input count for Fisher information; `importance.task_fisher` has the formulas."""
 
     EXACT = "exact"
     SAMPLED = "sampled"
