@@ -138,7 +138,9 @@ def load_trainee(found: Checkpoints, tasks: Sequence[str], classes: Mapping[str,
     heads: dict[str, Head] = {}
     model: Any = None
     for task in tasks if found.kind is Kind.CLASSIFICATION else tasks[:1]:
-        loaded = load_model(found.base, found.model_class, dtype=torch.float32, classes=classes.get(task, ()))
+        loaded = load_model(
+            found.base, found.model_class, dtype=torch.float32, classes=classes.get(task, ()), headless=True
+        )
         if found.kind is Kind.CLASSIFICATION:
             own = head_names(loaded.model, loaded.missing)
             heads[task] = {n: nn.Parameter(p.detach()) for n, p in float_parameters(loaded.model).items() if n in own}

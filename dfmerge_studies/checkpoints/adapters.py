@@ -10,7 +10,9 @@ from dfmerge_studies.checkpoints.files import check_files, weights_files
 from dfmerge_studies.checkpoints.folding import fold, plain
 from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, load_model, quiet_transformers, refused
+from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.checkpoints.weights import private_copy
 from dfmerge_studies.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -174,19 +176,19 @@ def _folded(
     contents: Contents,
 ) -> PreTrainedModel:
     """The base with the adapter folded into its weights."""
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-
-    from dfmerge_studies.checkpoints.weights import private_copy  # which imports torch
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, load_peft_weights
 
     where = str(checkpoint.path)
     classes = _adapter_classes(checkpoint) if model_class is ModelClass.CLASSIFICATION else []
-    model = load_model(base, model_class, dtype=dtype, classes=classes, contents=contents).model
+    loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
+    model = loaded.model
     try:
         with quiet_transformers(), private_copy(checkpoint, contents) as folder:
             before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
             wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
             # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
             result = wrapped.load_adapter(str(folder), "default")
+            brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
     except _PEFT_ERRORS as error:
         what = f"this adapter does not fit the base {base.path}"
         raise refused(error, where, what, "Name the base that the adapter was trained on") from error
@@ -200,13 +202,21 @@ def _folded(
             )
     try:
         with quiet_transformers():
-            return fold(wrapped, before, where=where)
+            folded = fold(wrapped, before, where=where)
     except _PEFT_ERRORS as error:
         raise InputError(
             f"this adapter of the type {_kind(config)} cannot be folded into weights: {first_line(error)}",
             where=where,
             mend="Train one that only adds to weights, such as LoRA",
         ) from error
+    check_answers(
+        folded,
+        loaded.missing - brought,
+        where=where,
+        owner=f"the adapter, nor in the base {base.path}",
+        mend="Save it with the adapter (modules_to_save), or name the base that it was trained on",
+    )
+    return folded
 
 
 def _missing(wrapped: Any, names: list[str]) -> list[str]:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.checkpoints.probe import probe_inputs, probe_logits
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PROBE_TOKENS = 12
-PROBE_EXTRA = 32  # tokens that an adapter names itself, at most
 # Relative, in L2 over all outputs: rounding of the weights, carried through all layers.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 1e-1
@@ -48,7 +47,7 @@ def plain(model: Any, *, tokens: Iterable[int] = (), generator: bool) -> Plain:
         tokens: token ids that the adapter names itself, to be among those that are tried.
         generator: whether an encoder-decoder has to be given a decoder's tokens.
     """
-    probes = _probes(model, list(tokens), generator)
+    probes = probe_inputs(model, tokens=list(tokens), generator=generator)
     tied = [(names, model.get_parameter(names[0]).detach().clone()) for names in _tied_names(model)]
     return Plain(tied, probes, getattr(model.config, "tie_word_embeddings", None))
 
@@ -76,7 +75,7 @@ def fold(wrapped: Any, before: Plain, *, where: str) -> PreTrainedModel:
     """
     wrapped.eval()
     _untie_(wrapped)
-    live = [_logits(wrapped, probe) for probe in before.probes]
+    live = [probe_logits(wrapped, probe) for probe in before.probes]
     folded = wrapped.merge_and_unload()
     folded.eval()
     for names, original in before.tied:
@@ -84,7 +83,7 @@ def fold(wrapped: Any, before: Plain, *, where: str) -> PreTrainedModel:
     if before.tied_by_config is not None:  # peft saw that the copies are apart, and wrote it into the configuration
         folded.config.tie_word_embeddings = before.tied_by_config
     for logits, probe in zip(live, before.probes, strict=True):
-        _check_same(logits, _logits(folded, probe), next(folded.parameters()).dtype, where)
+        _check_same(logits, probe_logits(folded, probe), next(folded.parameters()).dtype, where)
     return folded  # type: ignore[no-any-return]  # peft types its return as Module
 
 
@@ -126,31 +125,6 @@ def _equal_but_for_rounding(a: Tensor, b: Tensor, original: Tensor) -> bool:
         return False
     size = a.abs().maximum(b.abs()).maximum((a - original).abs())
     return bool(((a - b).abs() <= 2 * torch.finfo(a.dtype).eps * size).all())
-
-
-def _probes(model: Any, tokens: list[int], generator: bool) -> list[dict[str, Tensor]]:
-    """Inputs of a few tokens, spread over the vocabulary."""
-    size = len(model.get_input_embeddings().weight)
-    config = model.config
-    pad_id, eos_id, start_id = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "decoder_start"))
-    spread = [i for i in range(1, size, max(1, size // PROBE_TOKENS)) if i not in (pad_id, eos_id)][:PROBE_TOKENS]
-    named = [i for i in tokens if 0 <= i < size][:PROBE_EXTRA]
-    end = [eos_id] if type(eos_id) is int and 0 <= eos_id < size else []  # the heads of some classifiers sit on it
-    device = next(model.parameters()).device
-    probes = []
-    for ids in (named + spread, spread[::-2]):
-        inputs = {"input_ids": torch.tensor([ids + end], device=device)}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if generator and getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = torch.tensor([[start_id or 0, *ids]], device=device)
-        probes.append(inputs)
-    return probes
-
-
-@torch.no_grad()
-def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = model(**inputs).logits
-    return logits
 
 
 def _check_same(live: Tensor, folded: Tensor, dtype: torch.dtype, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -40,7 +40,8 @@ class Loaded:
 
     Attributes:
         model: the model, in evaluation mode; its weights are in memory of their own, no file backs them.
-        missing: parameters that the files did not hold and that transformers drew anew (a head on a plain encoder).
+        missing: parameters that the files did not hold: of a classifier that may lack its head, the head, drawn at
+            random; otherwise only what no answer depends on, all zero.
         unexpected: tensors of the files that the model has no place for (what pretraining alone needed, say).
     """
 
@@ -55,25 +56,27 @@ def load_model(
     *,
     dtype: torch.dtype,
     classes: Sequence[str] = (),
+    headless: bool = False,
     contents: Contents | None = None,
 ) -> Loaded:
-    """Load a whole model.
-
-    A plain encoder read as a classifier has no head: those names are in `missing`.  Anything else that is missing is
-    refused.
+    """Load a whole model; what its files lack is refused, if answers depend on it.
 
     Args:
         checkpoint: the directory of a whole model.
         model_class: the auto class that reads it.
         dtype: of the weights in memory.
-        classes: names of the classes of a head that is to be drawn anew; by default the checkpoint's own.
+        classes: names of the classes of a head that is to be drawn anew where the checkpoint's has another size; by
+            default the checkpoint's own.
+        headless: whether a classifier may lack its head, and what stands between it and the encoder's hidden states.
         contents: what files held when they were read before; is told what they hold now.
 
     Raises:
         InputError: files that are truncated, not weights, of another architecture, or lack tensors.
         RunError: a file changed while it was being read.
     """
-    from dfmerge_studies.checkpoints.weights import read_weights  # which imports torch
+    # They import torch.
+    from dfmerge_studies.checkpoints.missing import check_answers, check_body
+    from dfmerge_studies.checkpoints.weights import read_weights
 
     check_files(checkpoint)
     contents = contents or Contents()
@@ -89,15 +92,30 @@ def load_model(
         mend = "Check that the checkpoint is complete and of the kind that the tasks need"
         raise refused(error, str(checkpoint.path), what, mend) from error
     contents.open(checkpoint)
-    missing = frozenset(info["missing_keys"])
-    if missing and model_class is not ModelClass.CLASSIFICATION:
-        name = sorted(missing)[0]
-        raise InputError(
-            f"{len(missing)} tensors are missing from the weights, {name} among them",
-            where=str(checkpoint.path),
-            mend="Copy the checkpoint again, or name the right one",
-        )
+    where, mend = str(checkpoint.path), "Copy the checkpoint again, or name the right one"
+    resized = _resized(model, info["mismatched_keys"], where, allowed=bool(classes))
+    missing = frozenset(info["missing_keys"]) | resized
+    if headless and model_class is ModelClass.CLASSIFICATION:
+        check_body(model, missing, where=where, owner="the weights", mend=mend)
+    else:
+        check_answers(model, missing, where=where, owner="the weights", mend=mend)
     return Loaded(model, missing, frozenset(info["unexpected_keys"]))
+
+
+def _resized(
+    model: PreTrainedModel, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], where: str, *, allowed: bool
+) -> frozenset[str]:
+    """Parameters of a head that has another number of classes in the files; other misfits are refused."""
+    names = set()
+    for name, found, expected in sorted(mismatched):
+        if not allowed or name.startswith(f"{model.base_model_prefix}."):
+            raise InputError(
+                f"tensor {name} has shape {tuple(found)}, but {tuple(expected)} follows from its config.json",
+                where=where,
+                mend="Copy the configuration that belongs to these weights",
+            )
+        names.add(name)
+    return frozenset(names)
 
 
 def _model_of(
@@ -118,6 +136,7 @@ def _model_of(
         state_dict=tensors,
         dtype=dtype,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused by name, or drawn anew where that is wanted
         generation_config=_generation_config(checkpoint) if shell.can_generate() else None,
     )
     model.config.name_or_path = model.name_or_path = str(checkpoint.path)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.load import (
+    Loaded,
     ModelClass,
     check_same_tokenizer,
     has_tokenizer,
@@ -153,9 +154,10 @@ def load_resident(
         RunError: a file changed while the models were loaded.
     """
     contents = Contents()
-    loaded = load_model(base, model_class, dtype=dtype, contents=contents)
+    loaded = load_model(base, model_class, dtype=dtype, headless=True, contents=contents)
     model, tokenizer = loaded.model, load_tokenizer(base)
-    own = head_names(loaded.model, loaded.missing) if model_class is ModelClass.CLASSIFICATION else frozenset()
+    classifier = model_class is ModelClass.CLASSIFICATION
+    own = head_names(loaded.model, loaded.missing) if classifier else loaded.missing  # the latter of no use to anything
     theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in own}
     for name, tensor in theta_pre.items():
         check_finite(tensor, name, where=str(base.path))
@@ -163,12 +165,14 @@ def load_resident(
     heads: dict[str, dict[str, Tensor]] = {}
     for expert, checkpoint in experts.items():
         loading(expert)
-        theta = _expert_parameters(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected, contents)
+        found = _load_expert(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected, contents)
+        theta = {name: parameter.detach() for name, parameter in float_parameters(found.model).items()}
         head = {name: theta.pop(name) for name in list(theta) if name in own}
+        theta.update({name: theta_pre[name] for name in found.missing & theta_pre.keys()})  # of no use to anything
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         vectors.append(task_vector(expert, theta_pre, theta))
         task = task_of[expert]
-        if head and task is not None:
+        if classifier and head and task is not None:
             heads.setdefault(task, {name: tensor.to(device) for name, tensor in head.items()})
     names = changed_names(vectors, theta_pre)
     kept = {name: theta_pre[name].clone().to(device) for name in names}
@@ -179,7 +183,7 @@ def load_resident(
     return Resident(model, tokenizer, kept, vectors, names, heads, contents.digest(base), digests)
 
 
-def _expert_parameters(
+def _load_expert(
     checkpoint: Checkpoint,
     base: Checkpoint,
     model_class: ModelClass,
@@ -187,32 +191,26 @@ def _expert_parameters(
     tokenizer: PreTrainedTokenizerBase,
     tolerated: frozenset[str],
     contents: Contents,
-) -> dict[str, Tensor]:
-    """Parameters of an expert; tensors without a place in the model are refused unless the base has them too."""
+) -> Loaded:
+    """An expert as a whole model; tensors without a place in the model are refused unless the base has them too."""
     if checkpoint.is_adapter:
         note_other_base(checkpoint, base)
         model = load_adapter(checkpoint, base, model_class, dtype=dtype, contents=contents)
+        loaded = Loaded(model, frozenset(), frozenset())
     else:
         _check_architecture(checkpoint, base)
         loaded = load_model(checkpoint, model_class, dtype=dtype, contents=contents)
-        if loaded.missing:
-            raise InputError(
-                f"{len(loaded.missing)} tensors are missing from the weights, {min(loaded.missing)} among them",
-                where=str(checkpoint.path),
-                mend="An expert must bring all of its weights and its classification head",
-            )
         if odd := loaded.unexpected - tolerated:
             raise InputError(
                 f"tensor {min(odd)} has no place in this architecture and does not exist in the base {base.path}",
                 where=str(checkpoint.path),
                 mend="It would be lost in a merge: fold it into the weights, or name another expert",
             )
-        model = loaded.model
     if has_tokenizer(checkpoint):
         check_same_tokenizer(
             tokenizer, load_tokenizer(checkpoint), base_file=str(base.path), expert_file=str(checkpoint.path)
         )
-    return {name: parameter.detach() for name, parameter in float_parameters(model).items()}
+    return loaded
 
 
 def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:

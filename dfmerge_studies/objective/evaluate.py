@@ -13,6 +13,7 @@ from torch import Tensor
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
+from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.weights import read_tensors
@@ -92,17 +93,10 @@ def _evaluate(
         model = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype, contents=contents)
         missing = frozenset[str]()
     else:
-        loaded = load_model(checkpoint, found.model_class, dtype=dtype, contents=contents)
+        loaded = load_model(checkpoint, found.model_class, dtype=dtype, headless=True, contents=contents)
         model, missing = loaded.model, loaded.missing
     tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
     heads = _heads(spec, checkpoint, found, dtype, contents) if found.kind is Kind.CLASSIFICATION else {}
-    headless = missing - {name for head in heads.values() for name in head}
-    if headless:
-        raise InputError(
-            f"{len(headless)} tensors are missing from the weights, {min(headless)} among them",
-            where=str(checkpoint.path),
-            mend="Copy the checkpoint again, or name the right one",
-        )
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     of_experts = classes_of_experts(spec, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
@@ -111,7 +105,15 @@ def _evaluate(
         examples = encode_split(spec, task, split, model, tokenizer, found.kind, classes)
         check_labels(spec, task, examples, heads)
         examples = scored_examples(spec, task, split, examples, classes)
-        put_head_on_(model, {name: tensor.to(device) for name, tensor in heads.get(task, {}).items()})
+        head = heads.get(task, {})
+        put_head_on_(model, {name: tensor.to(device) for name, tensor in head.items()})
+        check_answers(
+            model,
+            missing - head.keys(),
+            where=str(checkpoint.path),
+            owner=f"the weights, nor in the head of the task {task}",
+            mend="Copy the checkpoint again, or name the right one",
+        )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
         losses = choice_losses(
@@ -178,5 +180,5 @@ def _expert_head(expert: Checkpoint, base: Checkpoint, dtype: torch.dtype) -> di
         model = load_adapter(expert, base, ModelClass.CLASSIFICATION, dtype=dtype)
     else:
         model = load_model(expert, ModelClass.CLASSIFICATION, dtype=dtype).model
-    names = head_names(model, load_model(base, ModelClass.CLASSIFICATION, dtype=dtype).missing)
+    names = head_names(model, load_model(base, ModelClass.CLASSIFICATION, dtype=dtype, headless=True).missing)
     return {name: p.detach() for name, p in float_parameters(model).items() if name in names}
