@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +12,14 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.project import Project, make_project
+from tests.project import Project, copied, make_project
 from tests.servers import PostgresServer, ProxyServer, running_postgres
 
 # A shell's background job ignores Ctrl-C and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NewStorage = Callable[[str], str]
+MakeCopy = Callable[[str, Path], Project]
 
 
 @pytest.fixture(scope="session")
@@ -28,24 +28,42 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
     return {}
 
 
-@pytest.fixture
-def project_of(originals: dict[str, Project], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A function from a family to a fresh copy of its project."""
+@pytest.fixture(scope="session")
+def make_copy(originals: dict[str, Project], tmp_path_factory: pytest.TempPathFactory) -> MakeCopy:
+    """A function from a family and a folder to a copy of the family's project in that folder, below its name."""
 
-    def copy(family: str = "t5") -> Project:
+    def copy(family: str, parent: Path) -> Project:
         if family not in originals:
             originals[family] = make_project(tmp_path_factory.mktemp(family) / "project", family)
-        folder = tmp_path / family
-        shutil.copytree(originals[family].folder, folder)
-        return Project(folder, family, dict(originals[family].spec))
+        return copied(originals[family], parent / family)
 
     return copy
 
 
 @pytest.fixture
-def project(project_of) -> Project:
+def project_of(make_copy: MakeCopy, tmp_path: Path) -> Callable[..., Project]:
+    """A function from a family to a fresh copy of its project."""
+    return lambda family="t5": make_copy(family, tmp_path)
+
+
+@pytest.fixture
+def project(project_of: Callable[..., Project]) -> Project:
     """A fresh copy of the text-to-text project."""
     return project_of("t5")
+
+
+@pytest.fixture(scope="session")
+def finished_original(make_copy: MakeCopy, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The text-to-text project after `run spec.yaml`; tests get copies."""
+    project = make_copy("t5", tmp_path_factory.mktemp("finished"))
+    project.cli("run", "spec.yaml")
+    return project
+
+
+@pytest.fixture
+def finished(finished_original: Project, tmp_path: Path) -> Project:
+    """A fresh copy of the text-to-text project with its finished study."""
+    return copied(finished_original, tmp_path / "finished")
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,14 @@ two hundred processes. What happens in the first seconds of a real start is test
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +43,19 @@ def context() -> Any:
     with contextlib.chdir(ROOT):  # where the modules of the tests are
         forkserver.ensure_running()
     return found
+
+
+def free_port() -> int:
+    """A port for a server that is started later, or again.
+
+    It lies below those that a kernel gives out by itself (from 32768 on), so no other connection takes it meanwhile; it
+    is a random one, so tests that run at the same time do not take each other's.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Forked:
@@ -130,4 +146,7 @@ def _begin(ends: list[Connection], settings: Any, target: Callable[..., None], a
     os.chdir(folder)
     for action, category in filters:
         warnings.simplefilter(action, category)
-    target(*arguments)
+    try:
+        target(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

@@ -6,7 +6,9 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import AutoModel
 from dfmerge_studies.cli.app import main
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
-from tests.processes import Forked, command
+from tests.processes import Forked, command, free_port
 
 EXPERTS = ("red", "blue")
 
@@ -111,6 +113,13 @@ def cli_environment(**more: str) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **more}
 
 
+def start_ranks(target: Callable[..., None], *arguments: Any, folder: Path, **environment: str) -> list[Forked]:
+    """Two processes, ranks 0 and 1, with the environment that `torchrun` and its like give to those that they start."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [cli_environment(RANK=rank, LOCAL_RANK=rank, **shared, **environment) for rank in ("0", "1")]
+    return [Forked(target, *arguments, folder=folder, environment=rank) for rank in ranks]
+
+
 def make_project(folder: Path, family: str = "t5", *, rows: int = 24, samples: int = 6, trials: int = 4) -> Project:
     """Write a project of one family.
 
@@ -132,6 +141,12 @@ def make_project(folder: Path, family: str = "t5", *, rows: int = 24, samples: i
     project = Project(folder, family, _spec(classification, samples, trials))
     project.write()
     return project
+
+
+def copied(project: Project, folder: Path) -> Project:
+    """A copy of a project, and of all that was made in it, at another place."""
+    shutil.copytree(project.folder, folder)
+    return Project(folder, project.family, dict(project.spec))
 
 
 def perturbed(family: str, *, seed: int, labels: int = LABELS, size: float = 0.1) -> Any:

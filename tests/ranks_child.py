@@ -1,4 +1,4 @@
-"""What the tests of several ranks do on every rank: `torchrun … ranks_child.py '{"folder": …, "families": […]}'`.
+"""What the tests of several ranks do on every rank.
 
 Rank 0 writes `result.json` into the folder; commands of these tests reach the other ranks as the package's own do.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,20 +161,14 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo" in name]
 
 
-def main() -> None:
+def main(folder: Path, families: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    settings = json.loads(sys.argv[1])
-    folder = Path(settings["folder"])
     group = Group("cpu")
     if group.leader:
-        found = {family: measured(folder, family, group) for family in settings["families"]}
-        found["faults"] = faults(folder, settings["families"][0], group)
+        found = {family: measured(folder, family, group) for family in families}
+        found["faults"] = faults(folder, families[0], group)
         (folder / "result.json").write_text(json.dumps(found))
     else:
         group.follow()
     group.leave()
     (folder / f"threads-{group.rank}.json").write_text(json.dumps(gloo_threads()))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
-import random
 import shutil
 import signal
 import socket
@@ -21,24 +20,11 @@ import pytest
 from sqlalchemy.engine import URL
 
 from dfmerge_studies.storage import open_storage
-from tests.processes import Forked
+from tests.processes import Forked, free_port
 
 PASSWORD = "g{eh}e%im:/@ü"  # every test of Postgres is also one of a password that must be escaped
 # What parametrised tests run on; `new_storage` makes each.
 STORAGES = ["sqlite", "journal", pytest.param("postgres", marks=pytest.mark.postgres), "grpc"]
-
-
-def free_port() -> int:
-    """A port for a server that is started later, or again.
-
-    It lies below those that a kernel gives out by itself (from 32768 on), so no other connection takes it meanwhile; it
-    is a random one, so tests that run at the same time do not take each other's.
-    """
-    while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class PostgresServer:

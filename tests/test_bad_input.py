@@ -11,7 +11,6 @@ import os
 import pickle
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from tests.models import save_model_directory
-from tests.project import Project, cli_environment
+from tests.project import Project
 
 Spoil = Callable[[Project], None]
 
@@ -660,26 +659,13 @@ def test_validate_estimates_what_a_good_project_needs(project: Project) -> None:
     assert project.files() == before
 
 
-WITHOUT_BOTORCH = """
-import sys
-sys.modules["botorch"] = None  # as if it were not installed
-from dfmerge_studies.cli.app import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("command", ["run", "validate"])
-def test_ucb_without_its_extra_is_refused_by_name_before_anything_is_loaded(project: Project, command: str) -> None:
+def test_ucb_without_its_extra_is_refused_by_name_before_anything_is_loaded(
+    project: Project, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = project.write(search={"acquisition": "ucb"})
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_BOTORCH, command, str(file)],
-        env=cli_environment(),
-        cwd=project.folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 2
+    monkeypatch.setitem(sys.modules, "botorch", None)  # Python's own way to make an import fail
+    done = project.cli(command, file, check=2)
     for words in ("search.acquisition", "acquisition: ucb needs botorch", "dfmerge-studies[ucb]"):
         assert words in done.stderr + done.stdout
     assert not list(project.folder.glob("*.db"))

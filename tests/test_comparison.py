@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 import signal
 
 import optuna
@@ -16,7 +15,6 @@ from dfmerge_studies import InputError, StudySpec, compare, load_problem
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.study.scores import multi_task_row, stored_scores
 from dfmerge_studies.study.variants import Variant, study_spec, variants
-from tests.project import Project
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -119,13 +117,22 @@ def test_compare_prints_every_method_over_seeds_in_every_form(project):
     assert on_validation["rows"][-1]["studies"][0]["tasks"] == best["tasks"]
 
 
+SHORT = {"trials": 4, "startup_trials": 2}
+
+
+@pytest.fixture(scope="module")
+def uncut(make_copy, tmp_path_factory):
+    """What a comparison prints that is not cut."""
+    whole = make_copy("t5", tmp_path_factory.mktemp("whole"))
+    whole.write(search=SHORT)
+    return whole.json("compare", "spec.yaml", "--methods", "df-merge,gta,averaging", "--seeds", "2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
-def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, tmp_path, how):
-    project.write(search={"trials": 4, "startup_trials": 2})
+def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, uncut, how):
+    project.write(search=SHORT)
     asked = ["compare", "spec.yaml", "--methods", "df-merge,gta,averaging", "--seeds", "2", "--json"]
-    whole = Project(tmp_path / "whole", "t5", project.spec)
-    shutil.copytree(project.folder, whole.folder)
     process = project.start(*asked)
     assert any("colours.gta: 2/4" in line for line in process.stderr)
     process.send_signal({"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[how])
@@ -145,7 +152,6 @@ def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, tmp_path,
         "colours.gta.seed1": 4,
         "colours.averaging.seed1": 1,
     }
-    uncut = json.loads(whole.cli(*asked).stdout)
     for ours, theirs in zip(resumed["rows"], uncut["rows"], strict=True):
         assert (ours["method"], ours["tasks"], ours["mean"]) == (theirs["method"], theirs["tasks"], theirs["mean"])
         assert ours["fishers"] == theirs["fishers"]

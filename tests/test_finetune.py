@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from scripts import finetune
-from tests.project import Project, cli_environment, load_parameters, make_project
+from tests.project import Project, load_parameters, make_project, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ("river", "train", "wall")
@@ -107,15 +104,11 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     options = ["--task", "red", "--steps", "4", "--batch-size", "12", "--lr", "0.01", "--evaluate-every", "2"]
     alone = train(project, *options[:4])
     # What `accelerate launch` does on several GPUs; on CPUs it starts one process only.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, ROOT / "scripts" / "finetune.py", project.file, "--out", tmp_path / "two", *options],
-        env=cli_environment(PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    words = [str(project.file), "--out", str(tmp_path / "two"), *options]
+    ranks = start_ranks(finetune.main, words, folder=tmp_path)
+    for rank in ranks:
+        output, errors = rank.communicate(timeout=500)
+        assert rank.returncode == 0, output[-500:] + errors[-2000:]
     record = json.loads((tmp_path / "two" / "training.json").read_text())
     assert record["processes"] == 2
     assert record["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-3)

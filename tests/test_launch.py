@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port
 from tests.project import Project, cli_environment
-from tests.servers import free_port
 from tests.test_workers import check_whole, study_of
 
 ROOT = Path(__file__).parents[1]

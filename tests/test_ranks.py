@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from optuna.trial import TrialState
 from safetensors.torch import load_file
@@ -24,20 +22,20 @@ from dfmerge_studies.ranks import Ranks, launched
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import Session, open_study, stored_study
 from dfmerge_studies.trials.reading import results
-from tests.project import Project, cli_environment, make_project
+from tests import ranks_child
+from tests.processes import Forked, command, free_port
+from tests.project import Project, cli_environment, make_project, start_ranks
 from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
-from tests.servers import free_port
 
-CHILD = Path(__file__).with_name("ranks_child.py")
-ROOT = CHILD.parents[1]
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(1800)  # a dozen starts of torch, perhaps on a busy machine
 SIZES = {"t5": 13, "gpt2": 7, "bert": 1}  # validation rows: odd numbers, and fewer than ranks
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")  # which finds a free port by itself
 
 
-def launch(*command: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+def launch(*words: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", *command],
+        [sys.executable, "-m", *words],
         cwd=folder,
         env=cli_environment(PYTHONPATH=str(ROOT), **environment),
         stdout=subprocess.PIPE,
@@ -46,7 +44,7 @@ def launch(*command: str, folder: Path, **environment: str) -> subprocess.Popen[
     )
 
 
-def done(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def done(process: subprocess.Popen[str] | Forked) -> tuple[int, str, str]:
     output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
 
@@ -61,10 +59,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     folder = tmp_path_factory.mktemp("ranks")
     for family, rows in SIZES.items():
         make_project(folder / family, family, rows=rows, samples=5, trials=4)
-    code, output, errors = done(
-        launch(*TORCHRUN, str(CHILD), json.dumps({"folder": str(folder), "families": list(SIZES)}), folder=folder)
-    )
-    assert code == 0, (output, errors)
+    ranks = start_ranks(ranks_child.main, folder, list(SIZES), folder=folder)
+    ends = [done(rank) for rank in ranks]
+    assert [code for code, _, _ in ends] == [0, 0], ends
     return folder, json.loads((folder / "result.json").read_text())
 
 
@@ -191,7 +188,7 @@ def fresh(folder: Path, storage: str) -> StudySpec:
     return spec
 
 
-def after_first_trial(process: subprocess.Popen[str], act: Callable[[], None]) -> tuple[int, str]:
+def after_first_trial(process: subprocess.Popen[str] | Forked, act: Callable[[], None]) -> tuple[int, str]:
     """Wait until a trial is told of, do something, and wait for the end."""
     assert process.stderr is not None
     lines = []
@@ -202,13 +199,6 @@ def after_first_trial(process: subprocess.Popen[str], act: Callable[[], None]) -
             break
     code, _, errors = done(process)
     return code, "".join(lines) + errors
-
-
-def of_rank(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
-    for child in psutil.Process(launcher.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            return child
-    raise AssertionError("no such rank")
 
 
 def check_handed_back(spec: StudySpec) -> None:
@@ -223,10 +213,10 @@ def test_a_killed_rank_ends_the_run_with_a_message_and_running_again_completes_t
 ) -> None:
     folder, expected = uninterrupted
     spec = fresh(folder, "killed.db")
-    process = launch(*TORCHRUN, "-m", "dfmerge_studies", "run", "killed.db.yaml", folder=folder)
-    code, errors = after_first_trial(process, lambda: of_rank(process, 1).kill())
-    assert code != 0
-    assert "one of the 2 processes died or does not answer" in errors or "interrupted" in errors
+    leader, other = start_ranks(command, ["run", "killed.db.yaml"], folder=folder)
+    code, errors = after_first_trial(leader, other.kill)
+    assert code == 1
+    assert "one of the 2 processes died or does not answer" in errors
     check_handed_back(spec)
     session = open_study(spec)
     session.run()
@@ -270,10 +260,11 @@ def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_on_two_mach
 def test_a_rank_that_hangs_ends_the_run_after_the_time_limit(uninterrupted: tuple[Path, list[Any]]) -> None:
     folder, _ = uninterrupted
     spec = fresh(folder, "hung.db")
-    process = launch(
-        *TORCHRUN, "-m", "dfmerge_studies", "run", "hung.db.yaml", folder=folder, DFMERGE_RANK_TIMEOUT="20"
-    )
-    code, errors = after_first_trial(process, lambda: os.kill(of_rank(process, 1).pid, signal.SIGSTOP))
-    assert code != 0
+    leader, other = start_ranks(command, ["run", "hung.db.yaml"], folder=folder, DFMERGE_RANK_TIMEOUT="10")
+    try:
+        code, errors = after_first_trial(leader, lambda: other.send_signal(signal.SIGSTOP))
+    finally:
+        other.kill()
+    assert code == 1
     assert "one of the 2 processes died or does not answer" in errors
     check_handed_back(spec)

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 
 import optuna
 import pytest
@@ -16,7 +17,7 @@ from dfmerge_studies.storage import found_study, open_storage
 from dfmerge_studies.study.session import open_study
 from dfmerge_studies.trials.reading import results
 from tests.processes import Forked
-from tests.project import Project, make_project
+from tests.project import Project
 
 EXPERTS = ("red", "blue")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -70,9 +71,8 @@ def test_the_first_trial_is_one_over_m_and_asked_for_points_follow(project):
     assert points == [{"red": 0.5, "blue": 0.5}, {"red": 0.25, "blue": 0.25}, {"red": 1.0, "blue": 0.0}]
 
 
-def test_every_trial_carries_scores_timings_and_cache_hits(project):
-    project.json("run", "spec.yaml")
-    study = optuna.load_study(study_name="colours", storage=f"sqlite:///{project.folder / 'colours.db'}")
+def test_every_trial_carries_scores_timings_and_cache_hits(finished):
+    study = optuna.load_study(study_name="colours", storage=f"sqlite:///{finished.folder / 'colours.db'}")
     for trial in study.get_trials():
         attributes = trial.user_attrs
         assert set(attributes["tasks"]) == set(attributes["drops"]) == set(EXPERTS)
@@ -82,15 +82,23 @@ def test_every_trial_carries_scores_timings_and_cache_hits(project):
     assert "torch" in study.user_attrs["dfmerge:versions"]
 
 
+LONGER = {"trials": 8, "startup_trials": 3}
+
+
+@pytest.fixture(scope="module")
+def whole(make_copy: Callable[..., Project], tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project whose study of eight trials ran without a cut."""
+    project = make_copy("t5", tmp_path_factory.mktemp("whole"))
+    project.write(search=LONGER)
+    project.json("run", "spec.yaml", "--no-test")
+    return project
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "terminate", "interrupt"])
-def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(project_of, tmp_path, how):
-    whole = project_of("t5")
-    shutil.copytree(whole.folder, tmp_path / "cut")
-    cut = Project(tmp_path / "cut", "t5", dict(whole.spec))
-    for project in (whole, cut):
-        project.write(search={"trials": 8, "startup_trials": 3})
-    whole.json("run", "spec.yaml")
+def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, project, how):
+    cut = project
+    cut.write(search=LONGER)
     chance = random.Random(how)
     for stop in (2, 5):
         process = start(cut)
@@ -158,13 +166,9 @@ def test_changing_only_budget_and_batches_is_fine(studied):
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory, originals) -> Project:
+def studied(tmp_path_factory, make_copy) -> Project:
     """A project with a study of two trials, shared by tests that leave it as it is."""
-    if "t5" not in originals:
-        originals["t5"] = make_project(tmp_path_factory.mktemp("t5") / "project", "t5")
-    folder = tmp_path_factory.mktemp("studied") / "t5"
-    shutil.copytree(originals["t5"].folder, folder)
-    project = Project(folder, "t5", dict(originals["t5"].spec))
+    project = make_copy("t5", tmp_path_factory.mktemp("studied"))
     project.json("run", "spec.yaml", "--trials", "2")
     return project
 
