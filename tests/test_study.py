@@ -59,8 +59,9 @@ def test_a_run_reaches_its_total_and_says_what_it_did(project):
     assert set(printed["rows"][-1]) >= {"validation", "test", "coefficients"}
     assert project.json("status", "spec.yaml")["best"] == best
     listed = project.json("list", "spec.yaml")
+    whose = {"metric": "accuracy", "task_metrics": {"red": "accuracy", "blue": "accuracy"}}
     assert listed == [
-        {"study": "colours", "method": "df-merge", "trials": printed["trials"], "best_value": best["value"]}
+        {"study": "colours", "method": "df-merge", "trials": printed["trials"], "best_value": best["value"], **whose}
     ]
 
 

@@ -29,7 +29,7 @@ def dashboard(
     from dfmerge_studies.report.notes import artifact_folder
     from dfmerge_studies.report.serving import Publisher, dashboard_server, is_loopback
     from dfmerge_studies.storage import open_storage, storage_errors
-    from dfmerge_studies.study.session import storage_url
+    from dfmerge_studies.study.plan import storage_url
 
     url = storage_url(settings)
     with storage_errors(url):

@@ -35,15 +35,16 @@ def status(
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import status_table
     from dfmerge_studies.storage import storage_errors
-    from dfmerge_studies.study.session import storage_url, stored_study
+    from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.trials.recovery import recover
 
-    study = stored_study(settings)
+    plan = Plan.of(settings)
+    study = plan.study()
 
     def look() -> dict[str, Any]:
-        with storage_errors(storage_url(settings)):
+        with storage_errors(plan.url):
             recover(study)
-            return study_summary(study, settings)
+            return study_summary(study, plan)
 
     if watch:
         _watch(look, every, as_json=json)
@@ -91,7 +92,7 @@ def list_studies(
     from dfmerge_studies.report.summary import storage_summary
     from dfmerge_studies.report.tables import studies_table
     from dfmerge_studies.storage import open_storage, storage_errors
-    from dfmerge_studies.study.session import storage_url
+    from dfmerge_studies.study.plan import storage_url
 
     url = storage_url(settings)
     with storage_errors(url):

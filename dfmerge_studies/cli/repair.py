@@ -37,7 +37,7 @@ def repair(
     common.quiet_libraries()
     from dfmerge_studies.storage import load_study, open_storage, safe_url, storage_errors
     from dfmerge_studies.study import repair as repairs
-    from dfmerge_studies.study.session import storage_url
+    from dfmerge_studies.study.plan import storage_url
     from dfmerge_studies.trials.outbox import outbox_folder
 
     url = storage_url(settings)

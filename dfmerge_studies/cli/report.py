@@ -69,17 +69,18 @@ def report(
     from dfmerge_studies.report.page import check_out, study_page, write_report
     from dfmerge_studies.report.view import StudyView
     from dfmerge_studies.storage import storage_errors
-    from dfmerge_studies.study.session import storage_url, stored_study
+    from dfmerge_studies.study.plan import Plan
 
     check_out(place, names)
-    study = stored_study(settings)
+    plan = Plan.of(settings)
+    study = plan.study()
     if wanted:
         with common.progress_bar() as progress:
             options = ProbeOptions(points, grid, pair.split(",") if pair else None, shares)
             _compute(settings, wanted, options, skip=figures == "all", progress=progress)
     again = common.again(spec, storage=storage, overrides=overrides)
     command = f"dfmerge run{again}\ndfmerge report{again}{f' --figures {figures}' if figures else ''} --out {out.name}"
-    with storage_errors(storage_url(settings)):
+    with storage_errors(plan.url):
         view = StudyView.of(study)
         found = drawings(view, names)
         written = write_report(place, study_page(view, command), found)

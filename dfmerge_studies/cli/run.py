@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dfmerge_studies.report.standings import Standings
     from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.session import Session
 
 
@@ -73,9 +74,12 @@ def run(
     splits = _splits(settings, test)
     again = common.again(spec, storage=storage, overrides=overrides)
     if workers > 1:
-        trials, add = total_of(settings, trials, add), None
-        if not is_complete(settings, trials) and not run_pool(settings, workers, trials, splits):
-            _tell_interrupted(settings, again, as_json=json, seconds=time.monotonic() - started)
+        from dfmerge_studies.study.plan import Plan
+
+        plan = Plan.of(settings)
+        trials, add = total_of(plan, trials, add), None
+        if not is_complete(plan, trials) and not run_pool(settings, workers, trials, splits):
+            _tell_interrupted(plan, again, as_json=json, seconds=time.monotonic() - started)
             raise typer.Exit(130)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -93,7 +97,9 @@ def run(
         baselines, finished = _baselines(session)
         if finished:
             tables = _tables(session, baselines, splits)
-    _tell(session.study, settings, tables, again, finished=finished, as_json=json, seconds=time.monotonic() - started)
+    _tell(
+        session.study, session.plan, tables, again, finished=finished, as_json=json, seconds=time.monotonic() - started
+    )
     if not finished:
         raise typer.Exit(130)
 
@@ -151,18 +157,16 @@ def _tables(session: Session, baselines: list[Session], splits: list[str]) -> di
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
 
 
-def _tell_interrupted(spec: StudySpec, again: str, *, as_json: bool, seconds: float) -> None:
+def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) -> None:
     """The state of a study that workers have left; nothing if they had not founded it yet."""
-    from dfmerge_studies.study.session import storage_url, stored_study_or_none
-
-    study = stored_study_or_none(spec, storage_url(spec))
+    study = plan.study_if_any()
     if study is not None:
-        _tell(study, spec, {}, again, finished=False, as_json=as_json, seconds=seconds)
+        _tell(study, plan, {}, again, finished=False, as_json=as_json, seconds=seconds)
 
 
 def _tell(
     study: optuna.Study,
-    spec: StudySpec,
+    plan: Plan,
     tables: dict[str, Standings],
     again: str,
     *,
@@ -175,7 +179,7 @@ def _tell(
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import coefficients_text, method_parameters
 
-    summary = study_summary(study, spec)
+    spec, summary = plan.spec, study_summary(study, plan)
     if as_json:
         texts = {split: table.metrics.text for split, table in tables.items()}
         shown = {"interrupted": not finished, "metrics": texts, "rows": rows_json(tables)}

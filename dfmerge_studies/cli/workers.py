@@ -14,6 +14,7 @@ from dfmerge_studies.errors import DFMergeError
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.pool import Notice
 
 _COMMAND = "worker"
@@ -36,38 +37,35 @@ def worker() -> None:
         raise typer.Exit(130)
 
 
-def total_of(spec: StudySpec, trials: int | None, add: int | None) -> int:
+def total_of(plan: Plan, trials: int | None, add: int | None) -> int:
     """The total that a command line means, so that all its workers mean the same.
 
     Args:
-        spec: what to study.
+        plan: of what to study.
         trials: value of `--trials`.
         add: value of `--add`.
     """
     from dfmerge_studies.study import provenance
-    from dfmerge_studies.study.plan import target_trials
-    from dfmerge_studies.study.session import storage_url, stored_study_or_none
 
-    study = stored_study_or_none(spec, storage_url(spec))
-    now = target_trials(spec, int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
-    return now if not spec.row.searches else trials if trials is not None else now + (add or 0)
+    study = plan.study_if_any()
+    now = plan.total(int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
+    return plan.total(wanted=trials if trials is not None else now + (add or 0))
 
 
-def is_complete(spec: StudySpec, total: int) -> bool:
+def is_complete(plan: Plan, total: int) -> bool:
     """Whether a study and its baselines have all their trials, so that no worker is needed.
 
     Args:
-        spec: what to study.
+        plan: of what to study.
         total: of the study itself.
     """
-    from dfmerge_studies.study.plan import target_trials
-    from dfmerge_studies.study.session import storage_url, stored_study_or_none
+    from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.variants import baseline_specs
     from dfmerge_studies.trials.reading import counts
 
-    for each in (spec, *baseline_specs(spec)):
-        study = stored_study_or_none(each, storage_url(each))
-        if study is None or counts(study)["complete"] < (total if each is spec else target_trials(each)):
+    for each in (plan, *map(Plan.of, baseline_specs(plan.spec))):
+        study = each.study_if_any()
+        if study is None or counts(study)["complete"] < (total if each is plan else each.total()):
             return False
     return True
 

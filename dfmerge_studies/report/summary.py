@@ -7,11 +7,9 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.report.pace import pace, workers_alive
-from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.plan import target_trials
-from dfmerge_studies.study.session import storage_url, stored_metrics, stored_spec_objective
+from dfmerge_studies.study.plan import Plan
+from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     DROPS,
@@ -25,17 +23,18 @@ from dfmerge_studies.study.value import (
 from dfmerge_studies.trials.reading import counts, counts_of, results, results_of
 
 
-def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
+def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     """Trials by state, the best one, Fishers computed and found, seconds per trial.
 
     Args:
         study: the stored study.
-        spec: the spec that it belongs to.
+        plan: of the spec that it belongs to.
     """
+    spec = plan.spec
     trials = study.get_trials(deepcopy=False)
     completed, counted = results_of(trials), counts_of(trials)
     best = best_trial(completed, spec.objective)
-    target = int(study.user_attrs.get(provenance.TARGET, 0)) or target_trials(spec)
+    target = int(study.user_attrs.get(provenance.TARGET, 0)) or plan.total()
     metrics = spec.metrics("validation")
     alive = workers_alive(trials, complete=len(completed) >= target)
     return {
@@ -44,8 +43,8 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
         "trials": {"target": target, **counted},
         "metric": metrics.text,
         "task_metrics": metrics.names,
-        "best": _best(best, spec) if best is not None else None,
-        "storage": safe_url(storage_url(spec)),
+        "best": _best(best, plan) if best is not None else None,
+        "storage": plan.place,
         "workers": sum(worker["current"] is not None for worker in alive),
         "workers_alive": alive,
         **pace(trials, target=target, workers=len(alive)),
@@ -59,18 +58,18 @@ def study_summary(study: optuna.Study, spec: StudySpec) -> dict[str, Any]:
     }
 
 
-def _best(best: optuna.trial.FrozenTrial, spec: StudySpec) -> dict[str, Any]:
+def _best(best: optuna.trial.FrozenTrial, plan: Plan) -> dict[str, Any]:
     scores = best.user_attrs[TASKS]
     described: dict[str, Any] = {
         "number": best.number,
         "value": trial_value(best),
         "coefficients": best.user_attrs[COEFFICIENTS],
-        **spec.row.stored_parameters(best.user_attrs),
+        **plan.method.stored_parameters(best.user_attrs),
         "tasks": scores,
     }
     if len(best.values) > 1:
         described["values"] = best.values
-    if spec.search.max_drop is not None:
+    if plan.spec.search.max_drop is not None:
         described["drops"] = best.user_attrs[DROPS]
         described["feasible"] = violation(best) == 0
     return described

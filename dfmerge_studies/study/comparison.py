@@ -14,8 +14,9 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row
-from dfmerge_studies.study.session import Session, open_study, storage_url, stored_study_or_none
+from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.tasks.metrics import Metrics
@@ -174,17 +175,17 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
     Raises:
         InputError: a study of that name is there and says that it is about something else.
     """
-    url = storage_url(spec)
     pairs = [(spec.search.seed + offset, variant) for offset in range(seeds) for variant in variants]
     planned = [
         Planned(variant, seed, study_spec(spec, variant, seed), number, len(pairs))
         for number, (seed, variant) in enumerate(pairs, 1)
     ]
     for each in planned:
-        stored = stored_study_or_none(each.spec, url)
+        own = Plan.of(each.spec)
+        stored = own.study_if_any()
         if stored is not None:
             provenance.refuse_other_science(
-                each.spec.name, provenance.stored_science(stored), provenance.stated_science(each.spec), safe_url(url)
+                own.spec.name, provenance.stored_science(stored), provenance.stated_science(own.spec), own.place
             )
     return planned
 

@@ -26,15 +26,11 @@ from dfmerge_studies.storage import (
     check_constraints,
     found_study,
     join_study,
-    load_study,
-    load_study_if_any,
     open_storage,
-    resolve_url,
-    safe_url,
     storage_errors,
 )
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.plan import known_points, search_space, study_sampler, target_trials
+from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
@@ -57,11 +53,6 @@ from dfmerge_studies.trials.results import Event, TrialResult
 logger = logging.getLogger(__name__)
 
 
-def storage_url(spec: StudySpec) -> str:
-    """The spec's storage, its relative path made absolute."""
-    return resolve_url(spec.storage_url, spec.workdir)
-
-
 def spec_cache(spec: StudySpec) -> FisherCache | None:
     """The spec's Fisher cache."""
     limit = parse_size(spec.cache_limit) if spec.cache_limit is not None else None
@@ -73,20 +64,26 @@ class Session:
     """An open study with its models loaded.
 
     Attributes:
-        spec: the settings.
-        method: row of the method table.
+        plan: what the spec means for the study.
         problem: models and data in memory.
         study: the Optuna study.
         merger: merges and scores.
-        url: storage URL, with password: never print it.
     """
 
-    spec: StudySpec
-    method: Method
+    plan: Plan
     problem: Problem
     study: optuna.Study
     merger: Merger
-    url: str
+
+    @property
+    def spec(self) -> StudySpec:
+        """The settings."""
+        return self.plan.spec
+
+    @property
+    def method(self) -> Method:
+        """Row of the method table."""
+        return self.plan.method
 
     def run(self, *, target: int | None = None, on_event: Callable[[Event], None] = lambda event: None) -> Summary:
         """Work until the study has its total of trials.
@@ -99,17 +96,17 @@ class Session:
             RunError: three trials in a row failed, or the database is gone for good.
         """
         total = self.total(target)
-        with storage_errors(self.url):
+        with storage_errors(self.plan.url):
             self._check_total(total)
             self.study.set_user_attr(provenance.TARGET, total)
-            enqueue(self.study, search_space(self.spec), known_points(self.spec))
+            enqueue(self.study, self.plan.space, self.plan.points)
             expert_scores = self.reference_scores("experts", "validation")
             return work(
                 self.study,
-                search_space(self.spec),
+                self.plan.space,
                 lambda point, place: self._trial(point, expert_scores),
                 target=total,
-                outbox=outbox_folder(self.spec.workdir, self.url, self.spec.name),
+                outbox=outbox_folder(self.spec.workdir, self.plan.url, self.spec.name),
                 on_event=on_event,
                 raised=self.stored_target,
             )
@@ -120,9 +117,7 @@ class Session:
         Args:
             wanted: an explicit total; methods without a search have as many trials as points, whatever is wanted.
         """
-        if wanted is not None and self.method.searches:
-            return wanted
-        return target_trials(self.spec, self.stored_target())
+        return self.plan.total(self.stored_target(), wanted)
 
     def stored_target(self) -> int:
         """Total that the study was last asked to reach, 0 for a new one."""
@@ -268,13 +263,10 @@ def open_study(
         InputError: models or data do not fit, or the study in the storage is about something else.
     """
     check_extras(spec)
-    url, method = storage_url(spec), spec.row
+    plan = Plan.of(spec)
     if spec.search.max_drop is not None:
-        check_constraints(url, len(spec.tasks), where=spec.where("search.max_drop"))
-    search_space(spec)
-    cache = spec_cache(spec)
-    stored = stored_study_or_none(spec, url)
-    where = safe_url(url)
+        check_constraints(plan.url, len(spec.tasks), where=spec.where("search.max_drop"))
+    cache, stored, where = spec_cache(spec), plan.study_if_any(), plan.place
     if stored is not None:
         provenance.refuse_other_science(
             spec.name, provenance.stored_science(stored), provenance.stated_science(spec), where
@@ -292,45 +284,35 @@ def open_study(
     science = provenance.whole_science(spec, problem)
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
-    merger = Merger(problem, method, cache, progress=progress)
-    return Session(spec, method, problem, _join(spec, url, science, problem), merger, url)
+    merger = Merger(problem, plan.method, cache, progress=progress)
+    return Session(plan, problem, _join(plan, science, problem), merger)
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:
     """The study of a spec as it is in its storage, without loading any model.
 
+    Args:
+        spec: the settings.
+
     Raises:
         InputError: there is none.
     """
-    url = storage_url(spec)
-    with storage_errors(url):
-        return load_study(open_storage(url, create=False), spec.name)
+    return Plan.of(spec).study()
 
 
-def stored_study_or_none(spec: StudySpec, url: str) -> optuna.Study | None:
-    """The study if it is there; nothing is created.
-
-    Args:
-        spec: names the study.
-        url: of its storage, from `storage_url`.
-    """
-    with storage_errors(url):
-        study = load_study_if_any(url, spec.name)
-        return None if study is None or provenance.is_unfinished(study) else study
-
-
-def _join(spec: StudySpec, url: str, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
-    with storage_errors(url):
-        storage, kinds = open_storage(url), directions(spec.objective, list(spec.tasks))
+def _join(plan: Plan, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
+    spec = plan.spec
+    with storage_errors(plan.url):
+        storage, kinds = open_storage(plan.url), directions(spec.objective, list(spec.tasks))
         founder = found_study(storage, spec.name, directions=kinds)
-        study = join_study(storage, spec.name, directions=kinds, sampler=study_sampler(spec))
+        study = join_study(storage, spec.name, directions=kinds, sampler=plan.sampler())
         if founder or (provenance.awaited_science(study) is None and not study.get_trials(deepcopy=False)):
             study.set_user_attr(provenance.SPEC, provenance.describe_spec(spec))
             study.set_user_attr(provenance.INDICES, problem.fisher_indices())
             study.set_user_attr(provenance.VERSIONS, provenance.library_versions())
             study.set_user_attr(provenance.SCIENCE, dict(science))
             study.set_metric_names(_metric_names(spec))
-        provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, safe_url(url))
+        provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, plan.place)
         described = study.user_attrs.get(provenance.SPEC, {})
         if (public := provenance.without_secrets(described)) != described:  # an earlier version kept tokens
             study.set_user_attr(provenance.SPEC, public)

@@ -19,9 +19,10 @@ from dfmerge_studies.objective.preflight import check_extras, model_problems, re
 from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec
-from dfmerge_studies.storage import check_url, safe_url
+from dfmerge_studies.storage import check_url
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.session import spec_cache, storage_url, stored_study_or_none
+from dfmerge_studies.study.plan import Plan, storage_url
+from dfmerge_studies.study.session import spec_cache
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.transforms import TRANSFORMS
 
@@ -157,9 +158,8 @@ def _data_problems(
 
 
 def _check_storage(spec: StudySpec, problem: Problem) -> None:
-    stored = stored_study_or_none(spec, storage_url(spec))
+    plan = Plan.of(spec)
+    stored = plan.study_if_any()
     if stored is not None:
         science = provenance.whole_science(spec, problem)
-        provenance.refuse_other_science(
-            spec.name, provenance.stored_science(stored), science, safe_url(storage_url(spec))
-        )
+        provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, plan.place)

@@ -11,7 +11,7 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.preflight import installed
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.session import storage_url
+from dfmerge_studies.study.plan import storage_url
 
 
 @dataclass(frozen=True)
