@@ -205,9 +205,7 @@ def encode_read(
         InputError: a row does not fit the model.
     """
     longest = longest_input(model.config, tokenizer)
-    return encode_rows(
-        rows, spec.tasks[task], kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}.max_length")
-    )
+    return encode_rows(rows, spec.tasks[task], kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}"))
 
 
 def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:

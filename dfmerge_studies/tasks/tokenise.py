@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
@@ -28,9 +30,10 @@ def encode_rows(
     """Tokenise rows for a kind of model.
 
     Text-to-text: the input and every choice end with the tokenizer's own special tokens (end of sequence); choices are
-    never cut, or two of them could become the same.  Causal:
-    prompt + delimiter + choice is tokenised whole and split after the prompt; a prompt that is too long loses its
-    beginning.  Classification: the text, or the pair.
+    never cut, or two of them could become the same.  Causal, as lm-evaluation-harness does: prompt + delimiter + choice
+    is tokenised whole, without special tokens behind it, and split where the prompt ends, or before it where a token
+    spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence.
+    Classification: the text, or the pair.
 
     Args:
         rows: the examples.
@@ -38,15 +41,17 @@ def encode_rows(
         kind: how the model answers.
         tokenizer: the base's tokenizer.
         longest: tokens that the model takes (see `longest_input`), None where there is no limit.
-        where: file and field, for messages.
+        where: file and task, for messages.
 
     Raises:
-        InputError: `max_length` is more than the model takes, or is unset and a text is longer.
+        InputError: `max_length` is more than the model takes, or is unset and a text is longer; two choices of a row
+            are the same tokens, or a choice adds none.
     """
     limit = _limit(task.max_length, longest, where)
     if kind is Kind.CAUSAL:
         assert isinstance(task, ChoiceTask)
-        encoded = [_encode_causal(row, task.target_delimiter, tokenizer, limit, where) for row in rows]
+        frame = _Frame.of(tokenizer, (row.text.rstrip() for row in rows))
+        encoded = [_encode_causal(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
     elif kind is Kind.TEXT_TO_TEXT:
         encoded = [_encode_pair_of_texts(row, tokenizer, limit, longest, where) for row in rows]
     else:
@@ -56,7 +61,7 @@ def encode_rows(
             if item.truncated:
                 raise InputError(
                     f"the text of row {item.index} is longer than the {limit} tokens that the model takes",
-                    where=where,
+                    where=f"{where}.max_length",
                     mend=f"Set max_length: {limit} to cut such texts, or remove them",
                 )
     return encoded
@@ -86,7 +91,7 @@ def _limit(wanted: int | None, longest: int | None, where: str) -> int | None:
     if wanted is not None and longest is not None and wanted > longest:
         raise InputError(
             f"max_length is {wanted} but the model takes {longest} tokens",
-            where=where,
+            where=f"{where}.max_length",
             mend=f"Set max_length to {longest} or less",
         )
     return wanted if wanted is not None else longest
@@ -108,33 +113,100 @@ def _encode_pair_of_texts(
         if longest is not None and len(ids) > longest:
             raise InputError(
                 f"row {row.index}: the choice {choice[:60]!r} has {len(ids)} tokens, the model takes {longest}",
-                where=where,
+                where=f"{where}.doc_to_choice",
                 mend="Shorten the choice",
             )
+    _check_different(row, choices, where)
     return Encoded(row.index, tuple(whole), choices, row.label, None, cut)
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """The special tokens that a tokenizer puts around every text.
+
+    Attributes:
+        before: their number before the text.
+        after: their number behind it: an end of sequence, a separator.
+        bos_id: the token that begins a sequence, if there is one.
+    """
+
+    before: int
+    after: int
+    bos_id: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> _Frame:
+        bos = tokenizer.bos_token_id
+        bos_id = bos if isinstance(bos, int) else None
+        for text in texts:
+            whole, bare = _ids(tokenizer, text), _ids(tokenizer, text, special=False)
+            for before in range(len(whole) - len(bare) + 1):
+                if bare and whole[before : before + len(bare)] == bare:
+                    return cls(before, len(whole) - len(bare) - before, bos_id)
+        return cls(0, 0, bos_id)
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """A text that may go on: nothing special behind it, and one beginning if it brings its own."""
+        ids = _ids(tokenizer, text)
+        ids = ids[: len(ids) - self.after]
+        begun = self.before and self.bos_id is not None and ids[self.before - 1 : self.before + 1] == [self.bos_id] * 2
+        return ids[: self.before - 1] + ids[self.before :] if begun else ids
+
+    def kept(self, ids: Sequence[int]) -> int:
+        """How many of the first tokens are no text and stay when a prompt is cut."""
+        return self.before or int(self.bos_id is not None and list(ids[:1]) == [self.bos_id])
+
+
 def _encode_causal(
-    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, limit: int | None, where: str
+    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None, where: str
 ) -> Encoded:
-    # Blanks at the end of a prompt belong to the choice's first token, or the split below would cut a token in two.
+    # Blanks at the end of a prompt belong to the choice's first token.
     prompt, blanks = row.text.rstrip(), row.text[len(row.text.rstrip()) :]
-    context = _ids(tokenizer, prompt)
-    choices = []
-    for choice in row.choices:
-        whole = _ids(tokenizer, f"{prompt}{blanks or delimiter}{choice}")
-        choices.append(tuple(whole[len(context) :]))
-        if not choices[-1]:
+    context = frame.tokens(tokenizer, prompt)
+    wholes = [frame.tokens(tokenizer, f"{prompt}{blanks or delimiter}{choice}") for choice in row.choices]
+    for choice, whole in zip(row.choices, wholes, strict=True):
+        if whole == context:
             raise InputError(
-                f"row {row.index}: the choice {choice!r} adds no token to the prompt", where=where, mend="Change it"
+                f"row {row.index}: the choice {choice!r} adds no token to the prompt",
+                where=f"{where}.doc_to_choice",
+                mend="Change it",
             )
-    room = None if limit is None else limit - max(map(len, choices))
-    if room is not None and room < 1:
+    # A token may span the join, in writing without blanks above all: then it belongs to the choices, not to the prompt.
+    columns = zip(context, *wholes, strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    if shared == 0:
+        what = "and a choice are one token: nothing is left before the choices" if context else "has no tokens"
         raise InputError(
-            f"row {row.index}: its choices alone fill the {limit} tokens", where=where, mend="Raise max_length"
+            f"row {row.index}: the prompt {prompt[:60]!r} {what}",
+            where=f"{where}.doc_to_text",
+            mend="Give the prompt more text",
         )
-    cut = room is not None and len(context) > room
-    return Encoded(row.index, tuple(context[-room:] if cut and room else context), tuple(choices), row.label, None, cut)
+    context, choices = context[:shared], [tuple(whole[shared:]) for whole in wholes]
+    _check_different(row, choices, where)
+    if limit is None or len(context) + max(map(len, choices)) <= limit:
+        return Encoded(row.index, tuple(context), tuple(choices), row.label)
+    kept, room = frame.kept(context), limit - max(map(len, choices))
+    if room <= kept:
+        raise InputError(
+            f"row {row.index}: its choices alone fill the {limit} tokens",
+            where=f"{where}.max_length",
+            mend="Raise max_length",
+        )
+    cut = (*context[:kept], *context[len(context) - (room - kept) :])
+    return Encoded(row.index, cut, tuple(choices), row.label, None, True)
+
+
+def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -> None:
+    """Refuse choices that are the same to the model; they would have the same loss, and the first would always win."""
+    texts: dict[tuple[int, ...], str] = {}
+    for text, ids in zip(row.choices, choices, strict=True):
+        if ids in texts:
+            raise InputError(
+                f"row {row.index}: the choices {texts[ids]!r} and {text!r} are the same tokens to the base's tokenizer",
+                where=f"{where}.doc_to_choice",
+                mend="Let them differ in what it keeps; it may drop case, accents, blanks or unknown characters",
+            )
+        texts[ids] = text
 
 
 def _encode_classification(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Encoded:
