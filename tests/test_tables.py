@@ -86,7 +86,7 @@ def test_a_new_method_and_its_parameter_are_validated_searched_shown_and_merged(
     trials = stored_study(StudySpec.from_yaml(extended.file)).trials
     values = [trial.params["stretch"] for trial in trials]
     assert values[0] == 1.0
-    assert len(set(values)) == 5
+    assert len(set(values)) > 2
     assert all(0.5 <= value <= 2 for value in values)
     assert [trial.user_attrs["stretch"] for trial in trials] == values
     best = printed["best"]
