@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
+from dfmerge_studies.signals import INTERRUPTS, STOP
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +37,7 @@ Command = Callable[[dict[str, Any]], object]  # a picklable call; it is handed w
 TIMEOUT = "DFMERGE_RANK_TIMEOUT"  # environment: seconds to wait for a rank that works on its share
 TIMEOUT_SECONDS = 1800.0
 _IDLE = timedelta(days=30)  # the leader may wait for other workers, or for a database, as long as it likes
-_TWICE = (signal.SIGINT, signal.SIGTERM)  # a second one acts at once
-_SIGNALS = (*_TWICE, signal.SIGUSR1)
+_SIGNALS = tuple({*INTERRUPTS, STOP})
 
 
 class GroupError(DFMergeError):
@@ -183,7 +183,7 @@ class _HeldSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in _TWICE:
+        for each in INTERRUPTS:
             signal.signal(each, signal.SIG_DFL)
 
 

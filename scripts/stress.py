@@ -20,8 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from optuna.trial import TrialState
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dfmerge_studies.trials.marks import OWNER
 from dfmerge_studies.trials.reading import counts
 from tests.place import Crowd, Place
 from tests.servers import PostgresServer, running_postgres
@@ -29,6 +32,7 @@ from tests.servers import PostgresServer, running_postgres
 ACTIONS = {"kill": 6, "short stop": 2, "stop past the grace": 1, "sigterm": 1}
 RESTARTS = {"fast restart": 1, "immediate restart": 1}
 GRACE_SECONDS = 3
+PATIENCE_SECONDS = 10  # that a kill waits for a trial at work
 
 
 def main() -> None:
@@ -96,7 +100,7 @@ def torment(
             (action,) = moments.choices(list(weights), list(weights.values()))
             done[action] += 1
             if action == "kill":
-                crowd.kill(moments)
+                done["kill of a trial at work"] += kill_at_work(crowd, moments)
             elif server is not None and action.endswith("restart"):
                 crowd.excused = list(crowd.workers)
                 server.stop(action.split()[0])
@@ -109,6 +113,32 @@ def torment(
         crowd.wait()
     place.run()
     return done
+
+
+def kill_at_work(crowd: Crowd, moments: random.Random) -> bool:
+    """Kill a worker while it runs a trial, not while it starts; any worker where none comes to one in time.
+
+    Args:
+        crowd: the workers.
+        moments: chooses the worker.
+
+    Returns:
+        Whether the worker had a running trial.
+    """
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until:
+        with contextlib.suppress(Exception):  # the server may be away
+            running = crowd.place.study().get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            owners = {trial.user_attrs.get(OWNER, {}).get("pid") for trial in running}
+            victims = [worker for worker in crowd.workers if worker.is_alive() and worker.pid in owners]
+            if victims:
+                victim = moments.choice(victims)
+                victim.kill()
+                victim.join()
+                return True
+        time.sleep(0.05)
+    crowd.kill(moments)
+    return False
 
 
 def signal_one(crowd: Crowd, action: str, moments: random.Random) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError, first_line
+from dfmerge_studies.temporary import beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def write_model(
 
     check_target(out, force=force, mark=mark)
     out = out.absolute()
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = beside(out)
     try:
         temporary.mkdir(parents=True)
         whole = cast("PreTrainedModel", model.base_model) if heads else model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from dfmerge_studies.report.standings import standings
 from dfmerge_studies.report.stored_comparison import stored_comparison, stored_standings
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
+from dfmerge_studies.temporary import beside
 from dfmerge_studies.trials.reading import counts
 
 PAGE, FOLDER = "index.html", "figures"
@@ -179,7 +179,7 @@ def render(page: Page, drawings: Sequence[Drawing | Missing]) -> str:
 
 def _write_figure(folder: Path, drawing: Drawing) -> list[Path]:
     files = [folder / f"{drawing.name}{ending}" for ending in _ENDINGS]
-    temporary = [_beside(file) for file in files]
+    temporary = [beside(file) for file in files]
     try:
         with canvas():
             figure = drawing.static()
@@ -195,13 +195,9 @@ def _write_figure(folder: Path, drawing: Drawing) -> list[Path]:
 
 
 def _replace(file: Path, content: bytes) -> None:
-    new = _beside(file)
+    new = beside(file)
     try:
         new.write_bytes(content)
         new.replace(file)
     finally:
         new.unlink(missing_ok=True)
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{uuid.uuid4().hex[:12]}.tmp")

@@ -20,13 +20,14 @@ from signal import Signals
 from typing import Any, Literal
 
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.signals import INTERRUPTS, STOP
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.trials.guards import Interrupts
 
 MAX_RESTARTS = 3  # of one worker without a trial completed in between
 _TICK = 0.2  # seconds after which the parent notices a signal
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-_DELIBERATE = frozenset({130, -Signals.SIGINT, -Signals.SIGTERM, -Signals.SIGUSR1})
+_DELIBERATE = frozenset({130, *(-number for number in (*INTERRUPTS, STOP))})
 
 
 @dataclass(frozen=True)

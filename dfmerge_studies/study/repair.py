@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import storage_of, study_id_of
 from dfmerge_studies.study import provenance
+from dfmerge_studies.temporary import sweep
 from dfmerge_studies.trials.marks import ERROR, OWNER, place_of
 from dfmerge_studies.trials.outbox import Outbox, outbox_folder, outboxes
 from dfmerge_studies.trials.queue import retry_failures
@@ -139,10 +140,7 @@ def leftovers(spec: StudySpec, folders: Iterable[Path]) -> list[Leftover]:
         spec: names the cache and the outbox, which are searched.
         folders: where exports may have been written, searched without their subfolders.
     """
-    places = {folder.resolve() for folder in folders}
-    places.update(folder for folder in outboxes(spec.workdir).resolve().glob("*") if folder.is_dir())
-    if spec.cache is not None and "://" not in spec.cache:
-        places.add((spec.workdir / Path(spec.cache).expanduser()).resolve())
+    places = {folder.resolve() for folder in folders} | _written(spec)
     found = []
     for place in sorted(p for p in places if p.is_dir()):
         for path in sorted(place.iterdir()):
@@ -152,6 +150,26 @@ def leftovers(spec: StudySpec, folders: Iterable[Path]) -> list[Leftover]:
             home = place / match["name"] if match["end"] == "old" else None
             found.append(Leftover(path, home if home is not None and not home.exists() else None))
     return found
+
+
+def sweep_unfinished(spec: StudySpec) -> list[Path]:
+    """Delete at once what dead processes of this machine left unfinished in the outboxes and in the cache.
+
+    Args:
+        spec: says where they are.
+
+    Returns:
+        What was deleted.
+    """
+    return [path for folder in _written(spec) for path in sweep(folder)]
+
+
+def _written(spec: StudySpec) -> set[Path]:
+    """Folders that studies write files to, but for exports: outboxes and a local cache."""
+    folders = {folder for folder in outboxes(spec.workdir).resolve().glob("*") if folder.is_dir()}
+    if spec.cache is not None and "://" not in spec.cache:
+        folders.add((spec.workdir / Path(spec.cache).expanduser()).resolve())
+    return folders
 
 
 def clear(found: Iterable[Leftover]) -> None:

@@ -31,6 +31,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
+from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
@@ -96,6 +97,7 @@ class Session:
             RunError: three trials in a row failed, or the database is gone for good.
         """
         total = self.total(target)
+        sweep_unfinished(self.spec)
         with storage_errors(self.plan.url):
             self._check_total(total)
             self.study.set_user_attr(provenance.TARGET, total)

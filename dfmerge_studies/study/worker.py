@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from dfmerge_studies.progress import Progress, silent
+from dfmerge_studies.signals import STOP, stop_this_process
 from dfmerge_studies.study.pool import Orders, device_of, threads_each
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import baseline_specs
-from dfmerge_studies.trials.guards import STOP
 from dfmerge_studies.trials.results import Event
 
 Say = Callable[..., None]
@@ -67,7 +67,7 @@ def stop_with_parent() -> None:
     def wait() -> None:
         while os.read(0, 1024):
             pass
-        os.kill(os.getpid(), STOP)
+        stop_this_process()
 
     threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
 

@@ -13,12 +13,11 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
+from dfmerge_studies.signals import INTERRUPTS, STOP
 from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES, record_heartbeat, storage_of
 from dfmerge_studies.trials.marks import BEAT, mark
 
 _BEAT_SECONDS = 30.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STOP = signal.SIGUSR1  # as the first of these, and never as the second: safe to send to a process that is stopping
 
 
 class Interrupts:
@@ -36,7 +35,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number in (*_SIGNALS, STOP):
+            for number in {*INTERRUPTS, STOP}:
                 self._former[number] = signal.signal(number, self._handle)
         return self
 
@@ -46,10 +45,10 @@ class Interrupts:
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == STOP and self.requested:
+        if number == STOP and STOP not in INTERRUPTS and self.requested:
             return
         self.requested = True
-        for each in _SIGNALS:
+        for each in INTERRUPTS:
             signal.signal(each, signal.SIG_DFL)
         if self._raising:
             self._raising = False

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.storage import id_of, storage_identity, storage_of
+from dfmerge_studies.temporary import token
 from dfmerge_studies.trials.marks import DROPPED, OWNER, RETRY_OF, mark, place_of
 from dfmerge_studies.trials.owner import is_dead
 from dfmerge_studies.trials.reading import owed, point_of
@@ -108,7 +108,7 @@ class Outbox:
             "attributes": dict(result.attributes),
         }
         path = self._folder / f"{self._prefix}-{number}-{owner['worker']}.json"
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        temporary = path.with_suffix(f".{token()}.tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from dfmerge_studies.errors import first_line
+from dfmerge_studies.temporary import beside
 
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _HEADER = 8  # bytes that say how long the JSON header is
@@ -36,7 +36,7 @@ def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str,
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary = beside(file)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
