@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.files import check_files, weights_files
 from dfmerge_studies.checkpoints.folding import fold, plain
+from dfmerge_studies.checkpoints.function import check_adapter_config
 from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, load_model, quiet_transformers, refused
 from dfmerge_studies.checkpoints.missing import check_answers
@@ -182,6 +183,7 @@ def _folded(
     classes = _adapter_classes(checkpoint) if model_class is ModelClass.CLASSIFICATION else []
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
+    check_adapter_config(checkpoint, model, base_file=str(base.path))
     try:
         with quiet_transformers(), private_copy(checkpoint, contents) as folder:
             before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.checkpoints.probe import probe_inputs, probe_logits
+from dfmerge_studies.checkpoints.probe import probe_inputs, probe_logits, relative_error
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
@@ -128,10 +128,7 @@ def _equal_but_for_rounding(a: Tensor, b: Tensor, original: Tensor) -> bool:
 
 
 def _check_same(live: Tensor, folded: Tensor, dtype: torch.dtype, where: str) -> None:
-    if live.shape != folded.shape:
-        error = float("inf")
-    else:
-        error = float((live.double() - folded.double()).norm() / live.double().norm().clamp_min(1e-300))
+    error = relative_error(folded, live)
     if not error <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
         raise InputError(
             "folded into the weights, the adapter answers otherwise than live: "

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.probe import probe_inputs, probe_logits
+from dfmerge_studies.checkpoints.probe import PROBE_FAILURES, probe_inputs, probe_logits
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 def check_answers(model: PreTrainedModel, names: Iterable[str], *, where: str, owner: str, mend: str) -> None:
@@ -90,7 +88,7 @@ def _reached(tensors: list[Tensor], forward: Callable[[], Tensor]) -> bool:
             tensor.fill_(torch.nan)
         # Some kernels take a row of NaN for one that is masked, and give zeros.
         return not torch.allclose(forward(), before, rtol=1e-3, atol=1e-6)
-    except _FAILURES:  # some models look at their numbers
+    except PROBE_FAILURES:  # some models look at their numbers
         return True
     finally:
         for tensor, original in zip(tensors, kept, strict=True):

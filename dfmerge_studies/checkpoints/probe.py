@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What models raise for inputs or numbers that they do not take.
+PROBE_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 _TOKENS = 12
 _NAMED = 32  # tokens that the caller names, at most
 
@@ -47,3 +49,15 @@ def probe_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """
     logits: Tensor = model(**inputs).logits
     return logits
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Distance of two outputs, relative to the size of the second, in L2; infinite where shapes differ.
+
+    Args:
+        a: one output.
+        b: the other.
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.digest import Contents
+from dfmerge_studies.checkpoints.function import check_same_function
 from dfmerge_studies.checkpoints.load import (
     Loaded,
     ModelClass,
@@ -170,6 +171,8 @@ def load_resident(
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         theta.update({name: theta_pre[name] for name in found.missing & theta_pre.keys()})  # of no use to anything
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
+        if not checkpoint.is_adapter:
+            check_same_function(model, found.model, base_file=str(base.path), expert_file=str(checkpoint.path))
         vectors.append(task_vector(expert, theta_pre, theta))
         task = task_of[expert]
         if classifier and head and task is not None:
