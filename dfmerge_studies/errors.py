@@ -104,9 +104,13 @@ def first_line(error: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(error, KeyError) and len(error.args) == 1:
         return f"{error.args[0]!r} is missing"
-    lines = [line.strip() for line in _CLASS_NAME.sub("", str(error)).splitlines()]
+    text = re.sub(r"<class '([^']*)'>", r"\1", str(error))
+    lines = [line.strip() for line in _CLASS_NAME.sub("", text).splitlines()]
     told = [line for line in lines if re.search(r"\w", line)]
-    return masked_text(told[0])[:_LONGEST] if told else "no reason is given"
+    if not told:
+        return "no reason is given"
+    text = " ".join(told[:2]) if told[0].endswith(":") else told[0]
+    return text.rstrip(":.")[:_LONGEST]
 
 
 def printable(text: str) -> str:

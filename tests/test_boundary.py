@@ -407,3 +407,64 @@ def test_a_template_that_would_not_end_or_fails_is_refused_by_field(template: st
 def test_a_template_within_its_budget_renders_as_in_jinja(template: str, text: str) -> None:
     assert renderer(template, ["input"], "spec.yaml")({"input": "a b"}, 0) == text
     assert jinja2.Environment(keep_trailing_newline=True).from_string(template).render(input="a b") == text
+
+
+# Configurations and tokenizers.
+
+
+def changed(name: str, *place: str | int, to: Any) -> Callable[[Project], None]:
+    """Put a value into a JSON file of base and experts."""
+
+    def spoil(project: Project) -> None:
+        for folder in ("base", "red", "blue"):
+            file = project.folder / folder / name
+            content = json.loads(file.read_text()) if file.exists() else {}
+            target = content
+            for part in place[:-1]:
+                target = target[part]
+            target[place[-1]] = to
+            file.write_text(json.dumps(content))
+
+    return spoil
+
+
+def written(name: str, content: bytes) -> Callable[[Project], None]:
+    return lambda project: (project.folder / "base" / name).write_bytes(content) and None
+
+
+MODELS: list[tuple[Callable[[Project], None], str, str]] = [
+    (changed("config.json", "d_ff", to="many"), "config.json", "'d_ff' expected int"),
+    (changed("config.json", "d_model", to=None), "config.json", "'d_model'"),
+    (changed("config.json", "num_layers", to=10**7), "config.json", "num_layers is 10000000"),
+    (changed("config.json", "num_layers", to=10**41), "config.json", "num_layers"),
+    (changed("config.json", "vocab_size", to=10**30), "config.json", "vocab_size"),
+    (changed("config.json", "vocab_size", to=10**9), "config.json", "shared.weight"),
+    (changed("config.json", "num_heads", to=-1), "config.json", ""),
+    (changed("config.json", "dropout_rate", to=-1), "config.json", "between 0 and 1"),
+    (changed("config.json", "model_type", to={}), "config.json", ""),
+    (changed("config.json", "model_type", to="t7"), "config.json", "t7"),
+    (written("config.json", b'{"a": ' * 9999), "config.json", "nested"),
+    (written("config.json", b'{"vocab_size": ' + b"1" * 9999 + b"}"), "config.json", "JSON"),
+    (written("generation_config.json", b"["), "generation_config.json", ""),
+    (written("tokenizer.json", b"\xff\xfe"), "tokenizer.json", "UTF-8"),
+    (written("tokenizer.json", b"[" * 9999), "tokenizer.json", "nested"),
+    (written("tokenizer.json", b"{}"), "tokenizer.json", ""),
+    (written("tokenizer_config.json", b"{"), "tokenizer_config.json", "JSON"),
+    (written("special_tokens_map.json", b"5,"), "special_tokens_map.json", "JSON"),
+    (changed("tokenizer.json", "model", "type", to="two"), "tokenizer.json", ""),
+    (changed("tokenizer.json", "model", "vocab", "a", to=-1), "tokenizer.json", "-1"),
+    (changed("tokenizer.json", "model", "vocab", "a", to=10**6), "tasks.red", "1000000"),
+    (changed("tokenizer_config.json", "tokenizer_class", to=[]), "base", ""),
+    (changed("tokenizer_config.json", "model_max_length", to="many"), "tokenizer_config.json", "model_max_length"),
+    (changed("tokenizer_config.json", "unk_token", to=5), "base", "unk_token"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "file", "names"), MODELS, ids=range(len(MODELS)))
+def test_a_damaged_configuration_or_tokenizer_is_refused_by_file(
+    project: Project, spoil: Callable[[Project], None], file: str, names: str
+) -> None:
+    spoil(project)
+    message = refusal(project, "validate", "spec.yaml")
+    assert file in message
+    assert names in message

@@ -415,7 +415,7 @@ def test_an_adapter_whose_config_is_damaged_is_refused_by_name(tmp_path: Path, d
     model = AutoModelForCausalLM.from_pretrained(base)
     lora(model, tmp_path / "red", target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     (tmp_path / "red" / "adapter_config.json").write_bytes(damage.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=r"adapter_config\.json.*(JSON|utf-8)"):
+    with pytest.raises(InputError, match=r"adapter_config\.json.*(JSON|UTF-8)"):
         checkpoint(tmp_path / "red")
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.files import check_files, weights_files
 from dfmerge_studies.checkpoints.folding import fold, plain
 from dfmerge_studies.checkpoints.function import check_adapter_config
 from dfmerge_studies.checkpoints.header import read_header
-from dfmerge_studies.checkpoints.load import LOADING_ERRORS, ModelClass, load_model, quiet_transformers, refused
+from dfmerge_studies.checkpoints.load import ModelClass, load_model, loading, quiet_transformers
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
 from dfmerge_studies.checkpoints.weights import private_copy
-from dfmerge_studies.errors import InputError, first_line
+from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PEFT_ERRORS = (*LOADING_ERRORS, AttributeError, NotImplementedError, AssertionError, IndexError)
 _TASK_TYPES = {
     ModelClass.SEQ2SEQ: "SEQ_2_SEQ_LM",
     ModelClass.CAUSAL: "CAUSAL_LM",
@@ -117,16 +117,10 @@ def _read_config(checkpoint: Checkpoint, model_class: ModelClass) -> PeftConfig:
     file = checkpoint.path / "adapter_config.json"
     written = read_json_object(file)
     kind = written.get("peft_type")
-    try:
-        with quiet_transformers():
-            config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint.path))
-    except _PEFT_ERRORS as error:
-        raise InputError(
-            f"not the configuration of an adapter that the installed peft knows (peft_type {kind!r}): "
-            f"{first_line(error)}",
-            where=str(file),
-            mend="Install the version of peft that the adapter was trained with, or copy the file again",
-        ) from error
+    what = f"not the configuration of an adapter that the installed peft knows (peft_type {kind!r})"
+    mend = "Install the version of peft that the adapter was trained with, or copy the file again"
+    with reading(str(file), what, mend), quiet_transformers():
+        config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint.path))
     kind = _kind(config)
     if config.is_prompt_learning or kind in _BESIDE_THE_WEIGHTS:
         raise InputError(
@@ -184,16 +178,13 @@ def _folded(
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
     check_adapter_config(checkpoint, model, base_file=str(base.path))
-    try:
-        with quiet_transformers(), private_copy(checkpoint, contents) as folder:
-            before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
-            wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
-            # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
-            result = wrapped.load_adapter(str(folder), "default")
-            brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
-    except _PEFT_ERRORS as error:
-        what = f"this adapter does not fit the base {base.path}"
-        raise refused(error, where, what, "Name the base that the adapter was trained on") from error
+    what, mend = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
+    with loading(where, what, mend), quiet_transformers(), private_copy(checkpoint, contents) as folder:
+        before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
+        wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
+        # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
+        result = wrapped.load_adapter(str(folder), "default")
+        brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
     missing, odd = _missing(wrapped, result.missing_keys), _odd(config, result.unexpected_keys)
     for what, names in (("is missing", missing), ("has no place in the base", odd)):
         if names:
@@ -202,15 +193,9 @@ def _folded(
                 where=where,
                 mend="Copy the adapter again, or name the base that it was trained on",
             )
-    try:
-        with quiet_transformers():
-            folded = fold(wrapped, before, where=where)
-    except _PEFT_ERRORS as error:
-        raise InputError(
-            f"this adapter of the type {_kind(config)} cannot be folded into weights: {first_line(error)}",
-            where=where,
-            mend="Train one that only adds to weights, such as LoRA",
-        ) from error
+    what = f"this adapter of the type {_kind(config)} cannot be folded into weights"
+    with loading(where, what, "Train one that only adds to weights, such as LoRA"), quiet_transformers():
+        folded = fold(wrapped, before, where=where)
     check_answers(
         folded,
         loaded.missing - brought,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from logging import ERROR
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from dfmerge_studies.boundary import read_json, reading
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import Checkpoint
-from dfmerge_studies.errors import InputError, first_line
+from dfmerge_studies.errors import DFMergeError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, ImportError)
+_TOKENIZER_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_PROBE = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
 
 
 class ModelClass(StrEnum):
@@ -83,14 +91,9 @@ def load_model(
     contents.open(checkpoint)
     names = dict(enumerate(classes))
     labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
-    try:
-        with quiet_transformers():
-            tensors = read_weights(checkpoint, contents, dtype=dtype)
-            model, info = _model_of(checkpoint, model_class, tensors, dtype=dtype, **labels)
-    except LOADING_ERRORS as error:
-        what = f"cannot be loaded as {model_class.value}"
-        mend = "Check that the checkpoint is complete and of the kind that the tasks need"
-        raise refused(error, str(checkpoint.path), what, mend) from error
+    with quiet_transformers():
+        tensors = read_weights(checkpoint, contents, dtype=dtype)
+        model, info = _model_of(checkpoint, model_class, tensors, dtype=dtype, **labels)
     contents.open(checkpoint)
     where, mend = str(checkpoint.path), "Copy the checkpoint again, or name the right one"
     resized = _resized(model, info["mismatched_keys"], where, allowed=bool(classes))
@@ -109,11 +112,7 @@ def _resized(
     names = set()
     for name, found, expected in sorted(mismatched):
         if not allowed or name.startswith(f"{model.base_model_prefix}."):
-            raise InputError(
-                f"tensor {name} has shape {tuple(found)}, but {tuple(expected)} follows from its config.json",
-                where=where,
-                mend="Copy the configuration that belongs to these weights",
-            )
+            _misfit(name, found, expected, where)
         names.add(name)
     return frozenset(names)
 
@@ -125,22 +124,50 @@ def _model_of(
     import torch
     import transformers
 
-    trust = checkpoint.trust_remote_code
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, **labels)
+    trust, where = checkpoint.trust_remote_code, str(checkpoint.path)
+    file, mend = str(checkpoint.path / "config.json"), "Copy the configuration that belongs to these weights"
+    with loading(file, "not the configuration of a model", mend):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, **labels)
     auto = getattr(transformers, model_class.value)
-    with torch.device("meta"):  # names the class (of the checkpoint's own code, perhaps) and allocates nothing
+    # On "meta", this names the class (of the checkpoint's own code, perhaps) and allocates nothing.
+    with loading(file, f"no model can be built from it as {model_class.value}", mend), torch.device("meta"):
         shell = auto.from_config(config, trust_remote_code=trust)
-    model, info = type(shell).from_pretrained(
-        None,
-        config=shell.config,
-        state_dict=tensors,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused by name, or drawn anew where that is wanted
-        generation_config=_generation_config(checkpoint) if shell.can_generate() else None,
-    )
-    model.config.name_or_path = model.name_or_path = str(checkpoint.path)
+    _check_shapes(tensors, shell, where, model_class)
+    generation = _generation_config(checkpoint) if shell.can_generate() else None
+    mend = "Check that the checkpoint is complete and of the kind that the tasks need"
+    with loading(where, f"cannot be loaded as {model_class.value}", mend):
+        model, info = type(shell).from_pretrained(
+            None,
+            config=shell.config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused by name, or drawn anew where that is wanted
+            generation_config=generation,
+        )
+    model.config.name_or_path = model.name_or_path = where
     return model, info
+
+
+def _check_shapes(tensors: dict[str, Tensor], shell: PreTrainedModel, where: str, model_class: ModelClass) -> None:
+    """Refuse tensors of another shape than the configuration's before memory is taken for what it says.
+
+    The head of a classifier is left to `_resized`.
+    """
+    expected, prefix = shell.state_dict(), f"{shell.base_model_prefix}."
+    for name, tensor in tensors.items():
+        for full in (name, f"{prefix}{name}"):
+            head = model_class is ModelClass.CLASSIFICATION and not full.startswith(prefix)
+            if full in expected and not head and expected[full].shape != tensor.shape:
+                _misfit(full, tensor.shape, expected[full].shape, where)
+
+
+def _misfit(name: str, found: Sequence[int], expected: Sequence[int], where: str) -> NoReturn:
+    raise InputError(
+        f"tensor {name} has shape {tuple(found)}, but {tuple(expected)} follows from its config.json",
+        where=where,
+        mend="Copy the configuration that belongs to these weights",
+    )
 
 
 def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
@@ -149,9 +176,9 @@ def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
     own = (checkpoint.path / GENERATION_CONFIG_NAME).is_file()
-    return GenerationConfig.from_pretrained(
-        checkpoint.path, config_file_name=GENERATION_CONFIG_NAME if own else CONFIG_NAME, _from_model_config=not own
-    )
+    name = GENERATION_CONFIG_NAME if own else CONFIG_NAME
+    with reading(str(checkpoint.path / name), "not the settings of a generation", "Copy the file again, or remove it"):
+        return GenerationConfig.from_pretrained(checkpoint.path, config_file_name=name, _from_model_config=not own)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -165,13 +192,34 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    where, mend = str(checkpoint.path), "Save the tokenizer into the model directory with tokenizer.save_pretrained"
+    for name in _TOKENIZER_JSON:
+        if (checkpoint.path / name).exists():
+            read_json(checkpoint.path / name, mend=mend)
     try:
-        with quiet_transformers():
+        with loading(where, "the tokenizer cannot be loaded", mend), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, json.JSONDecodeError) as error:
-        mend = "Save the tokenizer into the model directory with tokenizer.save_pretrained"
-        raise refused(error, str(checkpoint.path), "the tokenizer cannot be loaded", mend) from error
+    except InputError:
+        _check_tokenizer_json(checkpoint.path / "tokenizer.json", mend)
+        raise
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise InputError(
+            f"model_max_length is {tokenizer.model_max_length!r}, expected a number of tokens",
+            where=str(checkpoint.path / "tokenizer_config.json"),
+            mend="Correct it, or remove it where there is no limit",
+        )
+    with reading(where, "the tokenizer fails on a text", mend):
+        tokenizer(_PROBE)
     return tokenizer
+
+
+def _check_tokenizer_json(file: Path, mend: str) -> None:
+    """Name the file where it alone is at fault."""
+    from tokenizers import Tokenizer
+
+    if file.exists():
+        with reading(str(file), "not a tokenizer", mend):
+            Tokenizer.from_file(str(file))
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
@@ -216,35 +264,43 @@ def check_same_tokenizer(
             where=expert_file,
             mend=mend,
         )
-    probe = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
-    if list(expert(probe)["input_ids"]) != list(base(probe)["input_ids"]):
+    if list(expert(_PROBE)["input_ids"]) != list(base(_PROBE)["input_ids"]):
         raise InputError(
             f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend
         )
 
 
-def refused(error: Exception, where: str, what: str, mend: str) -> InputError:
-    """What a failed load means.
+@contextmanager
+def loading(where: str, what: str, mend: str) -> Iterator[None]:
+    """`reading`, for what may come with code of its own: in modules, or in pickles.
 
     Args:
-        error: what transformers, peft or torch raised.
-        where: the checkpoint.
-        what: what failed, as a clause.
+        where: the checkpoint, or a file of it.
+        what: what cannot be done, as a clause.
         mend: what the reader can do.
+
+    Raises:
+        InputError: for whatever was raised.
     """
-    if "trust_remote_code" in str(error):
-        return InputError(
-            "it brings code of its own, which is not run unless you say so",
-            where=where,
-            mend="Read that code; if you trust it, add --trust-remote-code",
-        )
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return InputError(
-            "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
-            where=where,
-            mend="Save the model again with save_pretrained, as safetensors",
-        )
-    return InputError(f"{what}: {first_line(error)}", where=where, mend=mend)
+    with reading(where, what, mend):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, DFMergeError):
+                raise
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    "it brings code of its own, which is not run unless you say so",
+                    where=where,
+                    mend="Read that code; if you trust it, add --trust-remote-code",
+                ) from error
+            if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+                raise InputError(
+                    "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
+                    where=where,
+                    mend="Save it again with save_pretrained, as safetensors",
+                ) from error
+            raise
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

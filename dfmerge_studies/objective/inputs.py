@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, positive_class
@@ -205,7 +206,27 @@ def encode_read(
         InputError: a row does not fit the model.
     """
     longest = longest_input(model.config, tokenizer)
-    return encode_rows(rows, spec.tasks[task], kind, tokenizer, longest=longest, where=spec.where(f"tasks.{task}"))
+    where = spec.where(f"tasks.{task}")
+    mend = "Save the tokenizer into the base's directory with tokenizer.save_pretrained"
+    with reading(where, f"the tokenizer of {spec.base} fails on a row", mend):
+        encoded = encode_rows(rows, spec.tasks[task], kind, tokenizer, longest=longest, where=where)
+    _check_ids(spec, task, encoded, model)
+    return encoded
+
+
+def _check_ids(spec: StudySpec, task: str, examples: Sequence[Encoded], model: PreTrainedModel) -> None:
+    """Refuse tokens that the model has no embedding of: its vocabulary is not that of its tokenizer."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is None:
+        return
+    for example in examples:
+        largest = max(token for ids in (example.input_ids, *example.choices) for token in ids)
+        if largest >= known:
+            raise InputError(
+                f"row {example.index} has the token {largest}, but the base {spec.base} has {known} embeddings",
+                where=spec.where(f"tasks.{task}"),
+                mend="Save the tokenizer that belongs to the base into its directory",
+            )
 
 
 def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
