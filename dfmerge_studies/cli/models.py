@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Coefficients, Point, coefficient_range, fixed_coefficients
+from dfmerge_studies.tasks.splits import as_split
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
@@ -137,8 +139,7 @@ def evaluate(
     json: common.JsonOption = False,
 ) -> None:
     """Score any model on the spec's tasks."""
-    if split not in ("validation", "test"):
-        raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
+    chosen = as_split(split, "--split")
     from dfmerge_studies.objective.preflight import check_model
 
     overrides = common.trusting(overrides, trust)
@@ -149,18 +150,17 @@ def evaluate(
         common.quiet_libraries()
         from dfmerge_studies.objective.evaluate import evaluate_model
 
-        tasks = evaluate_model(settings, model, split, progress=progress, ranks=common.join_ranks(settings))
-    metrics = settings.metrics(split)
+        tasks = evaluate_model(settings, model, chosen, progress=progress, ranks=common.join_ranks(settings))
+    metrics, scores = settings.metrics(chosen), {task: entry.score for task, entry in tasks.items()}
     if json:
-        mean = metrics.mean_of({task: float(entry["score"]) for task, entry in tasks.items()})
-        common.print_json({"model": model, "split": split, "tasks": tasks, "mean": mean})
+        described = {task: asdict(entry) for task, entry in tasks.items()}
+        common.print_json({"model": model, "split": chosen, "tasks": described, "mean": metrics.mean_of(scores)})
         return
     from dfmerge_studies.report.renderings import standings_table
     from dfmerge_studies.report.standings import Scored, side_by_side
 
-    scores = {split: {task: float(entry["score"]) for task, entry in tasks.items()}}
-    found = side_by_side([Scored(model, scores)], {split: metrics})[split]
-    common.output().print(standings_table(found, title=f"{split} {metrics.heading}"))
+    found = side_by_side([Scored(model, {chosen: scores})], {chosen: metrics})[chosen]
+    common.output().print(standings_table(found, title=f"{chosen} {metrics.heading}"))
 
 
 def export(

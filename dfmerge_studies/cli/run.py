@@ -13,6 +13,7 @@ from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.cli.workers import is_complete, run_pool, total_of
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.ranks import launched
+from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     import optuna
@@ -92,7 +93,7 @@ def run(
     if add is not None:
         total = session.total() + add
     finished = _work(session, total)
-    tables: dict[str, Standings] = {}
+    tables: dict[Split, Standings] = {}
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)
         if finished:
@@ -131,12 +132,12 @@ def _baselines(session: Session) -> tuple[list[Session], bool]:
     return done, True
 
 
-def _splits(spec: StudySpec, test: bool) -> list[str]:
+def _splits(spec: StudySpec, test: bool) -> list[Split]:
     with_test = test and all(task.test_split is not None for task in spec.tasks.values())
     return ["validation", "test"] if with_test else ["validation"]
 
 
-def _tables(session: Session, baselines: list[Session], splits: list[str]) -> dict[str, Standings]:
+def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> dict[Split, Standings]:
     """Base, experts, baselines and the winner; what is not in the study yet is scored now."""
     from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, side_by_side
 
@@ -167,7 +168,7 @@ def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) 
 def _tell(
     study: optuna.Study,
     plan: Plan,
-    tables: dict[str, Standings],
+    tables: dict[Split, Standings],
     again: str,
     *,
     finished: bool,

@@ -11,6 +11,7 @@ import typer
 from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.errors import DFMergeError
+from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
@@ -70,7 +71,7 @@ def is_complete(plan: Plan, total: int) -> bool:
     return True
 
 
-def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[str]) -> bool:
+def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[Split]) -> bool:
     """Run a study and its baselines with several local processes.
 
     Args:

@@ -10,6 +10,7 @@ from dfmerge_studies.objective.inputs import fisher_rows, scored_examples
 from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.objective.problem import Problem, TaskInputs
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.splits import SPLITS, Split
 
 
 def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, list[int]] | None = None) -> Problem:
@@ -43,7 +44,7 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
         splits = {**task.splits, "validation": scored}
         tasks[name] = TaskInputs(splits, [task.validation[row] for row in rows], task.validation)
     other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={}, expert_answers={})
-    same = [split for split in ("validation", "test") if _rows(problem, split) == _rows(other, split)]
+    same = [split for split in SPLITS if _rows(problem, split) == _rows(other, split)]
     alike = [split for split in same if problem.spec.metrics(split) == spec.metrics(split)]
     other.reference_scores.update({key: s for key, s in problem.reference_scores.items() if key[1] in alike})
     other.expert_answers.update({key: a for key, a in problem.expert_answers.items() if key[1] in same})
@@ -68,7 +69,7 @@ def _drawn_by(spec: StudySpec) -> tuple[object, ...]:
     return spec.search.seed, spec.importance.samples, spec.importance.indices
 
 
-def _rows(problem: Problem, split: str) -> list[list[int] | None]:
+def _rows(problem: Problem, split: Split) -> list[list[int] | None]:
     """Row numbers of every task's inputs of a split; None where it is not loaded."""
     splits = [task.splits.get(split) for task in problem.tasks.values()]
     return [None if examples is None else [e.index for e in examples] for examples in splits]

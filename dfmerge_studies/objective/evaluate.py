@@ -29,7 +29,8 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.labels import class_order
-from dfmerge_studies.tasks.metrics import Answers, predict
+from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
+from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ class _Evaluate:
 
     spec: StudySpec
     reference: str
-    split: str
+    split: Split
 
     def __call__(self, memory: dict[str, Any]) -> None:
         evaluate_model(self.spec, self.reference, self.split, ranks=memory["ranks"])
@@ -50,12 +51,12 @@ class _Evaluate:
 def evaluate_model(
     spec: StudySpec,
     reference: str,
-    split: str,
+    split: Split,
     *,
     progress: Progress = silent,
     ranks: Ranks = SOLO,
     contents: Contents | None = None,
-) -> dict[str, dict[str, float | int | str]]:
+) -> dict[str, TaskScore]:
     """Scores of a model on every task of a spec.
 
     A classifier's heads come from the model's own `heads` folder, otherwise from the spec's experts.
@@ -63,13 +64,13 @@ def evaluate_model(
     Args:
         spec: tasks, device, dtype.
         reference: directory (relative to the working directory), Hub id, or adapter on the spec's base.
-        split: "validation" or "test".
+        split: of the tasks' data.
         progress: told how far it is.
         ranks: processes that share the inputs.
         contents: what the model's files held when their digest was taken.
 
     Returns:
-        Per task: `score`, `metric`, and `n`, the number of inputs.
+        By task.
 
     Raises:
         InputError: the model cannot be loaded or does not fit the tasks.
@@ -82,8 +83,8 @@ def evaluate_model(
 
 
 def _evaluate(
-    spec: StudySpec, reference: str, split: str, progress: Progress, ranks: Ranks, contents: Contents
-) -> dict[str, dict[str, float | int | str]]:
+    spec: StudySpec, reference: str, split: Split, progress: Progress, ranks: Ranks, contents: Contents
+) -> dict[str, TaskScore]:
     found = find_checkpoints(spec)
     checkpoint = resolve(reference, root=Path.cwd(), where="--model", trust_remote_code=spec.trust_remote_code)
     dtype, device = getattr(torch, spec.dtype), choose_device(spec, ranks)
@@ -100,7 +101,7 @@ def _evaluate(
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     of_experts = classes_of_experts(spec, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
-    results: dict[str, dict[str, float | int | str]] = {}
+    results: dict[str, TaskScore] = {}
     for task in spec.tasks:
         examples = encode_split(spec, task, split, model, tokenizer, found.kind, classes)
         check_labels(spec, task, examples, heads)
@@ -127,7 +128,7 @@ def _evaluate(
                 expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
             )
             answers = Answers(losses, _in_order_of(classes, of_experts, task, predict(others)))
-        results[task] = {"score": metric.score(answers), "metric": metric.name, "n": len(examples)}
+        results[task] = TaskScore(metric.score(answers), metric.name, len(examples))
     return results
 
 

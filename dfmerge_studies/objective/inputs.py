@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
 
 if TYPE_CHECKING:
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def scored_examples(
-    spec: StudySpec, task: str, split: str, examples: Sequence[Encoded], classes: Classes
+    spec: StudySpec, task: str, split: Split, examples: Sequence[Encoded], classes: Classes
 ) -> list[Encoded]:
     """The inputs that a model is scored on: of validation those that `limit` leaves, drawn with the study's seed.
 
     Args:
         spec: where limit and seed stand.
         task: name of the task.
-        split: "validation" or "test".
+        split: of the tasks' data.
         examples: all inputs of the split.
         classes: of the heads.
 
@@ -51,13 +52,13 @@ def scored_examples(
     return list(examples)
 
 
-def check_classes(spec: StudySpec, task: str, split: str, rows: Sequence[Row]) -> None:
+def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row]) -> None:
     """Refuse choices that differ from row to row, where the metric compares them across rows.
 
     Args:
         spec: where the metric stands.
         task: name of the task.
-        split: "validation" or "test".
+        split: of the tasks' data.
         rows: of the split, as text.
 
     Raises:
@@ -125,7 +126,7 @@ def check_labels(
 def encode_split(
     spec: StudySpec,
     task: str,
-    split: str,
+    split: Split | Literal["training"],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     kind: Kind,
@@ -136,7 +137,7 @@ def encode_split(
     Args:
         spec: where the task is described.
         task: its name.
-        split: "validation", "test" or "training".
+        split: of the task's data; "training" is for scripts/finetune.py.
         model: whose limits and architecture count.
         tokenizer: its tokenizer.
         kind: how it answers.
@@ -149,14 +150,19 @@ def encode_split(
 
 
 def read_split(
-    spec: StudySpec, task: str, split: str, classes: Classes, *, remarks: list[str] | None = None
+    spec: StudySpec,
+    task: str,
+    split: Split | Literal["training"],
+    classes: Classes,
+    *,
+    remarks: list[str] | None = None,
 ) -> list[Row]:
     """Read one split of a task as text.
 
     Args:
         spec: where the task is described.
         task: its name.
-        split: "validation", "test" or "training".
+        split: of the task's data; "training" is for scripts/finetune.py.
         classes: of the heads, in whose order labels are to be.
         remarks: takes a sentence on labels that could be read otherwise too.
 

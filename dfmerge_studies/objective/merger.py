@@ -27,6 +27,7 @@ from dfmerge_studies.spec import StudySpec, check_coefficients
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.metrics import Answers, predict
 from dfmerge_studies.tasks.sampling import torch_generator
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.transforms import TRANSFORMS, Prepared
 
 P = ParamSpec("P")
@@ -188,11 +189,11 @@ class Merger:
         return self.importances.at(index, coefficient, names, progress=self.progress)
 
     @_everywhere
-    def scores(self, split: str) -> dict[str, float]:
+    def scores(self, split: Split) -> dict[str, float]:
         """Score of the model as it stands on every task.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
 
         Raises:
             RunError: a loss is not finite.
@@ -200,27 +201,27 @@ class Merger:
         return {task: self.score(task, split) for task in self.problem.tasks}
 
     @_everywhere
-    def score(self, task: str, split: str) -> float:
+    def score(self, task: str, split: Split) -> float:
         """Score of the model as it stands on one task, by the metric of task and split.
 
         Args:
             task: name of the task.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         return self.problem.spec.metrics(split)[task].score(self._answers(task, split))
 
-    def row_scores(self, task: str, split: str) -> list[float]:
+    def row_scores(self, task: str, split: Split) -> list[float]:
         """One score per input of the model as it stands; their mean is its score.
 
         Args:
             task: name of the task; its metric is a mean over inputs.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         of_rows = self.problem.spec.metrics(split)[task].of_rows
         assert of_rows is not None
         return list(of_rows(self._answers(task, split)))
 
-    def _answers(self, task: str, split: str) -> Answers:
+    def _answers(self, task: str, split: Split) -> Answers:
         spec, losses = self.problem.spec, self.losses(task, split)
         if spec.metrics(split)[task].labels:
             positive = positive_class(spec, task, self.problem.classes)
@@ -228,11 +229,11 @@ class Merger:
         return Answers(losses, self.problem.expert_answers[task, split])
 
     @_everywhere
-    def ask_experts_(self, split: str) -> None:
+    def ask_experts_(self, split: Split) -> None:
         """Let each task's expert answer, where scores are agreement with it; overwrites the model the first time.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         known = self.problem.expert_answers
         for index, expert in enumerate(self.problem.spec.experts.values()):
@@ -245,12 +246,12 @@ class Merger:
 
     @_everywhere
     @memory_errors()
-    def losses(self, task: str, split: str) -> list[list[float]]:
+    def losses(self, task: str, split: Split) -> list[list[float]]:
         """Losses of all choices of every input of one task under the model as it stands.
 
         Args:
             task: name of the task.
-            split: "validation" or "test".
+            split: of the tasks' data.
 
         Raises:
             RunError: a loss is not finite.
@@ -268,11 +269,11 @@ class Merger:
         )
 
     @_everywhere
-    def expert_scores(self, split: str) -> dict[str, float]:
+    def expert_scores(self, split: Split) -> dict[str, float]:
         """Score of every task's own expert on it, by task; tasks without one are left out.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         self.ask_experts_(split)
         scores = {}
@@ -283,11 +284,11 @@ class Merger:
         return scores
 
     @_everywhere
-    def base_scores(self, split: str) -> dict[str, float]:
+    def base_scores(self, split: Split) -> dict[str, float]:
         """Score of the base on every task, under the task's head where there are heads.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         self.ask_experts_(split)
         self.problem.resident.load_base_()

@@ -28,6 +28,7 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     pass
@@ -124,11 +125,11 @@ class Problem:
         """Validation rows of the Fisher inputs, by task."""
         return {name: [example.index for example in task.fisher] for name, task in self.tasks.items()}
 
-    def data_digests(self, split: str = "validation") -> dict[str, str]:
+    def data_digests(self, split: Split = "validation") -> dict[str, str]:
         """Identity of every task's inputs as the model sees them: prompts and tokenizer included.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         if split not in self.known_digests:
             self.known_digests[split] = {
@@ -139,12 +140,12 @@ class Problem:
             }
         return self.known_digests[split]
 
-    def examples(self, task: str, split: str) -> list[Encoded]:
+    def examples(self, task: str, split: Split) -> list[Encoded]:
         """Tokenised rows of the validation or the test split, the latter loaded when first asked for.
 
         Args:
             task: name of the task.
-            split: "validation" or "test".
+            split: of the tasks' data.
 
         Raises:
             InputError: the task names no test split, or it cannot be read.
@@ -190,7 +191,7 @@ class _Load:
 
     spec: StudySpec
     indices: Mapping[str, list[int]] | None
-    splits: Sequence[str]
+    splits: Sequence[Split]
 
     def __call__(self, memory: dict[str, Any]) -> None:
         memory["problem"] = load_problem(self.spec, indices=self.indices, splits=self.splits, ranks=memory["ranks"])
@@ -201,7 +202,7 @@ def load_problem(
     spec: StudySpec,
     *,
     indices: Mapping[str, list[int]] | None = None,
-    splits: Sequence[str] = (),
+    splits: Sequence[Split] = (),
     progress: Progress = silent,
     ranks: Ranks = SOLO,
 ) -> Problem:
@@ -229,7 +230,7 @@ def load_problem(
     return ranks.everywhere(_Load(spec, indices, splits), load)
 
 
-def _check_alike(problem: Problem, splits: Sequence[str]) -> None:
+def _check_alike(problem: Problem, splits: Sequence[Split]) -> None:
     """Refuse ranks, on other machines perhaps, that have other models or data under the same names."""
     if problem.ranks.size == 1:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
+from dfmerge_studies.tasks.splits import Split
 
 CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2504.18992"
@@ -37,8 +38,8 @@ class Merged:
     point: Point
     trial: int | None = None
     value: float | None = None
-    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    expert_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
+    expert_scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
 
 
 def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
@@ -83,6 +84,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
     """
     from huggingface_hub import EvalResult, ModelCardData
 
+    splits: Sequence[Split] = list(merged.scores) or ["validation"]
     results = [
         EvalResult(
             task_type="text-classification",
@@ -101,7 +103,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         base_model=[_public(reference) for reference in (spec.base, *(e.model for e in spec.experts.values()))],
         library_name="transformers",
         tags=["merge", "model-merging", "df-merge", spec.method],
-        metrics=sorted({m.name for split in merged.scores or ("validation",) for m in spec.metrics(split).values()}),
+        metrics=sorted({m.name for split in splits for m in spec.metrics(split).values()}),
         model_name=spec.name,
         eval_results=results or None,
     )

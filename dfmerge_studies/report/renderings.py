@@ -17,6 +17,7 @@ from dfmerge_studies.report import sections
 from dfmerge_studies.report.standings import OURS, SIGNIFICANT, Cell, Standing, Standings
 from dfmerge_studies.study.comparison import Comparison
 from dfmerge_studies.tasks.metrics import MEAN
+from dfmerge_studies.tasks.splits import Split
 
 _OF_STUDIES = ("largest drop", "trials", "seconds")  # columns that only rows of a comparison have
 _STYLES = {1: "bold", 2: "underline"}
@@ -161,7 +162,7 @@ def standings_section(found: Standings, title: str) -> sections.Section:
     )
 
 
-def rows_json(tables: Mapping[str, Standings]) -> list[dict[str, Any]]:
+def rows_json(tables: Mapping[Split, Standings]) -> list[dict[str, Any]]:
     """The rows of a study's tables for `--json`; scores are never in percent.
 
     Args:
@@ -177,7 +178,7 @@ def rows_json(tables: Mapping[str, Standings]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def task_lines(tables: Mapping[str, Standings]) -> list[str]:
+def task_lines(tables: Mapping[Split, Standings]) -> list[str]:
     """Tables turned around for a card, as lines of Markdown: a line per task, a column per split and row.
 
     Args:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dfmerge_studies.study.comparison import FINE_TUNED, Comparison, Entry
 from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics
+from dfmerge_studies.tasks.splits import Split
 
 BASE, EXPERTS = "base, unmerged", "each task's own expert"  # rows of a study's own tables
 OURS = "df-merge"
@@ -38,7 +39,7 @@ class Scored:
     """
 
     name: str
-    scores: Mapping[str, Mapping[str, float]]
+    scores: Mapping[Split, Mapping[str, float]]
     compete: bool = True
     detail: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,7 +103,7 @@ class Standings:
     """
 
     study: str
-    split: str
+    split: Split
     metrics: Metrics
     seeds: Sequence[int]
     rows: Sequence[Standing]
@@ -124,7 +125,7 @@ class Standings:
         return any(row.entries or row.errors for row in self.rows)
 
 
-def side_by_side(rows: Sequence[Scored], metrics: Mapping[str, Metrics], study: str = "") -> dict[str, Standings]:
+def side_by_side(rows: Sequence[Scored], metrics: Mapping[Split, Metrics], study: str = "") -> dict[Split, Standings]:
     """A table for each split that some row has scores of.
 
     Args:
@@ -132,7 +133,7 @@ def side_by_side(rows: Sequence[Scored], metrics: Mapping[str, Metrics], study: 
         metrics: what the scores are, by split.
         study: name of the spec.
     """
-    tables = {}
+    tables: dict[Split, Standings] = {}
     for split, kinds in metrics.items():
         standing = [
             _standing(row.name, {0: row.scores[split]}, kinds, compete=row.compete, detail=row.detail)
@@ -144,12 +145,12 @@ def side_by_side(rows: Sequence[Scored], metrics: Mapping[str, Metrics], study: 
     return tables
 
 
-def standings(comparison: Comparison, split: str) -> Standings:
+def standings(comparison: Comparison, split: Split) -> Standings:
     """The table of a comparison's scores on one split.
 
     Args:
         comparison: scores of all studies.
-        split: "validation" or "test", one that the comparison was scored on.
+        split: one that the comparison was scored on.
     """
     metrics = comparison.metrics[split]
     references = {

@@ -8,29 +8,28 @@ from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, Standings, s
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, Comparison, Entry, Scores
 from dfmerge_studies.study.scores import multi_task_row
+from dfmerge_studies.tasks.splits import SPLITS, Split
 
-_SPLITS = ("validation", "test")
 
-
-def stored_standings(view: StudyView) -> dict[str, Standings]:
+def stored_standings(view: StudyView) -> dict[Split, Standings]:
     """What a study keeps, by split: base, experts, the best of other methods in its storage, its own best trial last.
 
     Args:
         view: the stored study.
     """
     rows = [
-        Scored(name, {split: view.scores(key, split) or {} for split in _SPLITS}, compete=False)
+        Scored(name, {split: view.scores(key, split) or {} for split in SPLITS}, compete=False)
         for name, key in ((BASE, "base"), (EXPERTS, "experts"))
     ]
     rows += [Scored(name, _alike(view, each)) for name, each in view.baselines.items()]
     if view.best is not None:
         rows.append(Scored(f"{view.method} (trial {view.best.number})", _alike(view, view)))
-    return side_by_side(rows, {split: view.metrics(split) for split in _SPLITS}, view.name)
+    return side_by_side(rows, {split: view.metrics(split) for split in SPLITS}, view.name)
 
 
-def _alike(view: StudyView, other: StudyView) -> dict[str, dict[str, float]]:
+def _alike(view: StudyView, other: StudyView) -> dict[Split, dict[str, float]]:
     """Scores of the best trial of another study, on the splits on which they may stand beside the view's."""
-    return {split: _best_scores(other, split) or {} for split in _SPLITS if view.scores_alike(other, split)}
+    return {split: _best_scores(other, split) or {} for split in SPLITS if view.scores_alike(other, split)}
 
 
 def stored_comparison(view: StudyView) -> Comparison | None:
@@ -47,7 +46,7 @@ def stored_comparison(view: StudyView) -> Comparison | None:
     if not any(len(by_seed) > 1 for by_seed in view.variants.values()):
         return None
     everything = [each for by_seed in view.variants.values() for each in by_seed.values()]
-    split = "test" if all(_best_scores(each, "test") for each in everything) else "validation"
+    split: Split = "test" if all(_best_scores(each, "test") for each in everything) else "validation"
     alike = {
         variant: {seed: each for seed, each in by_seed.items() if view.scores_alike(each, split)}
         for variant, by_seed in view.variants.items()
@@ -66,18 +65,18 @@ def stored_comparison(view: StudyView) -> Comparison | None:
     )
 
 
-def _best_scores(view: StudyView, split: str) -> dict[str, float] | None:
+def _best_scores(view: StudyView, split: Split) -> dict[str, float] | None:
     assert view.best is not None  # variants have a result
     return view.trial_scores(view.best, split)
 
 
-def _entry(variant: str, view: StudyView, split: str) -> Entry:
+def _entry(variant: str, view: StudyView, split: Split) -> Entry:
     assert view.best is not None
     scores = {split: _best_scores(view, split) or {}}
     return Entry.of(variant, view.seed, view.name, view.best, among=view.trials, scores=scores)
 
 
-def _references(view: StudyView, everything: Iterable[StudyView], split: str) -> dict[str, dict[int, Scores]]:
+def _references(view: StudyView, everything: Iterable[StudyView], split: Split) -> dict[str, dict[int, Scores]]:
     """Of each whole model, the scores that some study keeps at every seed."""
     studies = list(everything)
     # Studies that were compared at other times may name other multi-task models: the study's own word goes first.

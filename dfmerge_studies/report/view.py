@@ -21,6 +21,7 @@ from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.reading import results
 
 
@@ -106,11 +107,11 @@ class StudyView:
         }
         return words.get(self.objective.kind, self.objective.kind)
 
-    def metrics(self, split: str) -> Metrics:
+    def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         return stored_metrics(self.study, split)
 
@@ -119,12 +120,12 @@ class StudyView:
         """Of a trial's value as it is shown: "%" or nothing."""
         return self.metrics("validation").mean.unit
 
-    def scores_alike(self, other: StudyView, split: str) -> bool:
+    def scores_alike(self, other: StudyView, split: Split) -> bool:
         """Whether the scores of another study may stand beside this one's.
 
         Args:
             other: a study of the same models.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         return self.metrics(split) == other.metrics(split)
 
@@ -180,21 +181,21 @@ class StudyView:
         metrics = self.metrics("validation")
         return metrics.mean.worth(one_value(objective_values(self.objective, scores, metrics)))
 
-    def scores(self, row: str, split: str) -> dict[str, float] | None:
+    def scores(self, row: str, split: Split) -> dict[str, float] | None:
         """Scores that the study keeps of the base or of the experts, if any.
 
         Args:
             row: "base" or "experts".
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         return stored_scores(self.study, row, split)
 
-    def trial_scores(self, trial: FrozenTrial, split: str) -> dict[str, float] | None:
+    def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float] | None:
         """Scores of a completed trial; on test only where they have been computed.
 
         Args:
             trial: a completed trial.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         return dict(trial.user_attrs[TASKS]) if split == "validation" else stored_scores(self.study, trial, split)
 

@@ -28,6 +28,7 @@ from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
 TRUST_VARIABLE = "DFMERGE_TRUST_REMOTE_CODE"
@@ -114,11 +115,11 @@ class StudySpec(Settings):
         """Whether validation inputs must have labels."""
         return self.objective.kind != "agreement" or self.importance.estimator == "empirical"
 
-    def metrics(self, split: str) -> Metrics:
+    def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task: the task's own metric, or agreement with the task's expert.
 
         Args:
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         agreement = self.objective.kind == AGREEMENT
         return Metrics(

@@ -20,13 +20,14 @@ from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tasks.splits import Split, as_split
 from dfmerge_studies.trials.loop import Summary
 from dfmerge_studies.trials.marks import place_of
 from dfmerge_studies.trials.reading import results
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
 
-Scores = Mapping[str, Mapping[str, float]]  # split -> task -> score
+Scores = Mapping[Split, Mapping[str, float]]  # split -> task -> score
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ class Comparison:
     tasks: tuple[str, ...]
     variants: tuple[str, ...]
     seeds: tuple[int, ...]
-    splits: tuple[str, ...]
-    metrics: Mapping[str, Metrics]
+    splits: tuple[Split, ...]
+    metrics: Mapping[Split, Metrics]
     entries: tuple[Entry, ...]
     references: Mapping[str, Mapping[int, Scores]]
     interrupted: bool = False
@@ -260,27 +261,26 @@ def compare(
     )
 
 
-def check_split(spec: StudySpec, split: str | None) -> tuple[str, ...]:
+def check_split(spec: StudySpec, split: str | None) -> tuple[Split, ...]:
     """The splits that a comparison scores on.
 
     Args:
         spec: names the splits of its tasks.
-        split: "validation", "test", or None for test where every task has one.
+        split: a user's word, or None for test where every task has one.
 
     Raises:
         InputError: another word, or a task without a test split.
     """
-    if split not in ("validation", "test", None):
-        raise InputError(f"unknown split {split!r}", where="--split", mend="Use validation or test")
+    wanted = as_split(split, "--split") if split is not None else None
     without = [name for name, task in spec.tasks.items() if task.test_split is None]
-    if split == "test" and without:
+    if wanted == "test" and without:
         raise InputError(
             "no test_split", where=spec.where(f"tasks.{without[0]}"), mend="Name one, or use --split validation"
         )
-    return ("validation",) if split == "validation" or without else ("validation", "test")
+    return ("validation",) if wanted == "validation" or without else ("validation", "test")
 
 
-def _references(spec: StudySpec, session: Session, splits: Sequence[str]) -> Iterator[tuple[str, Scores]]:
+def _references(spec: StudySpec, session: Session, splits: Sequence[Split]) -> Iterator[tuple[str, Scores]]:
     yield ZERO_SHOT, {split: session.reference_scores("base", split) for split in splits}
     yield FINE_TUNED, {split: session.reference_scores("experts", split) for split in splits}
     if spec.multi_task is not None:
@@ -293,7 +293,7 @@ def _finish(session: Session, planned: Planned, trials: int | None, work: Work) 
     return len(results(session.study)) < total and work(session, total, planned).interrupted
 
 
-def _entry(session: Session, planned: Planned, splits: Sequence[str]) -> Entry:
+def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> Entry:
     done = results(session.study)
     trial: FrozenTrial | None
     if planned.variant.first:

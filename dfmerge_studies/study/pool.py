@@ -22,6 +22,7 @@ from typing import Any, Literal
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.signals import INTERRUPTS, STOP
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.guards import Interrupts
 
 MAX_RESTARTS = 3  # of one worker without a trial completed in between
@@ -50,7 +51,7 @@ class Orders:
     file: str
     workdir: str | None
     target: int | None
-    splits: Sequence[str]
+    splits: Sequence[Split]
     index: int
     workers: int
     phases: bool = False

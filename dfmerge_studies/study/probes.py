@@ -24,6 +24,7 @@ from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import objective_values, one_value
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.sampling import seeded_generator
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.reading import results
 
 PROBE = "dfmerge:probe"  # study attribute: what a probe found, by its name
@@ -170,7 +171,7 @@ def reselect(
     reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials), metrics)
     if reason is not None:
         raise InputError(reason, where="--figures", mend="Leave the figure `ratio` out")
-    split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
+    split: Split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
     rows = {}
     for position, trial in enumerate(trials, start=1):
         progress("rows of each trial", position, len(trials))
@@ -233,5 +234,5 @@ def _choices(
     return chosen
 
 
-def _worth(session: Session, scores: Mapping[str, float], split: str) -> float:
+def _worth(session: Session, scores: Mapping[str, float], split: Split) -> float:
     return one_value(objective_values(session.spec.objective, scores, session.spec.metrics(split)))

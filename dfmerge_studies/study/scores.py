@@ -14,6 +14,7 @@ from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.checkpoints.write import HEADS
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.splits import Split
 
 _SCORES = "dfmerge:scores"  # study attribute, followed by row and split
 _MULTI_TASK = "dfmerge:multi_task"  # study attribute: row of the multi-task model that it was last compared with
@@ -31,24 +32,24 @@ class KeptScores:
     study: optuna.Study
     problem: Problem
 
-    def stored(self, row: str, split: str) -> dict[str, float] | None:
+    def stored(self, row: str, split: Split) -> dict[str, float] | None:
         """Scores that were computed on the data as it is now, None if there are none.
 
         Args:
             row: what was scored.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         kept = self.study.user_attrs.get(f"{_SCORES}:{row}:{split}")
         if kept is None or kept["data"] != self.problem.data_digests(split):
             return None
         return dict(kept["scores"])
 
-    def kept(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    def kept(self, row: str, split: Split, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         """Scores that the study has, or gets now.
 
         Args:
             row: what is scored.
-            split: "validation" or "test".
+            split: of the tasks' data.
             compute: scores it, where the study does not have it.
         """
         scores = self.stored(row, split)
@@ -58,12 +59,12 @@ class KeptScores:
             self.study.set_user_attr(f"{_SCORES}:{row}:{split}", kept)
         return scores
 
-    def shared(self, row: str, split: str, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    def shared(self, row: str, split: Split, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         """Scores of what is the same in every study of these models: once per process is enough for all of them.
 
         Args:
             row: what is scored, named by what decides its scores.
-            split: "validation" or "test".
+            split: of the tasks' data.
             compute: scores it, where neither the study nor the process has it.
         """
         known = self.problem.reference_scores
@@ -71,13 +72,13 @@ class KeptScores:
         return dict(known[row, split])
 
 
-def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: str) -> dict[str, float] | None:
+def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: Split) -> dict[str, float] | None:
     """Scores that a study keeps, whatever the data is now.
 
     Args:
         study: from its storage.
         row: "base", "experts", that of another model, or a completed trial.
-        split: "validation" or "test".
+        split: of the tasks' data.
     """
     kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
     return dict(kept["scores"]) if kept is not None else None

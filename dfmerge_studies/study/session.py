@@ -45,6 +45,7 @@ from dfmerge_studies.study.value import (
     objective_values,
 )
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
+from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
@@ -144,22 +145,22 @@ class Session:
         """
         return self.merger.merge_(self.point(trial))
 
-    def reference_scores(self, row: str, split: str) -> dict[str, float]:
+    def reference_scores(self, row: str, split: Split) -> dict[str, float]:
         """Scores of the base or of the experts, computed once per study and then kept in it.
 
         Args:
             row: "base", or "experts" (each on its own task).
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         compute = self.merger.base_scores if row == "base" else self.merger.expert_scores
         return self.scores.shared(row, split, lambda: compute(split))
 
-    def model_scores(self, reference: str, split: str) -> dict[str, float]:
+    def model_scores(self, reference: str, split: Split) -> dict[str, float]:
         """Scores of any model (the multi-task model, say), computed once per study and then kept in it.
 
         Args:
             reference: directory (relative to the spec's folder), Hub id, or adapter on the spec's base.
-            split: "validation" or "test".
+            split: of the tasks' data.
 
         Raises:
             InputError: the model cannot be loaded or does not fit the tasks.
@@ -177,16 +178,16 @@ class Session:
                 ranks=self.problem.ranks,
                 contents=contents,
             )
-            return {task: float(entry["score"]) for task, entry in entries.items()}
+            return {task: entry.score for task, entry in entries.items()}
 
         return self.scores.shared(row, split, compute)
 
-    def trial_scores(self, trial: FrozenTrial, split: str) -> dict[str, float]:
+    def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float]:
         """Scores of a completed trial; those of the test split are computed once and then kept in the study.
 
         Args:
             trial: a completed trial.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         if split == "validation":
             return dict(trial.user_attrs[TASKS])
@@ -198,12 +199,12 @@ class Session:
 
         return self.scores.kept(trial_row(trial), split, compute)
 
-    def kept_scores(self, row: str | FrozenTrial, split: str) -> dict[str, dict[str, float]]:
+    def kept_scores(self, row: str | FrozenTrial, split: Split) -> dict[Split, dict[str, float]]:
         """Scores that the study already has, as `{split: scores}`, or nothing.
 
         Args:
             row: "base", "experts", or a trial.
-            split: "validation" or "test".
+            split: of the tasks' data.
         """
         if split == "test" and any(task.test_split is None for task in self.spec.tasks.values()):
             return {}
@@ -246,7 +247,7 @@ def open_study(
     spec: StudySpec,
     *,
     problem: Problem | None = None,
-    splits: Sequence[str] = ("validation",),
+    splits: Sequence[Split] = ("validation",),
     progress: Progress = silent,
     ranks: Ranks = SOLO,
 ) -> Session:
@@ -358,12 +359,12 @@ def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
     return ObjectiveSettings.model_validate(science.get("objective", {}))
 
 
-def stored_metrics(study: optuna.Study, split: str) -> Metrics:
+def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
     """What the scores of a split of a stored study are, by task.
 
     Args:
         study: one that this program made.
-        split: "validation" or "test".
+        split: of the tasks' data.
     """
     science, spec = provenance.stored_science(study) or {}, study.user_attrs.get(provenance.SPEC, {})
     names = {task: science.get("metrics", {}).get(task, "accuracy") for task in science.get("tasks", ())}

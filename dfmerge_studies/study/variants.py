@@ -12,6 +12,7 @@ from dfmerge_studies.objective.preflight import installed
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import storage_url
+from dfmerge_studies.tasks.splits import Split
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ ABLATION: Mapping[str, str] = {
 
 
 def choose_variants(
-    spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False, split: str = "test"
+    spec: StudySpec, names: Sequence[str] | None, *, ablation: bool = False, split: Split = "test"
 ) -> list[Variant]:
     """The variants of a comparison.
 
@@ -149,7 +150,7 @@ def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, Stu
     return plain, spec.derive(**shared, **changes)
 
 
-def _is_comparable(spec: StudySpec, variant: Variant, split: str) -> bool:
+def _is_comparable(spec: StudySpec, variant: Variant, split: Split) -> bool:
     """Whether a variant's scores on a split are of the same kind as the others'."""
     other = variant.changes.get("objective", {}).get("kind") == "agreement" != spec.objective.kind
     return not other or split == "test"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.splits import Split
 
 MEAN = "mean"  # name of the column after the tasks
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
@@ -47,6 +48,21 @@ class Answers:
     def taken(self) -> list[int]:
         """Per input, the choice or class that the model takes."""
         return predict(self.losses)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scores on one task.
+
+    Attributes:
+        score: the number.
+        metric: name of what it is.
+        n: inputs that it rests on.
+    """
+
+    score: float
+    metric: str
+    n: int
 
 
 @dataclass(frozen=True)
@@ -279,11 +295,11 @@ class Metrics(Mapping[str, Metric]):
         return [(kind, [task for task, name in self.names.items() if name == kind]) for kind in kinds]
 
 
-def agrees(split: str, doc_to_target: object) -> bool:
+def agrees(split: Split, doc_to_target: object) -> bool:
     """Whether `objective: agreement` scores a split by agreement: what is searched on, and what has no labels.
 
     Args:
-        split: "validation" or "test".
+        split: of the tasks' data.
         doc_to_target: of the task.
     """
     return split == "validation" or doc_to_target is None

@@ -183,6 +183,6 @@ def scores(view: StudyView) -> Scores | Missing:
         "expert, and the best of the other methods in the same storage. Coefficients were chosen on validation; test "
         "is only reported, where it has been computed."
     )
-    shorts = {split: table.metrics.short for split, table in tables.items()}
-    names = {split: table.metrics.names for split, table in tables.items()}
+    shorts: dict[str, str] = {split: table.metrics.short for split, table in tables.items()}
+    names: dict[str, dict[str, str]] = {split: table.metrics.names for split, table in tables.items()}
     return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=rows)
