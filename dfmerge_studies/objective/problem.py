@@ -100,6 +100,7 @@ class Problem:
     reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     expert_answers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    rehearsed: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def kind(self) -> Kind:

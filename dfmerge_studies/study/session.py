@@ -19,6 +19,7 @@ from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.preflight import check_extras
 from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
@@ -288,6 +289,7 @@ def open_study(
     if stored is not None:
         provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
     merger = Merger(problem, plan.method, cache, progress=progress)
+    rehearse_(problem, plan.method)
     return Session(plan, problem, _join(plan, science, problem), merger)
 
 

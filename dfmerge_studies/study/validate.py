@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_experts
@@ -17,6 +17,7 @@ from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.inputs import read_split
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
+from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec
 from dfmerge_studies.storage import check_url
@@ -51,7 +52,8 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
     Returns:
         As `validate`.
     """
-    problems, spec = list(found.problems), found.spec
+    problems: list[DFMergeError] = [*found.problems]
+    spec = found.spec
     notes: list[dict[str, str]] = []
     estimate: dict[str, Any] = {}
     if spec is not None:
@@ -64,10 +66,10 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
-            check_importance(problem, spec.row)
             _check_storage(spec, problem)
+            rehearse_(problem, spec.row)
             estimate = memory_estimate(problem)
-        except InputError as error:
+        except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
     return {
         "ok": not problems,

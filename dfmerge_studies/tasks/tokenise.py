@@ -15,6 +15,22 @@ from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Model types whose positions are counted from pad_token_id + 1, out of max_position_embeddings.
+_AFTER_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "esm",
+    "xmod",
+    "layoutlmv3",
+)
 _NO_LIMIT = 1_000_000  # tokenizers that know no limit say 1e30
 
 
@@ -78,10 +94,10 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None and not getattr(config, "is_encoder_decoder", False):  # T5 has n_positions, and no such table
         positions = getattr(config, "n_positions", None)
-    if isinstance(positions, int):
-        # RoBERTa's positions start behind the padding index.
-        offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
-        limits.append(positions - offset)
+    if isinstance(positions, int) and positions > 0:  # XLNet says -1
+        # The tables of OPT and BART, whose positions have an offset too, are longer than this number by it.
+        padding = getattr(config, "pad_token_id", None) or 0
+        limits.append(positions - (padding + 1 if config.model_type in _AFTER_PADDING else 0))
     if tokenizer.model_max_length < _NO_LIMIT:
         limits.append(tokenizer.model_max_length)
     return min(limits) if limits else None

@@ -1,0 +1,122 @@
+"""A few inputs of each task through all that a trial does with them, before anything is stored.
+
+What a model's code refuses, or answers otherwise in a batch than alone, is found out here and not in the first trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
+from dfmerge_studies.importance.task_fisher import task_fisher
+from dfmerge_studies.methods import Importance, Method
+from dfmerge_studies.objective.importances import check_importance
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.tasks.encoding import Encoded
+from dfmerge_studies.tasks.evaluate import choice_losses, row_length
+from dfmerge_studies.tasks.sampling import torch_generator
+
+# Losses of an input alone and in a batch, relative and absolute; a model that sees its neighbours is off by far more.
+TOLERANCE = 1e-3
+TOLERANCE_16_BIT = 2e-1
+
+
+def rehearse_(problem: Problem, method: Method) -> None:
+    """Score two inputs of each task, alone and in one batch, and compute the method's importance from two.
+
+    Done once for what is loaded; leaves some expert's weights in the resident model, as a trial does.
+
+    Args:
+        problem: the loaded spec.
+        method: row of the method table.
+
+    Raises:
+        InputError: the model cannot be scored or differentiated, or its answers depend on what shares a batch.
+        RunError: a loss is not finite, or memory ran out.
+    """
+    estimator = check_importance(problem, method)
+    for task in problem.tasks:
+        scored, weighed = (task, "scores"), (task, estimator.value)
+        needed = {scored} if method.importance is Importance.UNIFORM else {scored, weighed}
+        if needed <= problem.rehearsed:
+            continue
+        _put_expert_on_(problem, task)
+        if scored not in problem.rehearsed:
+            _score(problem, task)
+        if weighed in needed:
+            _weigh(problem, method, task)
+        problem.rehearsed |= needed
+
+
+def _put_expert_on_(problem: Problem, task: str) -> None:
+    own = [i for i, expert in enumerate(problem.spec.experts.values()) if expert.task == task]
+    if own:
+        problem.resident.load_scaled_(own[0], 1.0)
+    else:
+        problem.resident.load_base_()
+    problem.resident.use_head_(task)
+
+
+def _score(problem: Problem, task: str) -> None:
+    model, kind = problem.resident.model, problem.kind
+    examples = sorted(problem.examples(task, "validation"), key=lambda example: row_length(example, kind))
+    pair = [examples[0], examples[-1]]
+
+    def losses(inputs: Sequence[Encoded]) -> list[list[float]]:
+        return choice_losses(model, kind, inputs, pad_id=problem.pad_id, token_budget=problem.spec.token_budget)
+
+    with _named(problem, task, "scored"):
+        alone = [losses([example])[0] for example in pair]
+        together = losses(pair)
+    wide = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
+    tolerance = TOLERANCE_16_BIT if wide else TOLERANCE
+    for example, one, other in zip(pair, alone, together, strict=True):
+        if not torch.allclose(torch.tensor(one), torch.tensor(other), rtol=tolerance, atol=tolerance):
+            raise InputError(
+                f"{type(model).__name__} answers row {example.index} otherwise in a batch than alone "
+                f"({_numbers(other)} and {_numbers(one)}), so its scores would depend on what shares a batch",
+                where=problem.spec.where(f"tasks.{task}"),
+                mend="Use a model that masks padding, which this one does not",
+            )
+
+
+def _weigh(problem: Problem, method: Method, task: str) -> None:
+    inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kind))
+    with _named(problem, task, "differentiated"):
+        task_fisher(
+            problem.resident.model,
+            problem.kind,
+            [inputs[0], inputs[len(inputs) // 2]],
+            pad_id=problem.pad_id,
+            names=problem.resident.names,
+            estimator=check_importance(problem, method),
+            generator=torch_generator(problem.spec.search.seed, "sampled", task),
+            row_budget=problem.spec.importance.row_budget,
+            compact=True,
+        )
+
+
+@contextmanager
+def _named(problem: Problem, task: str, what: str) -> Iterator[None]:
+    """Whatever a model's own code raises says which model it was, and for which task."""
+    try:
+        yield
+    except DFMergeError:
+        raise
+    except Exception as error:
+        lacking = out_of_memory(error)
+        if lacking is not None:
+            raise lacking from error
+        raise InputError(
+            f"{type(problem.resident.model).__name__} cannot be {what} with the inputs of this task: "
+            f"{first_line(error)}",
+            where=problem.spec.where(f"tasks.{task}"),
+            mend="Check the model, its tokenizer and max_length, or use another architecture",
+        ) from error
+
+
+def _numbers(losses: Sequence[float]) -> str:
+    return ", ".join(f"{loss:.3g}" for loss in losses[:4])
