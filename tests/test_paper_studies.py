@@ -23,6 +23,7 @@ PAPER = Path(__file__).resolve().parents[1] / "studies" / "paper"
 ROWS = 12
 
 # One row of each public data set, as its card describes it; the values are ours.
+PLACES = ("river", "train", "station", "wall", "library", "bread", "salt", "water")  # words of the tiny vocabulary
 COLUMNS: dict[str, Callable[[int], dict[str, Any]]] = {
     "google-research-datasets/paws": lambda i: {
         "id": i,
@@ -33,7 +34,7 @@ COLUMNS: dict[str, Callable[[int], dict[str, Any]]] = {
     "allenai/qasc": lambda i: {
         "id": f"q{i}",
         "question": "What makes the river quiet?",
-        "choices": {"text": [f"wall {j}" for j in range(8)], "label": list("ABCDEFGH")},
+        "choices": {"text": list(PLACES), "label": list("ABCDEFGH")},
         "answerKey": "ABCDEFGH"[i % 8],
         "fact1": "",
         "fact2": "",
@@ -155,16 +156,14 @@ def test_prompts_and_right_choices_are_those_of_the_rows(tmp_path: Path) -> None
     right = {name: row.choices[row.label] for name, row in first.items()}
     assert right == {
         "paws": "no",
-        "qasc": "wall 0",
+        "qasc": "river",
         "quartz": "higher",
         "story-cloze": "Then it rained.",
         "wikiqa": "no",
         "winogrande": "boat",
     }
     assert first["winogrande"].text.endswith("was late 0.\nWhat does the _ stand for: boat or train?")
-    assert first["qasc"].text.endswith(
-        "Possible answers: wall 0, wall 1, wall 2, wall 3, wall 4, wall 5, wall 6, wall 7"
-    )
+    assert first["qasc"].text.endswith("Possible answers: river, train, station, wall, library, bread, salt, water")
 
 
 def test_large_and_base_ask_the_same() -> None:
