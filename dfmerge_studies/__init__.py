@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dfmerge_studies.errors import DFMergeError, InputError, RunError
     from dfmerge_studies.importance.fisher import diagonal_fisher
     from dfmerge_studies.objective.evaluate import evaluate_model
+    from dfmerge_studies.objective.in_memory import merge_models
     from dfmerge_studies.objective.merger import Merger, Outcome, merge
     from dfmerge_studies.objective.problem import Problem, load_problem
     from dfmerge_studies.report.export import export_merge, export_trial
@@ -46,6 +47,7 @@ __all__ = [
     "export_trial",
     "load_problem",
     "merge",
+    "merge_models",
     "open_study",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "errors": ("DFMergeError", "InputError", "RunError"),
     "importance.fisher": ("diagonal_fisher",),
     "objective.evaluate": ("evaluate_model",),
+    "objective.in_memory": ("merge_models",),
     "objective.merger": ("Merger", "Outcome", "merge"),
     "objective.problem": ("Problem", "load_problem"),
     "report.export": ("export_merge", "export_trial"),

@@ -13,7 +13,8 @@ Experts are folded in one after the other, so that only one importance is in mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,3 +107,43 @@ class WeightedSum:
             sums[name].add_(value)
         else:
             sums[name] = value
+
+
+def merge_into_(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    task_vectors: Sequence[TaskVector],
+    coefficients: Mapping[str, float],
+    importance: Callable[[int], Mapping[str, Tensor] | None],
+    *,
+    floor: float,
+) -> dict[str, float]:
+    """Write theta* into a model, expert by expert.
+
+    Args:
+        model: the model; `importance` may overwrite it meanwhile.
+        base: theta_pre of the parameters that are merged.
+        task_vectors: tau, one per expert.
+        coefficients: lambda per expert.
+        importance: from the position of an expert to its F, or None for C = 1.
+        floor: see `WeightedSum`.
+
+    Returns:
+        Seconds by phase: fisher, merge.
+
+    Raises:
+        RunError: an importance or a merged weight is not finite.
+    """
+    total = WeightedSum(list(base), floor=floor)
+    seconds = {"fisher": 0.0, "merge": 0.0}
+    for index, vector in enumerate(task_vectors):
+        start = time.perf_counter()
+        values = importance(index)
+        middle = time.perf_counter()
+        total.add(vector, coefficients[vector.expert], values)
+        seconds["fisher"] += middle - start
+        seconds["merge"] += time.perf_counter() - middle
+    start = time.perf_counter()
+    total.write_into_(dict(model.named_parameters()), base)
+    seconds["merge"] += time.perf_counter() - start
+    return seconds

@@ -1,13 +1,11 @@
 """The one model that stays in memory: every scaled expert and every merge is written into its parameters in place.
 
-theta_pre   base parameters, kept only for the names on which an expert differs    {name: tensor}
-tau[i]      task vectors, on the same device                                       {name: tensor}
 heads[t]    parameters of task t's own head, never merged                          {name: tensor}
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.function import check_same_function
+from dfmerge_studies.checkpoints.in_place import InPlace
 from dfmerge_studies.checkpoints.load import (
     Loaded,
     ModelClass,
@@ -34,15 +33,12 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Resident:
-    """A base, its experts' task vectors and the per-task heads around one model.
+class Resident(InPlace):
+    """The same for models that were loaded from files, with a tokenizer and per-task heads.
 
     Attributes:
-        model: the model whose parameters are overwritten, in evaluation mode.
+        model: from transformers.
         tokenizer: the base's tokenizer.
-        base: theta_pre for `names`.
-        task_vectors: one per expert, in the order of the spec.
-        names: parameters on which at least one expert differs from the base, in the model's order.
         heads: per task, its head's parameters; empty for models without heads.
         base_digest: identity of the base's files as they were read.
         expert_digests: the same of the experts, by name.
@@ -50,40 +46,9 @@ class Resident:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    base: Mapping[str, Tensor]
-    task_vectors: Sequence[TaskVector]
-    names: Sequence[str]
     heads: Mapping[str, Mapping[str, Tensor]]
     base_digest: str
     expert_digests: Mapping[str, str]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.model.parameters()).device
-
-    @torch.no_grad()
-    def load_scaled_(self, expert: int, coefficient: float) -> None:
-        """Write theta_pre + lambda * tau[expert] into the model.
-
-        Args:
-            expert: index into `task_vectors`.
-            coefficient: lambda.
-        """
-        parameters = dict(self.model.named_parameters())
-        deltas = self.task_vectors[expert].deltas
-        for name in self.names:
-            parameter = parameters[name]
-            parameter.copy_(self.base[name])
-            if name in deltas:
-                parameter.add_(deltas[name], alpha=coefficient)
-
-    @torch.no_grad()
-    def load_base_(self) -> None:
-        """Write theta_pre into the model."""
-        parameters = dict(self.model.named_parameters())
-        for name in self.names:
-            parameters[name].copy_(self.base[name])
 
     def use_head_(self, task: str) -> None:
         """Put the head of one task on the model; nothing happens for models without heads.
@@ -183,7 +148,16 @@ def load_resident(
     model.requires_grad_(False)
     vectors = [TaskVector(v.expert, {n: d.to(device) for n, d in v.deltas.items()}) for v in vectors]
     digests = {name: contents.digest(checkpoint) for name, checkpoint in experts.items()}
-    return Resident(model, tokenizer, kept, vectors, names, heads, contents.digest(base), digests)
+    return Resident(
+        model=model,
+        base=kept,
+        task_vectors=vectors,
+        names=names,
+        tokenizer=tokenizer,
+        heads=heads,
+        base_digest=contents.digest(base),
+        expert_digests=digests,
+    )
 
 
 def _load_expert(

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.importance.cache import FisherCache
 from dfmerge_studies.importance.scale import scaled
-from dfmerge_studies.merging import WeightedSum
+from dfmerge_studies.merging import merge_into_
 from dfmerge_studies.methods import Importance, Method, Point, coefficient_range, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
@@ -147,29 +147,23 @@ class Merger:
         """
         if not isinstance(point, Point):
             point = Point(point, self.method.complete({}))
-        resident, spec = self.problem.resident, self.problem.spec
-        total = WeightedSum(resident.names, floor=spec.importance.floor)
-        seconds = {"fisher": 0.0, "merge": 0.0}
-        computed = cached = 0
+        resident, spec, at = self.problem.resident, self.problem.spec, point.coefficients
+        hits: list[bool] = []
+
+        def importance(index: int) -> Mapping[str, Tensor] | None:
+            if self.method.importance is Importance.UNIFORM:
+                return None
+            expert = self.problem.experts[index]
+            values, hit = self.importance(index, importance_coefficient(self.method, at[expert]))
+            hits.append(hit)
+            return scaled(values, normalise=spec.importance.normalise, power=spec.importance.power)
+
         start = time.perf_counter()
         vectors = self._transformed(point.parameters)
-        seconds["merge"] += time.perf_counter() - start
-        for index, expert in enumerate(self.problem.experts):
-            start = time.perf_counter()
-            values: Mapping[str, Tensor] | None = None
-            if self.method.importance is not Importance.UNIFORM:
-                at = importance_coefficient(self.method, point.coefficients[expert])
-                raw, hit = self.importance(index, at)
-                values = scaled(raw, normalise=spec.importance.normalise, power=spec.importance.power)
-                cached, computed = cached + hit, computed + (not hit)
-            middle = time.perf_counter()
-            total.add(vectors[index], point.coefficients[expert], values)
-            seconds["fisher"] += middle - start
-            seconds["merge"] += time.perf_counter() - middle
-        start = time.perf_counter()
-        total.write_into_(dict(resident.model.named_parameters()), resident.base)
-        seconds["merge"] += time.perf_counter() - start
-        return Outcome({}, seconds, computed, cached)
+        preparing = time.perf_counter() - start
+        seconds = merge_into_(resident.model, resident.base, vectors, at, importance, floor=spec.importance.floor)
+        seconds["merge"] += preparing
+        return Outcome({}, seconds, computed=hits.count(False), cached=hits.count(True))
 
     @_everywhere
     @memory_errors()

@@ -1,0 +1,60 @@
+"""A model that every scaled expert and every merge is written into, in place.
+
+theta_pre   base parameters, for the names on which an expert differs    {name: tensor}
+tau[i]      task vectors, on the same device                             {name: tensor}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dfmerge_studies.params import TaskVector
+
+
+@dataclass
+class InPlace:
+    """A base and its experts' task vectors around one model.
+
+    Attributes:
+        model: the model whose parameters are overwritten, in evaluation mode.
+        base: theta_pre for `names`.
+        task_vectors: one per expert, in their order.
+        names: parameters on which at least one expert differs from the base, in the model's order.
+    """
+
+    model: nn.Module
+    base: Mapping[str, Tensor]
+    task_vectors: Sequence[TaskVector]
+    names: Sequence[str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def load_scaled_(self, expert: int, coefficient: float) -> None:
+        """Write theta_pre + lambda * tau[expert] into the model.
+
+        Args:
+            expert: index into `task_vectors`.
+            coefficient: lambda.
+        """
+        parameters = dict(self.model.named_parameters())
+        deltas = self.task_vectors[expert].deltas
+        for name in self.names:
+            parameter = parameters[name]
+            parameter.copy_(self.base[name])
+            if name in deltas:
+                parameter.add_(deltas[name], alpha=coefficient)
+
+    @torch.no_grad()
+    def load_base_(self) -> None:
+        """Write theta_pre into the model."""
+        parameters = dict(self.model.named_parameters())
+        for name in self.names:
+            parameters[name].copy_(self.base[name])
