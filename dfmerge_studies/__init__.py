@@ -8,6 +8,8 @@ The commands are thin skins over what is here:
     merge(problem, coefficients)         one merge, scored; the model stays in `problem.resident.model`
     diagonal_fisher(model, forward, inputs)    exact diagonal Fisher of any model under any loss
     evaluate_model(spec, model, split)   scores of any model directory
+    merge_models(base, experts, coefficients)    models in memory, merged into a new one
+    optimize_merge(base, experts, score)         a study of models in memory
     compare(spec, methods, seeds=3)      methods side by side, each a study per seed
 
 Nothing heavy is imported before it is used.
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
     from dfmerge_studies.report.export import export_merge, export_trial
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.comparison import Comparison, compare
+    from dfmerge_studies.study.in_memory import MergeResult, optimize_merge
     from dfmerge_studies.study.session import Session, open_study
 
 __all__ = [
     "Comparison",
     "DFMergeError",
     "InputError",
+    "MergeResult",
     "Merger",
     "Outcome",
     "Problem",
@@ -49,6 +53,7 @@ __all__ = [
     "merge",
     "merge_models",
     "open_study",
+    "optimize_merge",
 ]
 
 _HOMES = {
@@ -61,6 +66,7 @@ _HOMES = {
     "report.export": ("export_merge", "export_trial"),
     "spec": ("StudySpec",),
     "study.comparison": ("Comparison", "compare"),
+    "study.in_memory": ("MergeResult", "optimize_merge"),
     "study.session": ("Session", "open_study"),
 }
 

@@ -61,6 +61,16 @@ class Point:
     coefficients: Mapping[str, float]
     parameters: Mapping[str, float] = field(default_factory=dict)
 
+    def on_step(self, step: float | None) -> Point:
+        """The same with coefficients that are free of rounding: 3 * 0.1 and 0.3 are one point, and one Fisher.
+
+        Args:
+            step: distance between coefficients; None: they are left as they are.
+        """
+        if step is None:
+            return self
+        return replace(self, coefficients={name: round(value, 12) for name, value in self.coefficients.items()})
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -277,6 +287,15 @@ class Method:
         coefficients = {expert: values[SHARED if shared else expert] for expert in experts}
         given = {each.name: values[each.name] for each in self.searched}
         return Point(coefficients, self.complete(given))
+
+    def stored_point(self, coefficients: Mapping[str, float], attributes: Mapping[str, float]) -> Point:
+        """The point of a trial that is stored.
+
+        Args:
+            coefficients: per expert.
+            attributes: of the trial.
+        """
+        return Point(dict(coefficients), self.stored_parameters(attributes))
 
     def stored_parameters(self, attributes: Mapping[str, float]) -> dict[str, float]:
         """The parameters of a trial; those that an earlier version did not store had their default.

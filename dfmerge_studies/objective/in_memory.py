@@ -113,7 +113,7 @@ def merge_models(
         seed=seed,
     )
     merger.merge_(Point(merger.coefficients(coefficients), merger.method.complete({}, "parameters")))
-    return merger.model
+    return merger.released()
 
 
 class ModelMerger(Generic[Model]):
@@ -154,10 +154,12 @@ class ModelMerger(Generic[Model]):
         self.experts = list(experts)
         self.method = _method(method, importance).adjusted(parameters or {}, "parameters")
         self.model: Model = copy.deepcopy(base).eval()
+        self._trainable = {name: p.requires_grad for name, p in base.named_parameters()}
         self.place = _in_place(base, self.model, experts, exclude)
         self._importance = importance
         self._kept: dict[int, Mapping[str, Tensor]] = {}  # what is the same at every point
-        self._scale: dict[str, Any] = {"normalise": normalise, "power": power}
+        self.scale = {"importance.floor": floor, "importance.normalise": normalise, "importance.power": power}
+        self._scaled = partial(scaled, normalise=normalise, power=power)
         self._floor = floor
         self._seed = seed
         if not callable(importance):
@@ -212,6 +214,12 @@ class ModelMerger(Generic[Model]):
         self.model.eval()
         return seconds
 
+    def released(self) -> Model:
+        """The model, its parameters as trainable as the base's."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad))
+        return self.model
+
     def _importance_at(self, point: Point, index: int) -> Mapping[str, Tensor] | None:
         if self.method.importance is Importance.UNIFORM:
             return None
@@ -228,15 +236,14 @@ class ModelMerger(Generic[Model]):
         """What the importance function gives, with gradients required of what is merged, and of nothing else."""
         assert callable(self._importance)
         parameters = dict(self.model.named_parameters())
-        self.model.requires_grad_(False)
         try:
             for name in self.place.names:
                 parameters[name].requires_grad_(True)
             with torch.enable_grad():
                 return self._importance(self.model, expert)
         finally:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+            for name in self.place.names:
+                parameters[name].requires_grad_(False)
 
     def _checked(self, values: Any, expert: str) -> Mapping[str, Tensor]:
         """The importance of one expert's merged parameters, scaled."""
@@ -256,7 +263,7 @@ class ModelMerger(Generic[Model]):
             if bool((value < 0).any()):
                 raise InputError(f"a negative value for the parameter {name}", where=where)
             found[name] = value.detach().to(self.place.device).float()
-        return scaled(found, **self._scale)
+        return self._scaled(found)
 
     @cached_property
     def _transformed(self) -> Prepared:

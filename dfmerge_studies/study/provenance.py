@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import safe_url
+from dfmerge_studies.storage import found_study, join_study, safe_url
 
 # User attributes of a study.
 SCIENCE = "dfmerge:science"
@@ -219,6 +223,44 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def join(
+    storage: BaseStorage,
+    name: str,
+    *,
+    directions: Sequence[str],
+    sampler: BaseSampler,
+    science: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    metric_names: Sequence[str],
+    where: str,
+) -> optuna.Study:
+    """Create a study and state what it is about, or join one that is about the same.
+
+    Args:
+        storage: open.
+        name: the study's name.
+        directions: "maximize" or "minimize", one for each objective.
+        sampler: what proposes points.
+        science: what it is about.
+        attributes: what else its founder states.
+        metric_names: of the objectives.
+        where: the storage, without password.
+
+    Raises:
+        InputError: the stored study is about something else; with the list of differences.
+    """
+    founder = found_study(storage, name, directions=directions)
+    study = join_study(storage, name, directions=directions, sampler=sampler)
+    if founder or (awaited_science(study) is None and not study.get_trials(deepcopy=False)):
+        for key, value in {**attributes, VERSIONS: library_versions(), SCIENCE: dict(science)}.items():
+            study.set_user_attr(key, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(list(metric_names))
+    refuse_other_science(name, stored_science(study), science, where)
+    return study
 
 
 def stored_science(study: optuna.Study) -> dict[str, Any] | None:

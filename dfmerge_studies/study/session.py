@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -25,8 +25,6 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
 from dfmerge_studies.storage import (
     check_constraints,
-    found_study,
-    join_study,
     open_storage,
     storage_errors,
 )
@@ -36,14 +34,14 @@ from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
-    DROPS,
     FISHERS,
     SECONDS,
     TASKS,
     best_trial,
-    constraint_values,
     directions,
-    objective_values,
+    metric_names,
+    rounded_seconds,
+    trial_result,
 )
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
@@ -133,7 +131,7 @@ class Session:
 
     def point(self, trial: FrozenTrial) -> Point:
         """What a completed trial was merged at."""
-        return Point(dict(trial.user_attrs[COEFFICIENTS]), self.method.stored_parameters(trial.user_attrs))
+        return self.method.stored_point(trial.user_attrs[COEFFICIENTS], trial.user_attrs)
 
     def merge_(self, trial: FrozenTrial) -> Outcome:
         """Write the merged weights of a completed trial into the resident model.
@@ -218,23 +216,19 @@ class Session:
         return KeptScores(self.study, self.problem)
 
     def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
-        at = self.method.point(point, self.problem.experts)
-        if self.spec.search.step is not None:  # 3 * 0.1 and 0.3 must be one point, and one entry of the cache
-            at = replace(at, coefficients={name: round(value, 12) for name, value in at.coefficients.items()})
+        at = self.method.point(point, self.problem.experts).on_step(self.spec.search.step)
         outcome = self.merger.run(at)
-        metrics = self.spec.metrics("validation")
-        task_drops = metrics.drops(outcome.tasks, expert_scores)
-        return TrialResult(
-            values=objective_values(self.spec.objective, outcome.tasks, metrics),
+        return trial_result(
+            at,
+            outcome.tasks,
+            self.spec.metrics("validation"),
+            objective=self.spec.objective,
+            expert_scores=expert_scores,
+            max_drop=self.spec.search.max_drop,
             attributes={
-                COEFFICIENTS: dict(at.coefficients),
-                **at.parameters,
-                TASKS: outcome.tasks,
-                SECONDS: {phase: round(seconds, 4) for phase, seconds in outcome.seconds.items()},
+                SECONDS: rounded_seconds(outcome.seconds),
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
-                DROPS: {task: round(drop, 4) for task, drop in task_drops.items()},
             },
-            constraints=constraint_values(task_drops, self.spec.search.max_drop),
         )
 
     def _check_total(self, total: int) -> None:
@@ -308,26 +302,23 @@ def stored_study(spec: StudySpec) -> optuna.Study:
 def _join(plan: Plan, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
     spec = plan.spec
     with storage_errors(plan.url):
-        storage, kinds = open_storage(plan.url), directions(spec.objective, list(spec.tasks))
-        founder = found_study(storage, spec.name, directions=kinds)
-        study = join_study(storage, spec.name, directions=kinds, sampler=plan.sampler())
-        if founder or (provenance.awaited_science(study) is None and not study.get_trials(deepcopy=False)):
-            study.set_user_attr(provenance.SPEC, provenance.describe_spec(spec))
-            study.set_user_attr(provenance.INDICES, problem.fisher_indices())
-            study.set_user_attr(provenance.VERSIONS, provenance.library_versions())
-            study.set_user_attr(provenance.SCIENCE, dict(science))
-            study.set_metric_names(_metric_names(spec))
-        provenance.refuse_other_science(spec.name, provenance.stored_science(study), science, plan.place)
+        study = provenance.join(
+            open_storage(plan.url),
+            spec.name,
+            directions=directions(spec.objective, list(spec.tasks)),
+            sampler=plan.sampler(),
+            science=science,
+            attributes={
+                provenance.SPEC: provenance.describe_spec(spec),
+                provenance.INDICES: problem.fisher_indices(),
+            },
+            metric_names=metric_names(spec.objective, list(spec.tasks)),
+            where=plan.place,
+        )
         described = study.user_attrs.get(provenance.SPEC, {})
         if (public := provenance.without_secrets(described)) != described:  # an earlier version kept tokens
             study.set_user_attr(provenance.SPEC, public)
     return study
-
-
-def _metric_names(spec: StudySpec) -> list[str]:
-    if spec.objective.kind == "pareto":
-        return list(spec.tasks)
-    return [f"{spec.objective.kind} score"]
 
 
 def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from dfmerge_studies.methods import Point
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.results import TrialResult
 
 # User attributes of a trial; each of its method's parameters is another, under the parameter's own name.
 COEFFICIENTS = "coefficients"
@@ -25,6 +28,16 @@ def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
         tasks: names of the tasks.
     """
     return ["maximize"] * (len(tasks) if objective.kind == "pareto" else 1)
+
+
+def metric_names(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
+    """What the values of a trial are called in Optuna.
+
+    Args:
+        objective: the spec's objective.
+        tasks: names of the tasks.
+    """
+    return list(tasks) if objective.kind == "pareto" else [f"{objective.kind} score"]
 
 
 def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float], metrics: Metrics) -> tuple[float, ...]:
@@ -74,6 +87,50 @@ def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -
         return ()
     # A hair's breadth of rounding must not make a drop of exactly max_drop infeasible.
     return tuple(round(drop - max_drop, 9) for drop in task_drops.values())
+
+
+def trial_result(
+    point: Point,
+    scores: Mapping[str, float],
+    metrics: Metrics,
+    *,
+    objective: ObjectiveSettings,
+    expert_scores: Mapping[str, float],
+    max_drop: float | None,
+    attributes: Mapping[str, Any],
+) -> TrialResult:
+    """What a trial gave, as it is stored.
+
+    Args:
+        point: what was merged.
+        scores: per task.
+        metrics: what they are.
+        objective: how they become the trial's values.
+        expert_scores: of each task's own expert, as far as they are known.
+        max_drop: points that a task may lose against them, None for no constraint.
+        attributes: what else is stored.
+    """
+    task_drops = metrics.drops(scores, expert_scores)
+    return TrialResult(
+        values=objective_values(objective, scores, metrics),
+        attributes={
+            COEFFICIENTS: dict(point.coefficients),
+            **point.parameters,
+            TASKS: dict(scores),
+            **attributes,
+            DROPS: {task: round(drop, 4) for task, drop in task_drops.items()},
+        },
+        constraints=constraint_values(task_drops, max_drop),
+    )
+
+
+def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase, as they are stored.
+
+    Args:
+        seconds: by phase.
+    """
+    return {phase: round(value, 4) for phase, value in seconds.items()}
 
 
 def trial_value(trial: FrozenTrial) -> float:

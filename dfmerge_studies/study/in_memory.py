@@ -1,0 +1,315 @@
+"""A study of models that are in memory, without a spec: `optimize_merge`.
+
+The method table, the samplers, the loop of trials and the rules of joining and resuming are those of every study; only
+scores and importance come from functions of the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic
+
+import optuna
+import torch
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import FrozenTrial
+from pydantic import ValidationError
+
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.importance.cache.file import checksum
+from dfmerge_studies.importance.scale import Normalise
+from dfmerge_studies.objective.in_memory import (
+    FLOOR,
+    Experts,
+    Fishers,
+    ImportanceOf,
+    Model,
+    ModelMerger,
+    finite_scores,
+    not_finite,
+)
+from dfmerge_studies.objective.merger import memory_errors
+from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
+from dfmerge_studies.spec.messages import explain
+from dfmerge_studies.storage import (
+    check_constraints,
+    open_storage,
+    resolve_url,
+    safe_url,
+    storage_errors,
+    storage_file,
+)
+from dfmerge_studies.study import provenance
+from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
+from dfmerge_studies.study.value import (
+    COEFFICIENTS,
+    SECONDS,
+    TASKS,
+    best_trial,
+    directions,
+    metric_names,
+    rounded_seconds,
+    trial_result,
+    trial_value,
+)
+from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.loop import Summary, work
+from dfmerge_studies.trials.outbox import outbox_folder
+from dfmerge_studies.trials.queue import enqueue
+from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.results import Event, TrialResult, ignore
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[Any], Mapping[str, float] | float]
+
+
+@dataclass(frozen=True)
+class MergeResult(Generic[Model]):
+    """What a search found.
+
+    Attributes:
+        model: the merge of the best trial, in evaluation mode.
+        best: the best trial; with `max_drop` the best of those that keep it, if there are any.
+        study: the Optuna study, for everything that Optuna plots or prints.
+        summary: how the run ended, with the number of trials by state.
+    """
+
+    model: Model
+    best: FrozenTrial
+    study: optuna.Study
+    summary: Summary
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient per expert of the best trial."""
+        return dict(self.best.user_attrs[COEFFICIENTS])
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Score per task of the best trial."""
+        return dict(self.best.user_attrs[TASKS])
+
+    @property
+    def value(self) -> float:
+        """What the best trial is worth: the objective, or for `pareto` the mean over the tasks."""
+        return trial_value(self.best)
+
+
+def optimize_merge(
+    base: Model,
+    experts: Experts,
+    score: Score,
+    *,
+    trials: int = 20,
+    importance: ImportanceOf | Fishers | None = None,
+    method: str | None = None,
+    parameters: Mapping[str, float | Sequence[float]] | None = None,
+    objective: str | Mapping[str, Any] = "mean",
+    storage: str | BaseStorage | None = None,
+    name: str = "merge",
+    exclude: Sequence[str] = (),
+    floor: float = FLOOR,
+    normalise: Normalise = "none",
+    power: float = 1.0,
+    on_event: Callable[[Event], None] = ignore,
+    **search: Any,
+) -> MergeResult[Model]:
+    """Search the coefficients whose merge scores best; base and experts are left as they are.
+
+    >>> import torch
+    >>> from dfmerge_studies import optimize_merge
+    >>> base, a, b = (torch.nn.Linear(2, 1, bias=False) for _ in range(3))
+    >>> for model, weights in ((base, [0.0, 0.0]), (a, [1.0, 0.0]), (b, [0.0, 1.0])):
+    ...     _ = model.weight.data.copy_(torch.tensor([weights]))
+    >>> def score(model):
+    ...     x, y = model.weight[0].tolist()
+    ...     return {"a": -((x - 0.7) ** 2), "b": -((y - 0.2) ** 2)}
+    >>> result = optimize_merge(base, {"a": a, "b": b}, score, trials=15, seed=1)
+    >>> result.value > -0.01
+    True
+    >>> sorted(result.coefficients) == ["a", "b"] and len(result.study.trials) == 15
+    True
+
+    Args:
+        base: the model that every expert was fine-tuned from.
+        experts: by name, models (a LoRA adapter as `merge_and_unload()` gives it) or their state dicts.
+        score: from a model to {task: number}, or to one number; higher is better. It gets the merged model in
+            evaluation mode, without gradients; the next trial overwrites that model.
+        trials: total that the study should reach, over all runs.
+        importance: see `merge_models`.
+        method: see `merge_models`.
+        parameters: of the method: a number fixes it, a list is searched (values of a grid, or the two ends of a range).
+        objective: how task scores become one value: mean, min, pareto (one objective per task), or
+            {"kind": "weighted", "weights": {task: number}}.
+        storage: URL of an Optuna storage (sqlite:///study.db, relative to the working directory; PostgreSQL; a
+            journal), or a storage object. With one, the study is kept: the same call joins it and goes on to `trials`.
+            Without one it ends with the process.
+        name: of the study in its storage. What `score` and `importance` do cannot be compared when a study is joined:
+            give another name when they change.
+        exclude: see `merge_models`.
+        floor: see `merge_models`.
+        normalise: see `merge_models`.
+        power: see `merge_models`.
+        on_event: told of everything that happens to a trial.
+        **search: further fields of a spec's `search`: seed, bounds, step, sampler, startup_trials, enqueue, and
+            max_drop, for which each expert is scored on the task of its own name first.
+
+    Raises:
+        InputError: models, settings or scores do not fit, or the stored study is about something else.
+        RunError: three trials in a row failed, no trial has completed, or the storage is gone for good.
+    """
+    settings = _settings(SearchSettings, {**search, "trials": trials})
+    how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
+    if how.kind == "agreement":
+        raise InputError("agreement needs the tasks of a spec", where="objective", mend="Let `score` compute it")
+    merger = ModelMerger(
+        base,
+        experts,
+        importance=importance,
+        method=method,
+        parameters=parameters,
+        exclude=exclude,
+        floor=floor,
+        normalise=normalise,
+        power=power,
+        seed=settings.seed,
+    )
+    search_of = _Search(merger, score, settings, how, name)
+    url = resolve_url(storage, Path.cwd()) if isinstance(storage, str) else None
+    with storage_errors(url):
+        study = search_of.study(storage if isinstance(storage, BaseStorage) else None, url)
+        summary = search_of.run(study, url, on_event)
+        best = best_trial(results(study), how)
+    if best is None:
+        raise RunError("no trial has completed", where=name, mend="Look at the study's failed trials, and run again")
+    merger.merge_(search_of.point_of(best))
+    return MergeResult(merger.released(), best, study, summary)
+
+
+class _Search(Generic[Model]):
+    """One search: what is merged, how it is scored, and what its trials are."""
+
+    def __init__(
+        self,
+        merger: ModelMerger[Model],
+        score: Score,
+        settings: SearchSettings,
+        objective: ObjectiveSettings,
+        name: str,
+    ) -> None:
+        self.merger = merger
+        self.score = score
+        self.settings = settings
+        self.objective = objective
+        self.name = name
+        self.space = merger.method.space(merger.experts, settings.bounds, settings.step)
+        self.tasks: list[str] = []
+        self.expert_scores: dict[str, float] = {}
+
+    def study(self, storage: BaseStorage | None, url: str | None) -> optuna.Study:
+        """The study, created or joined."""
+        if self.objective.kind == "pareto":  # has an objective per task
+            self.merger.place.load_base_()
+            self.scored()
+        if self.settings.max_drop is not None:
+            for index, expert in enumerate(self.merger.experts):
+                self.merger.place.load_scaled_(index, 1.0)
+                self.expert_scores.update({task: s for task, s in self.scored().items() if task == expert})
+            if not self.expert_scores:
+                raise InputError(
+                    "no task has the name of an expert", where="max_drop", mend=f"The tasks are {', '.join(self.tasks)}"
+                )
+            if url is not None:
+                check_constraints(url, len(self.expert_scores), where="max_drop")
+        kept = storage is not None or url is not None
+        method, settings = self.merger.method, self.settings
+        return provenance.join(
+            storage if storage is not None else open_storage(url) if url is not None else InMemoryStorage(),
+            self.name,
+            directions=directions(self.objective, self.tasks),
+            sampler=study_sampler(self.name, method, self.space, settings, goal_of(self.objective, Metrics({}))),
+            science=self._science() if kept else {},
+            attributes={},
+            metric_names=metric_names(self.objective, self.tasks),
+            where=safe_url(url) if url is not None else self.name,
+        )
+
+    def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
+        """Work until the study has its total."""
+        method, settings = self.merger.method, self.settings
+        study.set_user_attr(provenance.TARGET, total_trials(method, settings))
+        enqueue(study, self.space, first_points(method, self.merger.experts, settings))
+        file = storage_file(url) if url is not None else None
+        summary = work(
+            study,
+            self.space,
+            self._trial,
+            target=total_trials(method, settings),
+            outbox=outbox_folder(file.parent if file else Path.cwd(), url, self.name) if url is not None else None,
+            on_event=on_event,
+        )
+        if summary.interrupted:
+            logger.warning("%s: interrupted after %d trials", self.name, summary.counts["complete"])
+        return summary
+
+    def point_of(self, trial: FrozenTrial) -> Any:
+        """What a completed trial was merged at."""
+        return self.merger.method.stored_point(trial.user_attrs[COEFFICIENTS], trial.user_attrs)
+
+    def scored(self) -> dict[str, float]:
+        """Scores of the model as it stands, of the same tasks every time."""
+        with torch.no_grad(), memory_errors():
+            scores = finite_scores(self.score(self.merger.model))
+        self.tasks = self.tasks or list(scores)
+        if set(scores) != set(self.tasks):
+            raise InputError(f"scores of {sorted(scores)}, before of {sorted(self.tasks)}", where="score")
+        if (task := not_finite(scores)) is not None:
+            raise RunError(f"the score of {task!r} is {scores[task]}", where="score")
+        return {task: scores[task] for task in self.tasks}
+
+    def _trial(self, values: Mapping[str, float], place: int) -> TrialResult:
+        point = self.merger.method.point(values, self.merger.experts).on_step(self.settings.step)
+        with memory_errors():
+            seconds = self.merger.merge_(point)
+        scores = self.scored()
+        return trial_result(
+            point,
+            scores,
+            Metrics.named(dict.fromkeys(scores, "score")),
+            objective=self.objective,
+            expert_scores=self.expert_scores,
+            max_drop=self.settings.max_drop,
+            attributes={SECONDS: rounded_seconds(seconds)},
+        )
+
+    def _science(self) -> dict[str, Any]:
+        """What decides the results, as far as it can be compared."""
+        merger, place = self.merger, self.merger.place
+        unmerged = dict(merger.model.named_parameters())
+        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue"})
+        return {
+            "made by": "optimize_merge",
+            "method": merger.method.name,
+            "parameters": {p.name: [p.default, list(p.grid), list(p.bounds or ())] for p in merger.method.parameters},
+            "experts": [[expert, expert] for expert in merger.experts],
+            **{f"search.{field}": value for field, value in searched.items()},
+            "objective": self.objective.model_dump(),
+            **merger.scale,
+            "base digest": checksum({name: place.base.get(name, p).detach().cpu() for name, p in unmerged.items()}),
+            **{
+                f"expert digest of {vector.expert}": checksum({n: d.cpu() for n, d in vector.deltas.items()})
+                for vector in place.task_vectors
+            },
+        }
+
+
+def _settings(kind: Any, given: Mapping[str, Any]) -> Any:
+    """Settings that a caller gave, validated like those of a spec."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise explain(error, Path("optimize_merge"), {"": [kind]})[0].problem from None

@@ -1,0 +1,94 @@
+"""What a method and the settings of a search make of a study: its total, its first points, its sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from optuna.samplers import BaseSampler
+
+from dfmerge_studies.methods import Coefficients, Method, fixed_coefficients
+from dfmerge_studies.search import make_sampler
+from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
+from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.space import Space
+from dfmerge_studies.trust_region import Goal
+
+_MEANS = ("mean", "weighted", "agreement")  # objectives that are a mean of task scores
+
+
+def total_trials(method: Method, search: SearchSettings) -> int:
+    """Trials that a study should reach: what is asked for, or as many as a method without a search has points.
+
+    Args:
+        method: row of the method table.
+        search: the settings.
+    """
+    totals = {
+        Coefficients.FIXED: 1,
+        Coefficients.SHARED_GRID: math.prod(len(values) for values in method.grid.values()),
+        Coefficients.PER_EXPERT: search.trials,
+    }
+    return totals[method.coefficients]
+
+
+def first_points(method: Method, experts: Sequence[str], search: SearchSettings) -> list[Mapping[str, float]]:
+    """What a study tries first: 1/M, then what is asked for; none on a grid.
+
+    Args:
+        method: row of the method table.
+        experts: their names.
+        search: the settings.
+    """
+    if method.coefficients is Coefficients.SHARED_GRID:
+        return []
+    first = fixed_coefficients(experts)
+    if method.coefficients is Coefficients.FIXED:
+        return [first]
+    asked = [dict.fromkeys(experts, p) if isinstance(p, float) else p for p in search.enqueue]
+    own = {each.name: each.default for each in method.searched if each.default is not None}
+    return [{**own, **point} for point in ({name: _inside(search, value) for name, value in first.items()}, *asked)]
+
+
+def _inside(search: SearchSettings, value: float) -> float:
+    """A coefficient moved into the bounds and onto the step, where the settings have them so."""
+    (low, high), step = search.bounds, search.step
+    moved = min(max(value, low), high)
+    return moved if step is None else min(low + round((moved - low) / step) * step, high)
+
+
+def study_sampler(name: str, method: Method, space: Space, search: SearchSettings, goal: Goal) -> BaseSampler:
+    """The sampler that proposes a study's trials.
+
+    Args:
+        name: of the study.
+        method: row of the method table.
+        space: what its trials differ in.
+        search: the settings.
+        goal: what task scores are worth together.
+    """
+    sampler: str = "ucb" if search.acquisition == "ucb" else search.sampler
+    if not method.searches:
+        sampler = "grid" if method.grid else "random"
+    return make_sampler(
+        sampler,
+        seed=search.seed,
+        study_name=name,
+        space=space,
+        startup_trials=search.startup_trials,
+        grid=method.grid or None,
+        kappa=search.kappa,
+        goal=goal,
+    )
+
+
+def goal_of(objective: ObjectiveSettings, metrics: Metrics) -> Goal:
+    """What task scores are worth together.
+
+    Args:
+        objective: how they become one value.
+        metrics: what they are; empty where all are numbers with a range of 1, of which higher is better.
+    """
+    kind = objective.kind
+    points = {task: math.copysign(metric.span / 100.0, metric.worth(1.0)) for task, metric in metrics.items()}
+    return Goal("mean" if kind in _MEANS else kind, objective.weights, points)
