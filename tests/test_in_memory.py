@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.trial import TrialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -237,7 +240,7 @@ def test_a_stored_study_goes_on_where_it_was_cut_as_if_it_had_not_been(new_stora
     with pytest.raises(ConnectionError):
         optimize_merge(base, experts, cut, trials=9, storage=url, **options)
     result = optimize_merge(base, experts, target_score, trials=9, storage=url, **options)
-    done = [t for t in result.study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    done = [t for t in result.study.trials if t.state == TrialState.COMPLETE]
     assert [(t.params, t.values) for t in done] == points(uncut.study)
     assert result.coefficients == uncut.coefficients
     again = optimize_merge(base, experts, cut, trials=9, storage=url, **options)  # complete: nothing is scored
@@ -339,6 +342,30 @@ def test_settings_and_scores_that_cannot_be_are_refused(score: Any, options: dic
     base, experts = toys("a", "b")
     with pytest.raises(InputError, match=message):
         optimize_merge(base, experts, score, **options)
+
+
+def test_a_ctrl_c_ends_in_good_order_with_the_best_so_far(tmp_path: Path) -> None:
+    base, experts = toys("a", "b")
+    scored = []
+
+    def interrupted(model: Any) -> dict[str, float]:
+        scored.append(1)
+        if len(scored) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return target_score(model)
+
+    url = f"sqlite:///{tmp_path}/s.db"
+    result = optimize_merge(base, experts, interrupted, trials=9, storage=url)
+    assert result.summary.interrupted
+    assert result.summary.counts["complete"] == 3
+    assert result.value == max(trial.value for trial in result.study.get_trials(states=(TrialState.COMPLETE,)))
+    assert optimize_merge(base, experts, target_score, trials=9, storage=url).summary.counts["complete"] == 9
+
+
+def test_the_lines_of_the_documentation_give_what_it_says() -> None:
+    done = doctest.testfile(str(ROOT / "docs" / "python.md"), module_relative=False)
+    assert done.attempted > 5
+    assert done.failed == 0
 
 
 @pytest.mark.slow
