@@ -105,6 +105,7 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError) and len(error.args) == 1:
         return f"{error.args[0]!r} is missing"
     text = re.sub(r"<class '([^']*)'>", r"\1", str(error))
+    text = re.sub(r"^Error while [a-z ]+: ", "", text)  # how the Rust libraries begin
     lines = [line.strip() for line in _CLASS_NAME.sub("", text).splitlines()]
     told = [line for line in lines if re.search(r"\w", line)]
     if not told:

@@ -151,7 +151,7 @@ class _Report:
         if isinstance(error, KeyboardInterrupt):
             return cls(None, KeyboardInterrupt)
         mend = "Run again with --debug for the traceback"
-        return cls(None, GroupError, f"{type(error).__name__}: {first_line(error)}", None, mend)
+        return cls(None, GroupError, first_line(error), None, mend)
 
     def exception(self, rank: int) -> BaseException:
         assert self.error is not None

@@ -12,6 +12,8 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pytest
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.templates import renderer
-from tests.project import Done, Project
+from tests.project import Done, Project, cli_environment
 
 CLASS_NAME = re.compile(r"\b(?:[A-Z]\w*)?(?:Error|Exception|Warning)\b(?!:? [a-z]+ing\b)|\bTraceback\b|\bpanicked\b")
 
@@ -468,3 +470,222 @@ def test_a_damaged_configuration_or_tokenizer_is_refused_by_file(
     message = refusal(project, "validate", "spec.yaml")
     assert file in message
     assert names in message
+
+
+# Paths.
+
+
+def loop_of_links(name: str) -> Callable[[Project], None]:
+    return lambda project: (project.folder / name).symlink_to(name)
+
+
+LONG = "x" * 300
+PATHS: list[tuple[str, Callable[[Project], None] | None, str]] = [
+    (f"run spec.yaml --set base={LONG}", None, "base"),
+    (f"run spec.yaml --set base={'d/' * 3000}", None, "base"),
+    ("run spec.yaml --set base=round", loop_of_links("round"), "base"),
+    ("run spec.yaml --set base=~nobody-of-this-name/x", None, "base"),
+    (f"run spec.yaml --set tasks.red.dataset.data_files={LONG}", None, "data_files"),
+    ("run spec.yaml --set tasks.red.dataset.data_files=round", loop_of_links("round"), "data_files"),
+    ("run spec.yaml --set tasks.red.dataset.data_files=/nowhere/*.jsonl", None, "data_files"),
+    ("run spec.yaml --set tasks.red.dataset.data_files=[*", None, "data_files"),
+    (f"run spec.yaml --set tasks.red.dataset.path={LONG}", None, "tasks.red.dataset"),
+    (f"run spec.yaml --set importance.indices={LONG}", None, "importance.indices"),
+    ("run spec.yaml --set importance.indices=round", loop_of_links("round"), "importance.indices"),
+    (f"run spec.yaml --cache {LONG}", None, "cache"),
+    ("run spec.yaml --cache round", loop_of_links("round"), "cache"),
+    (f"run spec.yaml --storage sqlite:///{LONG}.db", None, LONG[:99]),
+    ("run spec.yaml --storage sqlite:///round", loop_of_links("round"), "round"),
+    (f"run {LONG}", None, LONG[:99]),
+    ("run round", loop_of_links("round"), "round"),
+    (f"merge spec.yaml --coefficients 1 --out {LONG}", None, "--out"),
+    ("merge spec.yaml --coefficients 1 --out round/m", loop_of_links("round"), "--out"),
+    (f"fisher spec.yaml --expert red --out {LONG}", None, "--out"),
+    ("fisher spec.yaml --expert red --force --out /dev/null", None, "--out"),
+    (f"evaluate spec.yaml --model {LONG}", None, "--model"),
+    ("evaluate spec.yaml --model round", loop_of_links("round"), "--model"),
+    ("run spec.yaml --set base=package:__main__/x", None, "base"),
+    ("run spec.yaml --set tasks.red.validation_split=validation[:", None, "tasks.red"),
+    ("run spec.yaml --set tasks.red.validation_split=validation[:999%]", None, "tasks.red"),
+    ("run spec.yaml --set tasks.red.dataset.field=[1]", None, "tasks.red.dataset"),
+    ("run spec.yaml --set tasks.red.dataset.chunksize=x", None, "tasks.red.dataset"),
+    ("run spec.yaml --set tasks.red.dataset.name=5", None, "tasks.red.dataset"),
+    ("run spec.yaml --set tasks.red.dataset.nosuch=1", None, "tasks.red.dataset"),
+]
+
+
+@pytest.mark.parametrize(("command", "spoil", "names"), PATHS, ids=[row[0][:60] for row in PATHS])
+def test_a_path_that_cannot_be_is_refused_by_field(
+    project: Project, command: str, spoil: Callable[[Project], None] | None, names: str
+) -> None:
+    if spoil is not None:
+        spoil(project)
+    message = refusal(project, *command.split())
+    assert names in message
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("data_files", ["red.validation.jsonl", "*.validation.jsonl", "ABSOLUTE/red.val*.jsonl"])
+def test_data_is_read_from_a_folder_whose_name_is_a_pattern(project: Project, tmp_path: Path, data_files: str) -> None:
+    folder = tmp_path / "a[1]* {x}?"
+    shutil.move(project.folder, folder)
+    moved = Project(folder, project.family, project.spec)
+    spec = json.loads(json.dumps(project.spec))
+    spec["tasks"]["red"]["dataset"]["data_files"] = {
+        "validation": data_files.replace("ABSOLUTE", str(folder).replace("[", "[[]")),
+        "test": "red.test.jsonl",
+    }
+    (folder / "spec.yaml").write_text(json.dumps(spec))
+    inputs = moved.json("validate", "spec.yaml")["estimate"]["validation_inputs"]
+    assert inputs["red"] == (48 if data_files.startswith("*") else 24)
+
+
+ROWS = [
+    (b'{"input": "x", "choices": ["a", "b"], "label": 0}\n\xff\xfe\n', "tasks.red.dataset"),
+    (b'{"input": "\xff\xfe", "choices": ["a", "b"], "label": 0}\n', "tasks.red.dataset"),
+    (b'{"input": "x", "choices": ["a", "b"], "label": 1e400}\n', "tasks.red"),
+    (b'{"input": "x", "choices": ["a", "b"], "label": Infinity}\n', "tasks.red"),
+    (b'{"input": "x", "choices": ["a", "b"], "label": 99999999999999999999}\n', "tasks.red"),
+    (b'{"input": "x", "choices": ["a", "b"], "label": [0]}\n', "tasks.red"),
+    (b'{"input": "x", "choices": {"a": 1}, "label": 0}\n', "tasks.red"),
+    (b'{"input": "x", "choices": "' + b"[" * 9999 + b'", "label": 0}\n', "tasks.red"),
+    (b'{"input": ["x"], "choices": ["a", "b"], "label": 0}\n', "tasks.red"),
+    (b'{"input": 5, "choices": ["a", "b"], "label": 0}\n', "tasks.red"),
+    (b'{"input": "\\ud800", "choices": ["a", "b"], "label": 0}\n', "tasks.red"),
+    (b"[" * 99999, "tasks.red"),
+    (b"[]\n", "tasks.red"),
+    (b"5\n", "tasks.red"),
+    (b"\x1f\x8b\x08rubbish", "tasks.red"),
+    (b"PK\x03\x04rubbish", "tasks.red"),
+    (b"\x00" * 99, "tasks.red"),
+]
+
+
+@pytest.mark.parametrize(("content", "names"), ROWS, ids=range(len(ROWS)))
+def test_rows_that_cannot_be_read_are_refused_by_field(project: Project, content: bytes, names: str) -> None:
+    (project.folder / "red.validation.jsonl").write_bytes(content)
+    assert names in refusal(project, "validate", "spec.yaml")
+
+
+# The terminal.
+
+
+def at_a_terminal(folder: Path, command: str, *redirections: str, **environment: str) -> tuple[int, str, str]:
+    """Run a command in a process of its own, in a shell that redirects its streams."""
+    shell = f'"{sys.executable}" -m dfmerge_studies {command} {" ".join(redirections)}'
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {shell}"],
+        cwd=folder,
+        env=cli_environment(**environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "redirections", "code", "says"),
+    [
+        ("--version", ">&-", 0, ""),
+        ("--version", "2>&-", 0, ""),
+        ("--version", "<&- >&- 2>&-", 0, ""),
+        ("list gone.yaml", ">&-", 2, "gone.yaml"),
+        ("list gone.yaml", "2>&-", 2, ""),
+        ("--version", ">/dev/full", 1, "standard output"),
+        ("validate gone.yaml --json", ">/dev/full", 1, "standard output"),
+        ("list gone.yaml", "2>/dev/full", 2, ""),
+        ("list gone.yaml", ">/dev/full 2>/dev/full", 2, ""),
+    ],
+)
+def test_a_stream_that_is_closed_or_full_ends_with_a_code_and_one_message(
+    tmp_path: Path, command: str, redirections: str, code: int, says: str
+) -> None:
+    returned, _, message = at_a_terminal(tmp_path, command, redirections)
+    assert returned == code
+    assert says in message
+    if says:
+        check_told(Done(returned, "", message))
+    else:
+        assert not message
+
+
+def test_a_reader_that_has_enough_gets_no_message(tmp_path: Path) -> None:
+    assert at_a_terminal(tmp_path, "validate gone.yaml --json 2>/dev/null", "| true")[0] in (0, 1, 2)
+    assert at_a_terminal(tmp_path, "validate gone.yaml --json", "2>&1 >/dev/null | head -c 1")[2] == ""
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    code, _, message = _in_a_deleted_folder(tmp_path)
+    assert code == 2
+    assert "working directory" in message
+    check_told(Done(code, "", message))
+
+
+def _in_a_deleted_folder(tmp_path: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        ["bash", "-c", f'cd gone && rmdir "$PWD" && exec "{sys.executable}" -P -m dfmerge_studies list'],
+        cwd=tmp_path,
+        env=cli_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_trouble(project: Project) -> None:
+    code, output, message = at_a_terminal(
+        project.folder, "validate spec.yaml --json", HOME="/dev/null", XDG_CACHE_HOME=""
+    )
+    assert code == 0, message
+    assert json.loads(output)["ok"]
+    assert not message
+
+
+def test_names_that_hold_markup_or_escape_sequences_are_shown_and_not_obeyed(project: Project) -> None:
+    cache = project.folder / ".dfmerge" / "fishers"
+    cache.mkdir(parents=True)
+    hostile = "\x1b]0;owned\x07[bold red]x[/] \u202e\x9b31m"
+    header = {"__metadata__": {"expert_name": hostile, "coefficient": "many", "estimator": hostile}}
+    with_header(cache / f"{'a' * 64}.safetensors", header, b"")
+    with_header(cache / f"{hostile.replace('/', '')}.safetensors", {"__metadata__": {"expert_name": "x"}}, b"")
+    for command in ("ls", "verify", "prune"):
+        done = project.cli("cache", command, "spec.yaml", check=None)
+        assert done.returncode in (0, 1)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.stdout + done.stderr)
+        if command == "ls":
+            assert "[bold red]x[/]" in done.stdout
+
+
+HOSTILE_ENTRIES: list[bytes | None] = [
+    None,
+    b"",
+    b"\xff" * 99,
+    struct.pack("<Q", 4) + b"null",
+    struct.pack("<Q", 2**62) + b"{}",
+    struct.pack("<Q", 99_999) + b"[" * 99_999,
+    struct.pack("<Q", 22) + b'{"__metadata__": "x"}  ',
+    struct.pack("<Q", 38) + b'{"__metadata__": {"coefficient": [1]}}',
+    struct.pack("<Q", 57) + b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}    x',
+]
+
+
+@pytest.mark.parametrize("content", HOSTILE_ENTRIES, ids=range(len(HOSTILE_ENTRIES)))
+def test_a_hostile_entry_of_a_cache_stops_no_command(project: Project, content: bytes | None) -> None:
+    cache = project.folder / ".dfmerge" / "fishers"
+    cache.mkdir(parents=True)
+    file = cache / f"{'a' * 64}.safetensors"
+    if content is None:
+        os.mkfifo(file)
+        (cache / "round.safetensors").symlink_to("round.safetensors")
+        (cache / "folder.safetensors").mkdir()
+    else:
+        file.write_bytes(content)
+    listed = json.loads(project.cli("cache", "ls", "spec.yaml", "--json").stdout)
+    assert len(listed) == (content is not None)
+    checked = project.cli("cache", "verify", "spec.yaml", "--json", check=None)
+    assert checked.returncode == (content is not None)
+    assert len(json.loads(checked.stdout)["damaged"]) == (content is not None)
+    assert not CLASS_NAME.search(checked.stdout + checked.stderr)

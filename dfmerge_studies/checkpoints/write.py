@@ -156,7 +156,7 @@ def write_model(
         _move_into_place(temporary, out)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise RunError(
-            f"cannot be written: {error}", where=str(out), mend="Free space or choose another place"
+            f"cannot be written: {first_line(error)}", where=str(out), mend="Free space or choose another place"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

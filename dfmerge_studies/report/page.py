@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, first_line
 from dfmerge_studies.report.figures.base import Drawing, Missing, canvas
 from dfmerge_studies.report.renderings import standings_section
 from dfmerge_studies.report.sections import Section, merged_table
@@ -125,7 +125,7 @@ def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -
             written += _write_figure(out / FOLDER, drawing)
     except OSError as error:
         raise RunError(
-            f"cannot be written: {error}", where=str(out), mend="Free space or choose another place"
+            f"cannot be written: {first_line(error)}", where=str(out), mend="Free space or choose another place"
         ) from error
     return {"page": str(out / PAGE), "figures": [str(file) for file in written]}
 

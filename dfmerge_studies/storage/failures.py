@@ -104,4 +104,4 @@ def root_text(error: BaseException) -> str:
     details = root.details() if isinstance(root, _rpc_errors()) and hasattr(root, "details") else None
     # What the server of a proxy lets through ends with the statement, its parameters and a link.
     text = str(root) if details is None else f"storage proxy: {details}".partition("[SQL:")[0]
-    return " ".join(text.split()) or type(root).__name__
+    return " ".join(text.split()) or "no reason is given"

@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from dfmerge_studies.boundary import check_regular, local_path
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, first_line
 
 _SMALLEST_DATABASE = 512  # one page; SQLite takes a file of a few bytes for an empty database
 _NETWORK_FILE_SYSTEMS = frozenset(
@@ -69,7 +69,7 @@ def check_sqlite_file(path: Path) -> None:
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:
-        raise RunError(f"the database cannot be read: {error}", where=where) from error
+        raise RunError(f"the database cannot be read: {first_line(error)}", where=where) from error
     except sqlite3.DatabaseError as error:
         raise damaged from error
     if health != "ok":

@@ -46,7 +46,7 @@ def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str,
             os.fsync(stream.fileno())
         temporary.replace(file)
     except SafetensorError as error:  # how the writer reports a full disk
-        raise OSError(str(error)) from error
+        raise OSError(first_line(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

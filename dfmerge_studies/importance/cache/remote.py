@@ -195,11 +195,13 @@ def _open(url: str) -> tuple[Any, str]:
         # Others write too: no listing may be older than the question.
         files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        extra = "pip install 'dfmerge-studies[s3]'" if protocol == "s3" else str(error)
+        extra = "pip install 'dfmerge-studies[s3]'" if protocol == "s3" else first_line(error)
         raise InputError(f"a package for {protocol}:// is not installed", where="cache", mend=extra) from error
     except ValueError as error:
         raise InputError(
-            f"{url!r}: {error}", where="cache", mend="Name a folder, or a URL that fsspec knows, such as s3://bucket/x"
+            f"{url!r}: {first_line(error)}",
+            where="cache",
+            mend="Name a folder, or a URL that fsspec knows, such as s3://bucket/x",
         ) from error
     return files, root.rstrip("/")
 
