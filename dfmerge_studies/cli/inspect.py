@@ -6,14 +6,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from math import isnan
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common
+from dfmerge_studies.cli.terminal import problems_json
 from dfmerge_studies.errors import InputError
+
+if TYPE_CHECKING:
+    from dfmerge_studies.study.validate import Estimate
 
 
 def status(
@@ -118,31 +123,32 @@ def validate(
 
         result = validate_examined(found, progress=progress)
     if json:
-        common.print_json(result)
-    for problem in result["problems"]:
-        common.warn(f"error: {InputError(**problem)}")
-    for note in result["notes"]:
+        estimate = asdict(result.estimate) if result.estimate is not None else {}
+        problems = problems_json(result.problems)
+        common.print_json({"ok": result.ok, "problems": problems, "notes": result.notes, "estimate": estimate})
+    for problem in result.problems:
+        common.warn(f"error: {problem}")
+    for note in result.notes:
         common.warn(f"note: {note['where']}: {note['what']}")
-    if found.spec is not None and result["ok"] and not json:
-        _show_estimate(found.spec.file.name, result["estimate"])
-    if not result["ok"]:
+    if found.spec is not None and result.estimate is not None and not json:
+        _show_estimate(found.spec.file.name, result.estimate)
+    if not result.ok:
         raise typer.Exit(2)
 
 
-def _show_estimate(name: str, estimate: dict[str, Any]) -> None:
+def _show_estimate(name: str, estimate: Estimate) -> None:
     out = common.output()
     out.print(f"{name} is valid")
     out.print(
-        f"  {estimate['parameters']:,} parameters, {estimate['changed_parameters']:,} changed by "
-        f"{estimate['experts']} experts"
+        f"  {estimate.parameters:,} parameters, {estimate.changed_parameters:,} changed by {estimate.experts} experts"
     )
-    for task, count in estimate["validation_inputs"].items():
-        cut = estimate["truncated_inputs"][task]
-        fisher = estimate["fisher_inputs"][task]
+    for task, count in estimate.validation_inputs.items():
+        cut = estimate.truncated_inputs[task]
+        fisher = estimate.fisher_inputs[task]
         out.print(
             f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
         )
-    peak, free = estimate["peak_bytes"] / 1e9, estimate["available_bytes"] / 1e9
+    peak, free = estimate.peak_bytes / 1e9, estimate.available_bytes / 1e9
     out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
     if peak > free:
         out.print("  warning: that is more than there is")

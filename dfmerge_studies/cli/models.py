@@ -56,14 +56,11 @@ def merge(
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
-        digest, outcome = export_merge(merger, settings, Merged(row.name, point), out, force=force)
+        exported = export_merge(merger, settings, Merged(row.name, point), out, force=force)
     result = {
         "out": str(out),
         "method": settings.method,
-        "coefficients": dict(point.coefficients),
-        **point.parameters,
-        "digest": digest,
-        "fishers": {"computed": outcome.computed, "cached": outcome.cached},
+        **exported.described(),
     }
     if json:
         common.print_json(result)
@@ -199,7 +196,7 @@ def export(
         session = open_study(settings, progress=progress, ranks=ranks)
         exported = export_trial(session, found, out, force=force, shard_size=shard_size)
         keep_card(session.study, model_place / CARD, settings.workdir)
-    result = {"out": str(out), "study": settings.name, "trial": found.number, **exported}
+    result = {"out": str(out), "study": settings.name, "trial": found.number, **exported.described()}
     if json:
         common.print_json(result)
         return

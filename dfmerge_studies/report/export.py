@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.checkpoints.digest import model_digest
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.checkpoints.write import PROVENANCE, SHARD_SIZE, write_model
-from dfmerge_studies.objective.merger import Merger, Outcome
+from dfmerge_studies.methods import Point
+from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.report.card import CARD, Merged, model_card, provenance_json
 from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
@@ -18,9 +21,39 @@ from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import trial_value
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What a model directory was made of.
+
+    Attributes:
+        digest: of the written model's content.
+        point: what it was merged at.
+        fishers: how many were `computed`, and `cached`.
+        value: what its trial is worth, None outside a study; for several objectives their mean.
+        metric: what the scores behind the value are.
+    """
+
+    digest: str
+    point: Point
+    fishers: Mapping[str, int]
+    value: float | None = None
+    metric: str | None = None
+
+    def described(self) -> dict[str, Any]:
+        """The same for `--json`, each of the method's parameters by its name."""
+        worth = {} if self.value is None else {"value": self.value, "metric": self.metric}
+        return {
+            **worth,
+            "coefficients": dict(self.point.coefficients),
+            **self.point.parameters,
+            "digest": self.digest,
+            "fishers": dict(self.fishers),
+        }
+
+
 def export_merge(
     merger: Merger, spec: StudySpec, merged: Merged, out: Path, *, force: bool = False, shard_size: str = SHARD_SIZE
-) -> tuple[str, Outcome]:
+) -> Exported:
     """Merge at the given coefficients and write the model directory with its card and provenance.
 
     Args:
@@ -30,9 +63,6 @@ def export_merge(
         out: directory to make.
         force: replace an export of ours that is there.
         shard_size: largest size of one weights file.
-
-    Returns:
-        The content digest of the written model, and what the merge took.
 
     Raises:
         InputError: the directory exists and may not be replaced.
@@ -52,12 +82,13 @@ def export_merge(
         force=force,
         shard_size=shard_size,
     )
-    return model_digest(Checkpoint(str(out), place)), outcome
+    fishers = {"computed": outcome.computed, "cached": outcome.cached}
+    return Exported(model_digest(Checkpoint(str(out), place)), merged.point, fishers)
 
 
 def export_trial(
     session: Session, trial: FrozenTrial, out: Path, *, force: bool = False, shard_size: str = SHARD_SIZE
-) -> dict[str, Any]:
+) -> Exported:
     """Write a completed trial of a study as a model directory.
 
     Args:
@@ -66,10 +97,6 @@ def export_trial(
         out: directory to make.
         force: replace an export of ours that is there.
         shard_size: largest size of one weights file.
-
-    Returns:
-        `value` (for several objectives their mean), `metric`, `digest`, `coefficients`, the method's own
-        parameters by name, `fishers`.
 
     Raises:
         InputError: the directory exists and may not be replaced.
@@ -88,12 +115,5 @@ def export_trial(
             **session.kept_scores("experts", "test"),
         },
     )
-    digest, outcome = export_merge(session.merger, session.spec, merged, out, force=force, shard_size=shard_size)
-    return {
-        "value": value,
-        "metric": session.spec.metrics("validation").text,
-        "coefficients": dict(merged.point.coefficients),
-        **merged.point.parameters,
-        "digest": digest,
-        "fishers": {"computed": outcome.computed, "cached": outcome.cached},
-    }
+    exported = export_merge(session.merger, session.spec, merged, out, force=force, shard_size=shard_size)
+    return replace(exported, value=value, metric=session.spec.metrics("validation").text)

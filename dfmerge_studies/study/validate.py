@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -28,34 +28,74 @@ from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.transforms import TRANSFORMS
 
 
-def validate(spec: StudySpec, *, progress: Progress = silent) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Estimate:
+    """What a run works on and needs.
+
+    Attributes:
+        parameters: of the base.
+        changed_parameters: those on which some expert differs.
+        experts: how many.
+        validation_inputs: scored in each trial, by task.
+        fisher_inputs: that importance is estimated on, by task.
+        truncated_inputs: validation inputs that are cut, by task.
+        fisher_bytes: of one Fisher in the cache.
+        peak_bytes: of a trial, the activations of a batch aside.
+        available_bytes: of the device.
+    """
+
+    parameters: int
+    changed_parameters: int
+    experts: int
+    validation_inputs: dict[str, int]
+    fisher_inputs: dict[str, int]
+    truncated_inputs: dict[str, int]
+    fisher_bytes: int
+    peak_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What was found before anything was spent.
+
+    Attributes:
+        problems: what is wrong.
+        notes: `where` and `what` of that which is valid and may still be meant otherwise.
+        estimate: None unless everything could be loaded.
+    """
+
+    problems: list[InputError]
+    notes: list[dict[str, str]]
+    estimate: Estimate | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def validate(spec: StudySpec, *, progress: Progress = silent) -> Validation:
     """Check files, shapes, tokenizers, data, storage, and estimate the memory that a run needs.
 
     Args:
         spec: what to check.
         progress: told how far it is.
-
-    Returns:
-        `ok`, `problems` (each with `where`, `what`, `mend`), `notes` (each with `where`, `what`) on what is valid and
-        may still be meant otherwise, and `estimate` where everything could be loaded.
     """
     return validate_examined(Examined(spec=spec), progress=progress)
 
 
-def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent) -> dict[str, Any]:
+def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent) -> Validation:
     """The same for a spec that may be wrong: what is left of it is checked as far as that goes.
 
     Args:
         found: from `StudySpec.examine`.
         progress: told how far it is.
-
-    Returns:
-        As `validate`.
     """
     problems: list[DFMergeError] = [*found.problems]
     spec = found.spec
     notes: list[dict[str, str]] = []
-    estimate: dict[str, Any] = {}
+    estimate: Estimate | None = None
     if spec is not None:
         for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound, notes)):
             if str(each) not in map(str, problems):  # a missing file fails every split
@@ -71,15 +111,10 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
-    return {
-        "ok": not problems,
-        "problems": [{"where": p.where, "what": p.what, "mend": p.mend} for p in problems],
-        "notes": notes,
-        "estimate": estimate,
-    }
+    return Validation(problems, notes, estimate)
 
 
-def memory_estimate(problem: Problem) -> dict[str, Any]:
+def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
@@ -99,17 +134,17 @@ def memory_estimate(problem: Problem) -> dict[str, Any]:
     sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
-    return {
-        "parameters": parameters,
-        "changed_parameters": changed,
-        "experts": len(resident.task_vectors),
-        "validation_inputs": {name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
-        "fisher_inputs": {name: len(task.fisher) for name, task in problem.tasks.items()},
-        "truncated_inputs": {n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
-        "fisher_bytes": (2 if problem.spec.importance.dtype == "bfloat16" else 4) * stored,
-        "peak_bytes": width * (parameters + changed + vectors) + sums + kept,
-        "available_bytes": _available(problem),
-    }
+    return Estimate(
+        parameters=parameters,
+        changed_parameters=changed,
+        experts=len(resident.task_vectors),
+        validation_inputs={name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
+        fisher_inputs={name: len(task.fisher) for name, task in problem.tasks.items()},
+        truncated_inputs={n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
+        fisher_bytes=(2 if problem.spec.importance.dtype == "bfloat16" else 4) * stored,
+        peak_bytes=width * (parameters + changed + vectors) + sums + kept,
+        available_bytes=_available(problem),
+    )
 
 
 def _available(problem: Problem) -> int:
