@@ -65,7 +65,7 @@ class Validation:
         estimate: None unless everything could be loaded.
     """
 
-    problems: list[InputError]
+    problems: list[DFMergeError]
     notes: list[dict[str, str]]
     estimate: Estimate | None
 
