@@ -21,7 +21,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.errors import DFMergeError, InputError, RunError, first_line
+from dfmerge_studies.errors import DFMergeError, InputError, RunError, first_line, out_of_memory
 from dfmerge_studies.storage import (
     DATABASE_ERRORS,
     STORAGE_FAILURES,
@@ -296,7 +296,8 @@ class _Worker:
             raise RunError(f"the trial has {len(result.constraints)} constraints, earlier ones {constraints}")
 
     def _failed(self, trial: FrozenTrial, coefficients: Mapping[str, float], error: Exception) -> None:
-        message = str(error) if isinstance(error, DFMergeError) else first_line(error)
+        known = out_of_memory(error) or error
+        message = str(known) if isinstance(known, DFMergeError) else first_line(known)
         fail(self.study, id_of(trial), {ERROR: message})
         self.failed += 1
         self.failures.append(f"trial {trial.number}: {message}")
