@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
+from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import FAMILIES, randomise_, save_model_directory
+from tests.project import make_project
 
 AUTO = {
     Kind.TEXT_TO_TEXT: (AutoModelForSeq2SeqLM, ModelClass.SEQ2SEQ, "SEQ_2_SEQ_LM"),
@@ -358,14 +360,25 @@ def test_an_adapter_that_names_another_base_gets_a_note(
 
 
 @pytest.mark.parametrize("reference", ["google/flan-t5-base@main", "package:google_flan_t5_base/model"])
-def test_a_base_by_its_own_name_gets_no_note(
-    bases: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, reference: str
-) -> None:
+def test_a_base_by_its_own_name_gets_no_note(bases: Callable[[str], Path], tmp_path: Path, reference: str) -> None:
     save_adapter(bases("llama"), Kind.CAUSAL, lora(**Q), tmp_path / "red")
     rewritten(tmp_path / "red", base_model_name_or_path="google/flan-t5-base")
-    with caplog.at_level(logging.WARNING):
-        note_other_base(at(tmp_path / "red"), Checkpoint(reference, bases("llama")))
-    assert not caplog.records
+    assert other_base(at(tmp_path / "red"), Checkpoint(reference, bases("llama"))) is None
+
+
+def test_validate_refuses_an_adapter_of_one_use_and_notes_another_base(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", "gpt2", rows=6, samples=2, trials=1)
+    for target in ("c_attn", "wte"):
+        shutil.rmtree(project.folder / "red")
+        save_adapter(project.folder / "base", Kind.CAUSAL, lora(target_modules=[target]), project.folder / "red")
+        rewritten(project.folder / "red", base_model_name_or_path="org/other")
+        if target == "c_attn":
+            (note,) = project.json("validate", "spec.yaml")["notes"]
+            assert note["where"].endswith("spec.yaml: experts.red")
+            assert "the adapter names the base org/other" in note["what"]
+    refused = project.cli("run", "spec.yaml", check=2).stderr
+    assert "transformer.wte.weight and lm_head.weight are one tied matrix" in refused
+    assert not list(project.folder.rglob("*.db"))
 
 
 def test_a_setting_that_peft_does_not_know_gets_a_note(

@@ -79,8 +79,8 @@ def load_adapter(
     return model
 
 
-def note_other_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
-    """Warn where an adapter names another base than the one it is folded into.
+def other_base(checkpoint: Checkpoint, base: Checkpoint) -> str | None:
+    """A note where an adapter names another base than the one it is folded into; None where it does not.
 
     Paths differ between machines and models get renamed, so only names are compared, and nothing is refused.
 
@@ -95,8 +95,8 @@ def note_other_base(checkpoint: Checkpoint, base: Checkpoint) -> None:
     of_package = base.reference.startswith("package:") and name in _letters(base.reference)
     # The Hub's cache has folders such as models--google--flan-t5-base.
     if not name or of_package or name in [_letters(part.rpartition("--")[2]) for part in known]:
-        return
-    logger.warning("%s: the adapter names the base %s; it is folded into %s", checkpoint.path, named, base.path)
+        return None
+    return f"the adapter names the base {named}; it is folded into {base.path}"
 
 
 def _letters(name: str) -> str:

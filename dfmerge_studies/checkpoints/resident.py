@@ -5,6 +5,7 @@ heads[t]    parameters of task t's own head, never merged                       
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
+from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.function import check_same_function
 from dfmerge_studies.checkpoints.in_place import InPlace
@@ -27,6 +28,8 @@ from dfmerge_studies.checkpoints.load import (
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.params import TaskVector, align, changed_names, check_finite, float_parameters, task_vector
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,7 +174,8 @@ def _load_expert(
 ) -> Loaded:
     """An expert as a whole model; tensors without a place in the model are refused unless the base has them too."""
     if checkpoint.is_adapter:
-        note_other_base(checkpoint, base)
+        if note := other_base(checkpoint, base):
+            logger.warning("%s: %s", checkpoint.path, note)
         model = load_adapter(checkpoint, base, model_class, dtype=dtype, contents=contents)
         loaded = Loaded(model, frozenset(), frozenset())
     else:

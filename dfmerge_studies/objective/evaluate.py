@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.adapters import load_adapter, note_other_base
+from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.missing import check_answers
@@ -31,6 +32,8 @@ from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.labels import class_order
 from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
 from dfmerge_studies.tasks.splits import Split
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +93,8 @@ def _evaluate(
     dtype, device = getattr(torch, spec.dtype), choose_device(spec, ranks)
     progress("loading", 0, 1)
     if checkpoint.is_adapter:
-        note_other_base(checkpoint, found.base)
+        if note := other_base(checkpoint, found.base):
+            logger.warning("%s: %s", checkpoint.path, note)
         model = load_adapter(checkpoint, found.base, found.model_class, dtype=dtype, contents=contents)
         missing = frozenset[str]()
     else:

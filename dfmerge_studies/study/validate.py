@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from dfmerge_studies.checkpoints.adapters import other_base
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
@@ -108,6 +109,7 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
                     problem.examples(task, "test")
             _check_storage(spec, problem)
             rehearse_(problem, spec.row)
+            notes += _adapter_notes(spec, problem)
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
@@ -192,6 +194,13 @@ def _data_problems(
             except InputError as error:
                 yield error
             notes += [{"where": spec.where(f"tasks.{name}.doc_to_target ({split})"), "what": what} for what in remarks]
+
+
+def _adapter_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]]:
+    found = problem.checkpoints
+    for name, checkpoint in found.experts.items():
+        if checkpoint.is_adapter and (what := other_base(checkpoint, found.base)):
+            yield {"where": spec.where(f"experts.{name}"), "what": what}
 
 
 def _check_storage(spec: StudySpec, problem: Problem) -> None:
