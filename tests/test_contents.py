@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, load_problem
 from dfmerge_studies.spec import StudySpec
-from tests.project import Project, cli_environment
+from tests.processes import Forked
+from tests.project import Project
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -115,20 +114,13 @@ def test_scores_do_not_change_when_the_files_are_overwritten_in_mid_run(
     assert all(torch.equal(tensor, before[1][name]) for name, tensor in after[1].items())
 
 
-_TRUNCATE = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.test_contents import METHODS, Merger, Project, problem_of, weights_files
-project = Project(Path({folder!r}), {family!r}, {spec!r})
-problem = problem_of(project)
-merger = Merger(problem, METHODS["df-merge"], None)
-first = merger.run({{"red": 0.3, "blue": 0.8}}).tasks
-for file in weights_files(project):
-    os.truncate(file, 0)
-assert merger.run({{"red": 0.3, "blue": 0.8}}).tasks == first
-print("alive")
-"""
+def _merge_while_files_are_truncated(project: Project) -> None:
+    merger = Merger(problem_of(project), METHODS["df-merge"], None)
+    first = merger.run({"red": 0.3, "blue": 0.8}).tasks
+    for file in weights_files(project):
+        os.truncate(file, 0)
+    assert merger.run({"red": 0.3, "blue": 0.8}).tasks == first
+    print("alive")
 
 
 @pytest.mark.parametrize("case", ["heads", "adapters"])
@@ -136,12 +128,9 @@ def test_the_process_outlives_files_that_are_truncated_in_mid_run(
     project_of: Callable[[str], Project], case: str
 ) -> None:
     project = CASES[case](project_of)
-    root = str(Path(__file__).parents[1])
-    code = _TRUNCATE.format(root=root, folder=str(project.folder), family=project.family, spec=project.spec)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=cli_environment(), capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    process = Forked(_merge_while_files_are_truncated, project)
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, output) == (0, "alive\n"), errors
 
 
 def replace(target: Path, source: Path) -> None:

@@ -25,7 +25,7 @@ from dfmerge_studies.redact import masked_text
 from dfmerge_studies.report.notes import publish
 from dfmerge_studies.storage import open_storage, safe_url
 from dfmerge_studies.study.provenance import SPEC
-from tests.project import Project, cli_environment
+from tests.project import Project
 from tests.servers import PASSWORD, PostgresServer
 
 CANARY = "hush4711"
@@ -230,14 +230,7 @@ def test_a_password_shows_in_nothing_that_a_whole_study_leaves(
         flags = ["--storage", postgres]
     else:
         flags = ["--set", f"storage={json.dumps(postgres) if 'quotes' in way else postgres}"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "dfmerge_studies", "run", "spec.yaml", "--workers", "2", "--trials", "4", *flags],
-        cwd=project.folder,
-        env=cli_environment(**environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    started = project.start("run", "spec.yaml", "--workers", "2", "--trials", "4", *flags, **environment)
     seen: set[str] = set()
     while started.poll() is None:
         seen.update(command_lines(psutil.Process(started.pid)))
