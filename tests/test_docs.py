@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dataclasses
 import importlib
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from pydantic import BaseModel
 
 from dfmerge_studies.spec import StudySpec
+from tests.models import FAMILIES, make_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dfmerge_studies"
@@ -61,8 +64,11 @@ def sources() -> dict[str, ast.Module]:
 
 @cache
 def words() -> set[str]:
-    """Identifiers of the code and words of its texts without docstrings, what tests define, words of pyproject.toml."""
-    found = set(re.findall(r"\w+", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))) | OF_OTHERS
+    """Identifiers of the code and words of its texts without docstrings, and what else a document may speak of."""
+    found = set(re.findall(r"\w+", (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
+    found.update(field.name for field in dataclasses.fields(peft.LoraConfig))
+    for family in FAMILIES:
+        found.update(part for name, _ in make_model(family).named_modules() for part in name.split("."))
     for module, tree in sources().items():
         nodes = list(ast.walk(tree))
         definitions = [node for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
