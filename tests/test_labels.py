@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def test_labels_of_which_some_are_texts_and_some_indices_are_refused(
 def test_a_label_that_is_neither_is_refused_with_its_row(tmp_path: Path, written: list[Any]) -> None:
     with pytest.raises(InputError, match=r"row 1 of the split 'validation': (label|there is no label)"):
         choice_rows(tmp_path, write_labels(tmp_path, "json", written), ["b", "a", "c"])
+
+
+def test_decimal_numbers_of_a_parquet_file_are_read_as_others_are(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "gold": datasets.Value("decimal128(4, 1)")})
+    data = datasets.Dataset.from_dict({"text": TEXTS[:2], "gold": [Decimal("2.0"), Decimal("0.5")]}, features=features)
+    data.to_parquet(tmp_path / "rows.parquet")
+    dataset = {"path": "parquet", "data_files": {"validation": "rows.parquet"}}
+    assert labels(choice_rows(tmp_path, dataset, ["0.5", "1", "2"])) == [2, 0]
 
 
 def test_booleans_are_no_indices_of_three_choices(tmp_path: Path) -> None:

@@ -178,6 +178,17 @@ def test_choices_of_a_text_to_text_model_that_are_the_same_tokens_are_refused() 
         encode_rows(rows, task, Kind.TEXT_TO_TEXT, tokenizer, longest=64, where="spec.yaml: tasks.t")
 
 
+@pytest.mark.parametrize("kind", [Kind.TEXT_TO_TEXT, Kind.CAUSAL])
+def test_a_choice_of_which_a_tokenizer_keeps_nothing_is_refused(kind: Kind) -> None:
+    tokenizer = trained("$A </s>", spaces="stripping")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace("\u200b", ""), normalizers.Strip()]
+    )
+    task = ChoiceTask(dataset={"path": "json"}, doc_to_text="t", doc_to_choice="c", doc_to_target="l")
+    with pytest.raises(InputError, match=r"row 0: the choice '\\u200b' (has no|adds no) token"):
+        encode_rows([Row(0, "rain", None, ("rain", "\u200b"), 0)], task, kind, tokenizer, longest=64, where="t")
+
+
 def test_a_study_whose_tokenizer_ends_every_text_scores_as_one_whose_does_not(tmp_path: Path) -> None:
     project = make_project(tmp_path / "p", "gpt2", rows=12)
     models_ = [project.folder / name for name in ("base", "red", "blue")]

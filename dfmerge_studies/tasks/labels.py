@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -153,6 +154,8 @@ def _number(value: Any) -> float | int | None:
             with suppress(ValueError):
                 return _number(kind(value))
         return None
+    if isinstance(value, Decimal):  # of a parquet file
+        value = float(value)
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

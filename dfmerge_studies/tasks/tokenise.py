@@ -124,8 +124,14 @@ def _encode_pair_of_texts(
     cut = limit is not None and len(whole) > limit
     if cut:
         whole = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
-    choices = tuple(tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in row.choices)
+    nothing, *choices = (
+        tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in ("", *row.choices)
+    )
     for choice, ids in zip(row.choices, choices, strict=True):
+        if ids == nothing:
+            raise InputError(
+                f"row {row.index}: the choice {choice!r} has no token", where=f"{where}.doc_to_choice", mend="Change it"
+            )
         if longest is not None and len(ids) > longest:
             raise InputError(
                 f"row {row.index}: the choice {choice[:60]!r} has {len(ids)} tokens, the model takes {longest}",
@@ -133,7 +139,7 @@ def _encode_pair_of_texts(
                 mend="Shorten the choice",
             )
     _check_different(row, choices, where)
-    return Encoded(row.index, tuple(whole), choices, row.label, None, cut)
+    return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut)
 
 
 @dataclass(frozen=True)
