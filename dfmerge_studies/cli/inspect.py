@@ -39,7 +39,7 @@ def status(
     common.quiet_libraries()
     from dfmerge_studies.report.summary import study_summary
     from dfmerge_studies.report.tables import status_table
-    from dfmerge_studies.storage import storage_errors
+    from dfmerge_studies.storage import is_read_only, storage_errors, storage_of
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.trials.recovery import recover
 
@@ -48,7 +48,8 @@ def status(
 
     def look() -> dict[str, Any]:
         with storage_errors(plan.url):
-            recover(study)
+            if not is_read_only(storage_of(study)):
+                recover(study)
             return study_summary(study, plan)
 
     if watch:
@@ -102,6 +103,9 @@ def list_studies(
     url = storage_url(settings)
     with storage_errors(url):
         entries = storage_summary(open_storage(url, create=False))
+    for entry in entries:
+        if "problem" in entry:
+            common.warn(f"warning: {entry['problem']}")
     if json:
         common.print_json(entries)
     else:

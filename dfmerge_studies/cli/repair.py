@@ -38,16 +38,25 @@ def repair(
     from dfmerge_studies.storage import load_study, open_storage, safe_url, storage_errors
     from dfmerge_studies.study import repair as repairs
     from dfmerge_studies.study.plan import storage_url
+    from dfmerge_studies.study.provenance import reading_study
     from dfmerge_studies.trials.outbox import outbox_folder
 
     url = storage_url(settings)
     mended = {"applied": 0, "requeued": 0, "retried": 0}
     with storage_errors(url):
         opened = open_storage(url, create=False)
-        studies = [load_study(opened, name) for name in repairs.studies_of(opened, settings.name)]
-        if not studies:
+        names = repairs.studies_of(opened, settings.name)
+        if not names:
             load_study(opened, settings.name)  # says which studies there are
-        reports = [repairs.look(s, outbox_folder(settings.workdir, url, s.study_name)) for s in studies]
+        studies, reports = [], []
+        for name in names:
+            try:
+                with reading_study(name):
+                    study = load_study(opened, name)
+                    reports.append(repairs.look(study, outbox_folder(settings.workdir, url, name)))
+                    studies.append(study)
+            except InputError as error:  # the others are looked after all the same
+                common.warn(f"warning: {error}")
         found = repairs.leftovers(settings, [settings.workdir, Path.cwd()])
         others = repairs.other_results(settings, url, [s.study_name for s in studies])
         if apply:

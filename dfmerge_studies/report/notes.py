@@ -85,6 +85,7 @@ def study_note(view: StudyView) -> str:
                 ["expert", "coefficient"],
                 [[name, f"{value:.4g}"] for name, value in best.user_attrs[COEFFICIENTS].items()],
             ),
+            *_own_best(view),
             "Export it with the spec that this study was made from:",
             "",
             "```sh",
@@ -93,6 +94,13 @@ def study_note(view: StudyView) -> str:
             "",
         ]
     return "\n".join([*lines, _SIGNED])
+
+
+def _own_best(view: StudyView) -> list[str]:
+    """What to make of the trial that the dashboard itself calls the best, where there are constraints."""
+    if not any(trial.constraints for trial in view.trials):
+        return []
+    return ["The dashboard's own *Best Trial* does not look at constraints. The one named here does.", ""]
 
 
 def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:

@@ -27,7 +27,8 @@ from optuna.storages import BaseStorage
 
 from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.report.notes import publish
-from dfmerge_studies.storage import storage_errors
+from dfmerge_studies.storage import is_read_only, storage_errors, study_names
+from dfmerge_studies.study.provenance import reading_study
 
 logger = logging.getLogger(__name__)
 REFRESH_SECONDS = 20.0
@@ -202,12 +203,20 @@ class Publisher:
 
     def publish(self) -> None:
         """Look at every study once; a storage that cannot be written to is shown as it is."""
+        if is_read_only(self._storage):
+            return
         try:
             with storage_errors():
-                for name in optuna.get_all_study_names(self._storage):
-                    publish(optuna.load_study(study_name=name, storage=self._storage))
+                names = study_names(self._storage)
         except DFMergeError as error:
             logger.warning("notes and figures are not up to date: %s", error)
+            return
+        for name in names:
+            try:
+                with storage_errors(), reading_study(name):
+                    publish(optuna.load_study(study_name=name, storage=self._storage))
+            except DFMergeError as error:  # the others are shown all the same
+                logger.warning("notes and figures are not up to date: %s", error)
 
     def _work(self) -> None:
         while not self._over.wait(self._seconds):

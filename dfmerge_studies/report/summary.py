@@ -6,7 +6,9 @@ from typing import Any
 
 import optuna
 
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.report.pace import pace, workers_alive
+from dfmerge_studies.storage import study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
@@ -78,23 +80,39 @@ def _best(best: optuna.trial.FrozenTrial, plan: Plan) -> dict[str, Any]:
 def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]]:
     """One entry per study of a storage; studies that this program did not make have no method.
 
+    One that cannot be read has a `problem` and nothing else.
+
     Args:
         storage: an open storage.
     """
     entries = []
-    for name in sorted(optuna.get_all_study_names(storage)):
-        study = optuna.load_study(study_name=name, storage=storage)
-        science = provenance.stored_science(study)
-        best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
-        metrics = stored_metrics(study, "validation") if science is not None else None
-        entries.append(
-            {
-                "study": name,
-                "method": science["method"] if science is not None else None,
-                "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
-                "best_value": trial_value(best) if best is not None else None,
-                "metric": metrics.text if metrics is not None else None,
-                "task_metrics": metrics.names if metrics is not None else None,
-            }
-        )
+    for name in sorted(study_names(storage)):
+        try:
+            with provenance.reading_study(name):
+                entries.append(_entry(optuna.load_study(study_name=name, storage=storage)))
+        except InputError as error:  # the others are listed all the same
+            entries.append(_unreadable(name, error))
     return entries
+
+
+def _entry(study: optuna.Study) -> dict[str, Any]:
+    science = provenance.stored_science(study)
+    if science is not None and not (isinstance(science["method"], str) and science["tasks"]):
+        raise ValueError("what it is about is damaged")
+    best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
+    metrics = stored_metrics(study, "validation") if science is not None else None
+    return {
+        "study": study.study_name,
+        "method": science["method"] if science is not None else None,
+        "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
+        "best_value": trial_value(best) if best is not None else None,
+        "metric": metrics.text if metrics is not None else None,
+        "task_metrics": metrics.names if metrics is not None else None,
+    }
+
+
+def _unreadable(name: str, error: InputError) -> dict[str, Any]:
+    """What stands in the list for a study that cannot be read."""
+    trials = dict.fromkeys(("target", "complete", "running", "waiting", "failed", "pruned"))
+    nothing = dict.fromkeys(("method", "best_value", "metric", "task_metrics"))
+    return {"study": name, **nothing, "trials": trials, "problem": str(error)}

@@ -115,8 +115,8 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         best, metrics = entry["best_value"], Metrics.named(entry["task_metrics"] or {})
         table.add_row(
             Text(entry["study"]),
-            entry["method"] or "-",
-            str(entry["trials"]["complete"]),
+            "cannot be read" if "problem" in entry else entry["method"] or "-",
+            "-" if entry["trials"]["complete"] is None else str(entry["trials"]["complete"]),
             str(entry["trials"]["target"] or "-"),
             "-" if best is None else metrics.value_text([best]),
             Text(entry["metric"] or "-"),

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, label
 from dfmerge_studies.spec import ObjectiveSettings
-from dfmerge_studies.storage import storage_of
+from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
@@ -152,7 +152,7 @@ class StudyView:
         found: dict[str, dict[int, StudyView]] = {}
         known = variants()
         storage = storage_of(self.study)
-        for name in sorted(optuna.get_all_study_names(storage)):
+        for name in sorted(study_names(storage)):
             suffix = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
             if suffix == name or suffix not in known:
                 continue

@@ -21,7 +21,15 @@ from dfmerge_studies.storage.failures import (
 from dfmerge_studies.storage.files import network_file_system
 from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
 from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, stale_ids
-from dfmerge_studies.storage.studies import check_name, found_study, join_study, load_study, load_study_if_any
+from dfmerge_studies.storage.read_only import is_read_only
+from dfmerge_studies.storage.studies import (
+    check_name,
+    found_study,
+    join_study,
+    load_study,
+    load_study_if_any,
+    study_names,
+)
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
 
 __all__ = [
@@ -33,6 +41,7 @@ __all__ = [
     "found_study",
     "id_of",
     "is_damaged",
+    "is_read_only",
     "join_study",
     "last_heartbeat",
     "load_study",
@@ -50,4 +59,5 @@ __all__ = [
     "storage_identity",
     "storage_of",
     "study_id_of",
+    "study_names",
 ]

@@ -20,6 +20,7 @@ from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage.failures import is_damaged, storage_errors
 from dfmerge_studies.storage.files import check_file, check_sqlite_file
 from dfmerge_studies.storage.journal import open_journal
+from dfmerge_studies.storage.read_only import cannot_write, open_read_only
 from dfmerge_studies.storage.urls import optuna_url, parse_url, safe_url, unsupported, write_url
 
 _T = TypeVar("_T")
@@ -112,6 +113,9 @@ def _open_sqlite(url: URL, create: bool, heartbeat: int, grace: int) -> BaseStor
     path = Path(url.database)
     check_file(path, create)
     check_sqlite_file(path)
+    if cannot_write(path):
+        with storage_errors(str(url)):
+            return first_start(lambda: open_read_only(path), str(path))
 
     def build() -> RDBStorage:
         storage = RDBStorage(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dfmerge_studies.boundary import check_regular, local_path
 from dfmerge_studies.errors import InputError, RunError, first_line
+from dfmerge_studies.storage.read_only import cannot_write, uri_of
 
 _SMALLEST_DATABASE = 512  # one page; SQLite takes a file of a few bytes for an empty database
 _NETWORK_FILE_SYSTEMS = frozenset(
@@ -21,7 +22,7 @@ def check_file(path: Path, create: bool) -> None:
 
     Args:
         path: the file.
-        create: whether it may be missing.
+        create: whether it may be missing and will be written to; otherwise it is only looked at.
 
     Raises:
         InputError: it is a folder, its folder is missing, it is missing and may not be, or it cannot be written to.
@@ -35,7 +36,9 @@ def check_file(path: Path, create: bool) -> None:
     if not path.exists() and not create:
         raise InputError("there is no such storage", where=where, mend="Check the path, or start the study with `run`")
     # SQLite also writes its log beside the file, so the folder matters even when the file exists.
-    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+    if path.exists() and not os.access(path, os.R_OK):
+        raise InputError("the file cannot be read", where=where, mend="Change its permissions")
+    if create and (not os.access(path.parent, os.W_OK | os.X_OK) or cannot_write(path)):
         raise InputError("the file or its folder cannot be written to", where=where, mend="Change its permissions")
 
 
@@ -65,7 +68,7 @@ def check_sqlite_file(path: Path) -> None:
     # SQLite alone may open the file: closing it elsewhere drops this process's locks on it, whereupon another process
     # takes itself for the last one and removes the log that this one still reads and writes.
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=60)) as db:
+        with contextlib.closing(sqlite3.connect(uri_of(path), uri=True, timeout=60)) as db:
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             (health,) = db.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.OperationalError as error:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
+from sqlalchemy import text
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
@@ -83,6 +84,22 @@ def join_study(
     return study
 
 
+def study_names(storage: BaseStorage) -> list[str]:
+    """List the names of a storage's studies, in their order.
+
+    Optuna reads the attributes of all studies for that; one that is no JSON any more would hide all the others.
+
+    Args:
+        storage: from `open_storage`.
+    """
+    if isinstance(storage, RDBStorage):
+        with storage.engine.connect() as connection:
+            return [
+                str(name) for (name,) in connection.execute(text("SELECT study_name FROM studies ORDER BY study_id"))
+            ]
+    return list(optuna.get_all_study_names(storage))
+
+
 def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None = None) -> optuna.Study:
     """Load a study that exists.
 
@@ -96,7 +113,7 @@ def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None =
         RunError: the storage failed.
     """
     with storage_errors():
-        names = [study.study_name for study in storage.get_all_studies()]
+        names = study_names(storage)
         if name not in names:
             known = ", ".join(sorted(names)[:20]) or "none"
             raise InputError(f"there is no study named {name!r}", mend=f"Studies of this storage: {known}")
@@ -119,4 +136,4 @@ def load_study_if_any(url: str, name: str) -> optuna.Study | None:
         return None
     with storage_errors(url):
         storage = open_storage(url, create=False)
-        return load_study(storage, name) if name in optuna.get_all_study_names(storage) else None
+        return load_study(storage, name) if name in study_names(storage) else None

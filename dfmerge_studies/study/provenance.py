@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -294,3 +295,22 @@ def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@contextmanager
+def reading_study(name: str) -> Iterator[None]:
+    """Around whatever reads what a stored study says of itself: damage, or another program's words, are named.
+
+    Args:
+        name: of the study.
+
+    Raises:
+        InputError: an attribute is missing or of another form than this program writes.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the study {name!r} cannot be read: what it stores of itself is damaged, or of another program",
+            mend="Restore a copy of the database, or delete the study",
+        ) from error

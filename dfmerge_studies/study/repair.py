@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import storage_of, study_id_of
+from dfmerge_studies.storage import storage_of, study_id_of, study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.temporary import sweep
 from dfmerge_studies.trials.marks import ERROR, OWNER, place_of
@@ -73,7 +73,7 @@ def studies_of(storage: BaseStorage, name: str) -> list[str]:
         storage: an open storage.
         name: of the spec's study.
     """
-    return sorted(n for n in optuna.get_all_study_names(storage) if n == name or n.startswith(f"{name}."))
+    return sorted(n for n in study_names(storage) if n == name or n.startswith(f"{name}."))
 
 
 def look(study: optuna.Study, outbox: Path) -> Report:
