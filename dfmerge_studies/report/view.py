@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -156,12 +157,14 @@ class StudyView:
             suffix = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
             if suffix == name or suffix not in known:
                 continue
-            other = optuna.load_study(study_name=name, storage=storage)
-            if provenance.stored_science(other) is None:
-                continue
-            view = StudyView.of(other)
-            if view.best is not None and self._shares(view, "digest", but="data digest"):
-                found.setdefault(suffix, {})[view.seed] = view
+            # One that cannot be read is no row; `list` says why.
+            with suppress(InputError), provenance.reading_study(name):
+                other = optuna.load_study(study_name=name, storage=storage)
+                if provenance.stored_science(other) is None:
+                    continue
+                view = StudyView.of(other)
+                if view.best is not None and self._shares(view, "digest", but="data digest"):
+                    found.setdefault(suffix, {})[view.seed] = view
         if self.best is not None:
             found.setdefault(self.method, {})[self.seed] = self
         order = [*(name for name in known if name != self.method), self.method]
