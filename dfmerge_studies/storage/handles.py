@@ -16,6 +16,15 @@ def storage_of(study: optuna.Study) -> BaseStorage:
     return study._storage
 
 
+def backend_of(storage: BaseStorage) -> BaseStorage:
+    """Return the storage itself of one that a study wraps in a cache.
+
+    Args:
+        storage: from `open_storage`, or from `storage_of`.
+    """
+    return getattr(storage, "_backend", storage)
+
+
 def study_id_of(study: optuna.Study) -> int:
     """Return the storage's id of a study.
 

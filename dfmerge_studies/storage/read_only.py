@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 from optuna.storages import BaseStorage, RDBStorage
 
+from dfmerge_studies.storage.handles import backend_of
+
 _OPENED: weakref.WeakSet[BaseStorage] = weakref.WeakSet()
 
 
@@ -19,7 +21,7 @@ def is_read_only(storage: BaseStorage) -> bool:
     Args:
         storage: from `open_storage`.
     """
-    return storage in _OPENED
+    return backend_of(storage) in _OPENED
 
 
 def cannot_write(path: Path) -> bool:

@@ -15,6 +15,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
 from dfmerge_studies.storage.engines import open_storage
 from dfmerge_studies.storage.failures import storage_errors
+from dfmerge_studies.storage.handles import backend_of
 from dfmerge_studies.storage.urls import storage_file
 
 
@@ -92,8 +93,9 @@ def study_names(storage: BaseStorage) -> list[str]:
     Args:
         storage: from `open_storage`.
     """
-    if isinstance(storage, RDBStorage):
-        with storage.engine.connect() as connection:
+    backend = backend_of(storage)
+    if isinstance(backend, RDBStorage):
+        with backend.engine.connect() as connection:
             return [
                 str(name) for (name,) in connection.execute(text("SELECT study_name FROM studies ORDER BY study_id"))
             ]

@@ -265,12 +265,19 @@ def join(
 
 
 def stored_science(study: optuna.Study) -> dict[str, Any] | None:
-    """A study's science attribute.
+    """A study's science attribute; None where it has none.
 
     Args:
         study: a study that this program made, or another.
+
+    Raises:
+        InputError: it has one of another form than this program writes.
     """
-    return study.user_attrs.get(SCIENCE)
+    with reading_study(study.study_name):
+        science = study.user_attrs.get(SCIENCE)
+        if science is not None and not (isinstance(science["method"], str) and science["tasks"]):
+            raise ValueError(science)
+        return science
 
 
 def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
