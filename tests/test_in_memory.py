@@ -29,6 +29,8 @@ from dfmerge_studies import (
     optimize_merge,
 )
 from dfmerge_studies.importance.task_fisher import task_fisher
+from dfmerge_studies.report.notes import publish, study_note
+from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.trials.results import Event
 from tests.models import make_model
 from tests.project import Project
@@ -261,6 +263,19 @@ def test_other_experts_or_settings_are_another_study(tmp_path: Path) -> None:
     assert sorted(optuna.get_all_study_names(url)) == ["merge", "other"]
 
 
+def test_the_commands_read_such_a_study(tmp_path: Path) -> None:
+    base, experts = toys("a", "b")
+    url = f"sqlite:///{tmp_path}/s.db"
+    result = optimize_merge(base, experts, target_score, trials=3, storage=url, name="mine", objective="min")
+    (study,) = Project(tmp_path, "gpt2", {}).json("list", "--storage", url)
+    assert (study["study"], study["trials"]["complete"], study["metric"]) == ("mine", 3, "score")
+    assert study["best_value"] == result.value
+    assert publish(result.study)  # the dashboard's notes
+    note = study_note(StudyView.of(result.study))
+    assert "optimize_merge" in note
+    assert "export" not in note
+
+
 def test_an_optuna_storage_may_be_given_as_an_object() -> None:
     base, experts = toys("a", "b")
     storage = optuna.storages.InMemoryStorage()
@@ -312,14 +327,18 @@ def test_a_number_alone_is_a_score_and_a_trial_whose_score_is_not_finite_fails()
     calls = iter(range(100))
 
     def sometimes(model: Any) -> float:
-        return float("nan") if next(calls) == 1 else sum(target_score(model).values())
+        return float("nan") if next(calls) == 2 else sum(target_score(model).values())
 
     result = optimize_merge(base, experts, sometimes, trials=3)
     assert list(result.scores) == ["score"]
     states = [trial.state.name for trial in result.study.trials]
     assert states.count("FAIL") == 1
     assert states.count("COMPLETE") == 3
+    assert result.base_scores == {"score": sum(target_score(base).values())}
+    later = iter([0.0])
     with pytest.raises(RunError, match=r"3 trials in a row failed.*the score of 'a' is nan"):
+        optimize_merge(base, experts, lambda model: {"a": next(later, float("nan"))}, trials=3)
+    with pytest.raises(RunError, match="score of 'a' is nan"):
         optimize_merge(base, experts, lambda model: {"a": float("nan")}, trials=3)
 
 
@@ -350,7 +369,7 @@ def test_a_ctrl_c_ends_in_good_order_with_the_best_so_far(tmp_path: Path) -> Non
 
     def interrupted(model: Any) -> dict[str, float]:
         scored.append(1)
-        if len(scored) == 4:
+        if len(scored) == 5:  # the base, then trials
             signal.raise_signal(signal.SIGINT)
         return target_score(model)
 

@@ -73,8 +73,7 @@ def study_note(view: StudyView) -> str:
             ["expert", "model", "task"],
             [[name, _model(spec, name), task or "all tasks"] for name, task in view.experts.items()],
         ),
-        f"Base: {escape(str(spec.get('base', '')))}",
-        "",
+        *([f"Base: {escape(str(spec['base']))}", ""] if "base" in spec else []),
     ]
     if best is not None:
         lines += [
@@ -86,12 +85,7 @@ def study_note(view: StudyView) -> str:
                 [[name, f"{value:.4g}"] for name, value in best.user_attrs[COEFFICIENTS].items()],
             ),
             *_own_best(view),
-            "Export it with the spec that this study was made from:",
-            "",
-            "```sh",
-            "dfmerge export SPEC.yaml --out merged-model",
-            "```",
-            "",
+            *_way_to_the_model(view),
         ]
     return "\n".join([*lines, _SIGNED])
 
@@ -101,6 +95,13 @@ def _own_best(view: StudyView) -> list[str]:
     if not any(trial.constraints for trial in view.trials):
         return []
     return ["The dashboard's own *Best Trial* does not look at constraints. The one named here does.", ""]
+
+
+def _way_to_the_model(view: StudyView) -> list[str]:
+    if "base" not in view.spec:
+        return ["Made in Python: `optimize_merge` with the same arguments joins it and gives the merged model.", ""]
+    lines = ["Export it with the spec that this study was made from:", "", "```sh"]
+    return [*lines, "dfmerge export SPEC.yaml --out merged-model", "```", ""]
 
 
 def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:

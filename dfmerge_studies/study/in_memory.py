@@ -36,6 +36,8 @@ from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.storage import (
     check_constraints,
+    check_name,
+    load_study,
     open_storage,
     resolve_url,
     safe_url,
@@ -44,6 +46,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
+from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     SECONDS,
@@ -64,6 +67,8 @@ from dfmerge_studies.trials.results import Event, TrialResult, ignore
 
 logger = logging.getLogger(__name__)
 
+_METRIC = "score"  # what the numbers of a scoring function are called; of each, higher is better
+
 Score = Callable[[Any], Mapping[str, float] | float]
 
 
@@ -76,12 +81,14 @@ class MergeResult(Generic[Model]):
         best: the best trial; with `max_drop` the best of those that keep it, if there are any.
         study: the Optuna study, for everything that Optuna plots or prints.
         summary: how the run ended, with the number of trials by state.
+        base_scores: what the unmerged base scores, per task.
     """
 
     model: Model
     best: FrozenTrial
     study: optuna.Study
     summary: Summary
+    base_scores: Mapping[str, float]
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -138,7 +145,7 @@ def optimize_merge(
         base: the model that every expert was fine-tuned from.
         experts: by name, models (a LoRA adapter as `merge_and_unload()` gives it) or their state dicts.
         score: from a model to {task: number}, or to one number; higher is better. It gets the merged model in
-            evaluation mode, without gradients; the next trial overwrites that model.
+            evaluation mode, without gradients; the next trial overwrites that model. The base is scored first.
         trials: total that the study should reach, over all runs.
         importance: see `merge_models`.
         method: see `merge_models`.
@@ -156,7 +163,7 @@ def optimize_merge(
         power: see `merge_models`.
         on_event: told of everything that happens to a trial.
         **search: further fields of a spec's `search`: seed, bounds, step, sampler, startup_trials, enqueue, and
-            max_drop, for which each expert is scored on the task of its own name first.
+            max_drop, for which each expert is scored on the task of its own name, too.
 
     Raises:
         InputError: models, settings or scores do not fit, or the stored study is about something else.
@@ -187,7 +194,7 @@ def optimize_merge(
     if best is None:
         raise RunError("no trial has completed", where=name, mend="Look at the study's failed trials, and run again")
     merger.merge_(search_of.point_of(best))
-    return MergeResult(merger.released(), best, study, summary)
+    return MergeResult(merger.released(), best, study, summary, search_of.base_scores)
 
 
 class _Search(Generic[Model]):
@@ -208,35 +215,50 @@ class _Search(Generic[Model]):
         self.name = name
         self.space = merger.method.space(merger.experts, settings.bounds, settings.step)
         self.tasks: list[str] = []
+        self.base_scores: dict[str, float] = {}
         self.expert_scores: dict[str, float] = {}
 
     def study(self, storage: BaseStorage | None, url: str | None) -> optuna.Study:
-        """The study, created or joined."""
-        if self.objective.kind == "pareto":  # has an objective per task
-            self.merger.place.load_base_()
-            self.scored()
-        if self.settings.max_drop is not None:
-            for index, expert in enumerate(self.merger.experts):
-                self.merger.place.load_scaled_(index, 1.0)
-                self.expert_scores.update({task: s for task, s in self.scored().items() if task == expert})
-            if not self.expert_scores:
-                raise InputError(
-                    "no task has the name of an expert", where="max_drop", mend=f"The tasks are {', '.join(self.tasks)}"
-                )
-            if url is not None:
-                check_constraints(url, len(self.expert_scores), where="max_drop")
-        kept = storage is not None or url is not None
+        """The study, created or joined; base and experts are scored once per study."""
+        store = storage if storage is not None else open_storage(url) if url is not None else InMemoryStorage()
+        check_name(self.name)
+        former = load_study(store, self.name) if self.name in optuna.get_all_study_names(store) else None
+        self._score_references(former)
+        if self.settings.max_drop is not None and url is not None:
+            check_constraints(url, len(self.expert_scores), where="max_drop")
         method, settings = self.merger.method, self.settings
         return provenance.join(
-            storage if storage is not None else open_storage(url) if url is not None else InMemoryStorage(),
+            store,
             self.name,
             directions=directions(self.objective, self.tasks),
             sampler=study_sampler(self.name, method, self.space, settings, goal_of(self.objective, Metrics({}))),
-            science=self._science() if kept else {},
-            attributes={},
+            science=self._science(),
+            attributes={
+                **scores_attribute("base", "validation", self.base_scores),
+                **scores_attribute("experts", "validation", self.expert_scores),
+            },
             metric_names=metric_names(self.objective, self.tasks),
             where=safe_url(url) if url is not None else self.name,
         )
+
+    def _score_references(self, former: optuna.Study | None) -> None:
+        """What the base scores, which also says what the tasks are; with `max_drop` each expert on its own task."""
+        known = stored_scores(former, "base", "validation") if former is not None else None
+        if former is not None and known:
+            self.tasks, self.base_scores = list(known), known
+            self.expert_scores = stored_scores(former, "experts", "validation") or {}
+            return
+        self.merger.place.load_base_()
+        self.base_scores = self.scored()
+        if self.settings.max_drop is None:
+            return
+        for index, expert in enumerate(self.merger.experts):
+            if expert in self.tasks:
+                self.merger.place.load_scaled_(index, 1.0)
+                self.expert_scores[expert] = self.scored()[expert]
+        if not self.expert_scores:
+            mend = f"The tasks are {', '.join(self.tasks)}"
+            raise InputError("no task has the name of an expert", where="max_drop", mend=mend)
 
     def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
         """Work until the study has its total."""
@@ -279,7 +301,7 @@ class _Search(Generic[Model]):
         return trial_result(
             point,
             scores,
-            Metrics.named(dict.fromkeys(scores, "score")),
+            Metrics.named(dict.fromkeys(scores, _METRIC)),
             objective=self.objective,
             expert_scores=self.expert_scores,
             max_drop=self.settings.max_drop,
@@ -295,7 +317,9 @@ class _Search(Generic[Model]):
             "made by": "optimize_merge",
             "method": merger.method.name,
             "parameters": {p.name: [p.default, list(p.grid), list(p.bounds or ())] for p in merger.method.parameters},
-            "experts": [[expert, expert] for expert in merger.experts],
+            "experts": [[expert, expert if expert in self.tasks else None] for expert in merger.experts],
+            "tasks": self.tasks,
+            "metrics": dict.fromkeys(self.tasks, _METRIC),
             **{f"search.{field}": value for field, value in searched.items()},
             "objective": self.objective.model_dump(),
             **merger.scale,

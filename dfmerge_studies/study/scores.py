@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -70,6 +71,17 @@ class KeptScores:
         known = self.problem.reference_scores
         known[row, split] = self.kept(row, split, lambda: known[row, split] if (row, split) in known else compute())
         return dict(known[row, split])
+
+
+def scores_attribute(row: str, split: Split, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Scores as an attribute of a study, where no data that they are of is known.
+
+    Args:
+        row: "base" or "experts".
+        split: that they are of.
+        scores: by task.
+    """
+    return {f"{_SCORES}:{row}:{split}": {"data": {}, "scores": dict(scores)}}
 
 
 def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: Split) -> dict[str, float] | None:
