@@ -111,7 +111,7 @@ def test_notes_say_what_the_study_merges_and_how_to_export_it(finished: Project)
     assert "dfmerge export" in note
     trial_note = get_note(optuna.Trial(study, best._trial_id))
     for task, score in best.user_attrs["tasks"].items():
-        assert f"| {task} | accuracy | {100 * score:.1f} |" in trial_note
+        assert f"| {task} | accuracy, % | {100 * score:.1f} |" in trial_note
     drop = max(best.user_attrs["drops"].values())
     assert f"Constraint {'kept' if drop <= 1 else 'violated'}: largest drop {drop:.1f} points, allowed 1." in trial_note
     assert "within 1 points of its own expert" in note

@@ -100,8 +100,11 @@ def _own_best(view: StudyView) -> list[str]:
 def _way_to_the_model(view: StudyView) -> list[str]:
     if "base" not in view.spec:
         return ["Made in Python: `optimize_merge` with the same arguments joins it and gives the merged model.", ""]
-    lines = ["Export it with the spec that this study was made from:", "", "```sh"]
-    return [*lines, "dfmerge export SPEC.yaml --out merged-model", "```", ""]
+    return ["Export it with the spec that this study was made from:", "", *_export("")]
+
+
+def _export(flags: str) -> list[str]:
+    return ["```sh", f"dfmerge export SPEC.yaml{flags} --out merged-model", "```", ""]
 
 
 def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
@@ -132,10 +135,7 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
             "",
             *_table(["task", "metric", "merged", "own expert", "difference"], rows),
             *_constraint(view, trial),
-            "```sh",
-            f"dfmerge export SPEC.yaml --trial {trial.number} --out merged-model",
-            "```",
-            "",
+            *(_export(f" --trial {trial.number}") if "base" in view.spec else []),
             _SIGNED,
         ]
     )
