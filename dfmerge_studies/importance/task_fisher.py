@@ -29,7 +29,7 @@ from dfmerge_studies.importance.layers import Unseparable
 from dfmerge_studies.importance.nodes import NodeCapture, spread
 from dfmerge_studies.importance.passes import PASSES, Job
 from dfmerge_studies.importance.rows import sum_by_rows
-from dfmerge_studies.importance.ways import can_batch, not_batched
+from dfmerge_studies.importance.ways import can_batch
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
@@ -149,8 +149,10 @@ def share_of_sum(
     if can_batch(mine, names, batched):
         try:
             return batched(mine, advance)
-        except Unseparable:  # in another shape of batch than those that were tried
-            not_batched(mine, names)
+        except Unseparable:
+            # In another shape of batch than those that were tried.  It is not kept in mind: a resumed run, which has
+            # not seen this, must compute the other importances the way that an uncut one does.
+            pass
     return sum_by_rows(mine, names, done=advance)
 
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import RunError, first_line, out_of_memory
+from dfmerge_studies.errors import DFMergeError, RunError, first_line, out_of_memory
 from dfmerge_studies.importance.passes import Job
 from dfmerge_studies.importance.rows import sum_by_rows
 from dfmerge_studies.methods import Estimator
@@ -53,16 +53,6 @@ def can_batch(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, 
     return known[key]
 
 
-def not_batched(job: Job, names: Collection[str]) -> None:
-    """Remember that a model's sums cannot be batched, which only came out later.
-
-    Args:
-        job: model and inputs.
-        names: names of the wanted parameters.
-    """
-    _batched.setdefault(job.model, {})[job.kind.value, frozenset(names)] = False
-
-
 def _probes(job: Job) -> list[Encoded]:
     """The shortest input, and the next of another length, so that one of the two is padded."""
     order = sorted(job.examples, key=lambda example: len(example.input_ids))
@@ -80,7 +70,7 @@ def _difference(job: Job, names: Collection[str], sums: Callable[[Job], dict[str
         # Whatever a model does to the hooks: the other way has none, and says what is wrong with the model itself.
         if out_of_memory(error) is not None:
             raise
-        return first_line(error)
+        return error.what if isinstance(error, DFMergeError) else first_line(error)
     expected = sum_by_rows(job, names)
     relative, absolute = TOLERANCE.get(next(job.model.parameters()).dtype, TOLERANCE_16_BIT)
     whole = torch.stack([value.norm() for value in expected.values()]).norm()
