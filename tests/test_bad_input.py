@@ -21,7 +21,7 @@ import optuna
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from tests.models import save_model_directory
 from tests.project import Project
@@ -161,10 +161,9 @@ def other_words(project: Project) -> None:
     file.write_text(json.dumps(content))
 
 
-def other_special_tokens(project: Project) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(project.folder / "red")
-    tokenizer.add_special_tokens({"pad_token": "<unk>"})
-    tokenizer.save_pretrained(project.folder / "red")
+def no_end_of_sequence(project: Project) -> None:
+    file = project.folder / "red" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
 
 
 def the_base_as_expert(project: Project) -> None:
@@ -516,16 +515,7 @@ HEAVY_CASES = [
         spoil=weights(lambda t: t.update({"encoder.gate.weight": torch.ones(2)})),
     ),
     case("other-words", "run SPEC", "/red", "/base", "tokenizer", "train the expert again", spoil=other_words),
-    case(
-        "other-special-tokens",
-        "run SPEC",
-        "/red",
-        "/base",
-        "pad_token",
-        "'<unk>'",
-        "'<pad>'",
-        spoil=other_special_tokens,
-    ),
+    case("other-special-tokens", "run SPEC", "/red", "/base", "splits text otherwise", spoil=no_end_of_sequence),
     case(
         "no-head", "run SPEC", "/red", "classifier.bias", "classification head", spoil=the_base_as_expert, family="bert"
     ),

@@ -38,7 +38,7 @@ _TRAINING = re.compile(
 )
 # What may matter: whether it does is asked of the model.
 _ASKED = re.compile(
-    r"(^|_)(bos|cls|eos|eod|forced_\w+|mask|pad|sep|unk)_token_id$|^(n_positions|max_position_embeddings)$"
+    r"(^|_)(bos|cls|eos|eod|mask|pad|sep|unk)_token_id$|^(n_positions|max_position_embeddings|vocab_size)$"
 )
 _MEND = "Name the base that this expert was fine-tuned from, or the configuration that belongs to its weights"
 _SAME = 1e-4  # relative error of outputs of the same weights by the same operations, in any order of sums
@@ -164,7 +164,7 @@ def _generation_fields() -> frozenset[str]:
 
 
 def _is_length(name: str) -> bool:
-    return not name.endswith("_token_id")
+    return name.endswith(("positions", "position_embeddings"))
 
 
 def _is_stretched(config: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from dfmerge_studies.boundary import read_json, reading
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.checkpoints.files import check_files
 from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.vocabulary import PROBE
 from dfmerge_studies.errors import DFMergeError, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ _TOKENIZER_JSON = (
     "added_tokens.json",
     "vocab.json",
 )
-_PROBE = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
 
 
 class ModelClass(StrEnum):
@@ -209,7 +209,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             mend="Correct it, or remove it where there is no limit",
         )
     with reading(where, "the tokenizer fails on a text", mend):
-        tokenizer(_PROBE)
+        tokenizer(PROBE)
     return tokenizer
 
 
@@ -230,44 +230,6 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
     return any((checkpoint.path / name).is_file() for name in names)
-
-
-def check_same_tokenizer(
-    base: PreTrainedTokenizerBase, expert: PreTrainedTokenizerBase, *, base_file: str, expert_file: str
-) -> None:
-    """Refuse an expert that reads text otherwise than the base does.
-
-    Args:
-        base: the base's tokenizer.
-        expert: the expert's tokenizer.
-        base_file: where the base was read from, for the message.
-        expert_file: where the expert was read from, for the message.
-
-    Raises:
-        InputError: naming what differs: a special token, the vocabulary, or the splitting of a probe text.
-    """
-    mend = "Base and experts must share one tokenizer; train the expert again with the base's"
-    ours, theirs = _special_tokens(expert), _special_tokens(base)
-    for name in sorted({*ours, *theirs}):
-        if ours.get(name) != theirs.get(name):
-            raise InputError(
-                f"special token {name} is {ours.get(name)!r} but {theirs.get(name)!r} in the base {base_file}",
-                where=expert_file,
-                mend=mend,
-            )
-    vocabulary, reference = expert.get_vocab(), base.get_vocab()
-    if vocabulary != reference:
-        odd = sorted({*vocabulary.items()} ^ {*reference.items()}, key=lambda item: (item[1], item[0]))[0][0]
-        raise InputError(
-            f"another tokenizer than the base {base_file}: {len(vocabulary)} and {len(reference)} tokens, "
-            f"{odd!r} for one is not in both or has another id",
-            where=expert_file,
-            mend=mend,
-        )
-    if list(expert(_PROBE)["input_ids"]) != list(base(_PROBE)["input_ids"]):
-        raise InputError(
-            f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=mend
-        )
 
 
 @contextmanager
@@ -301,10 +263,6 @@ def loading(where: str, what: str, mend: str) -> Iterator[None]:
                     mend="Save it again with save_pretrained, as safetensors",
                 ) from error
             raise
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 @contextmanager

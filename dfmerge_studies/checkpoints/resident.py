@@ -20,12 +20,12 @@ from dfmerge_studies.checkpoints.in_place import InPlace
 from dfmerge_studies.checkpoints.load import (
     Loaded,
     ModelClass,
-    check_same_tokenizer,
     has_tokenizer,
     load_model,
     load_tokenizer,
 )
 from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.vocabulary import reads_alike
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.params import TaskVector, align, changed_names, check_finite, float_parameters, task_vector
 
@@ -45,6 +45,7 @@ class Resident(InPlace):
         heads: per task, its head's parameters; empty for models without heads.
         base_digest: identity of the base's files as they were read.
         expert_digests: the same of the experts, by name.
+        other_tokenizers: of experts whose tokenizer differs from the base's in what some text may show, by name.
     """
 
     model: PreTrainedModel
@@ -52,6 +53,7 @@ class Resident(InPlace):
     heads: Mapping[str, Mapping[str, Tensor]]
     base_digest: str
     expert_digests: Mapping[str, str]
+    other_tokenizers: Mapping[str, PreTrainedTokenizerBase]
 
     def use_head_(self, task: str) -> None:
         """Put the head of one task on the model; nothing happens for models without heads.
@@ -132,12 +134,19 @@ def load_resident(
         check_finite(tensor, name, where=str(base.path))
     vectors: list[TaskVector] = []
     heads: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, PreTrainedTokenizerBase] = {}
     for expert, checkpoint in experts.items():
         loading(expert)
-        found = _load_expert(checkpoint, base, model_class, dtype, tokenizer, loaded.unexpected, contents)
+        found = _load_expert(checkpoint, base, model_class, dtype, loaded.unexpected, contents)
+        if has_tokenizer(checkpoint):
+            own_tokenizer = load_tokenizer(checkpoint)
+            if not reads_alike(tokenizer, own_tokenizer, base_file=str(base.path), expert_file=str(checkpoint.path)):
+                others[expert] = own_tokenizer
         theta = {name: parameter.detach() for name, parameter in float_parameters(found.model).items()}
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         theta.update({name: theta_pre[name] for name in found.missing & theta_pre.keys()})  # of no use to anything
+        if classifier:
+            _drop_unread_rows(theta, theta_pre, found.model, where=str(checkpoint.path))
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         if not checkpoint.is_adapter:
             check_same_function(model, found.model, base_file=str(base.path), expert_file=str(checkpoint.path))
@@ -160,6 +169,7 @@ def load_resident(
         heads=heads,
         base_digest=contents.digest(base),
         expert_digests=digests,
+        other_tokenizers=others,
     )
 
 
@@ -168,7 +178,6 @@ def _load_expert(
     base: Checkpoint,
     model_class: ModelClass,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
     tolerated: frozenset[str],
     contents: Contents,
 ) -> Loaded:
@@ -187,11 +196,29 @@ def _load_expert(
                 where=str(checkpoint.path),
                 mend="It would be lost in a merge: fold it into the weights, or name another expert",
             )
-    if has_tokenizer(checkpoint):
-        check_same_tokenizer(
-            tokenizer, load_tokenizer(checkpoint), base_file=str(base.path), expert_file=str(checkpoint.path)
-        )
     return loaded
+
+
+def _drop_unread_rows(
+    theta: dict[str, Tensor], theta_pre: Mapping[str, Tensor], expert: PreTrainedModel, *, where: str
+) -> None:
+    """Leave out the embeddings of tokens that the base does not have; no text that both read alike has them.
+
+    A language model's would count all the same: its probabilities are shared out among all tokens.
+    """
+    table = expert.get_input_embeddings().weight
+    name = next((name for name, parameter in expert.named_parameters() if parameter is table), None)
+    if name is None or name not in theta or name not in theta_pre:
+        return
+    rows, more = len(theta_pre[name]), len(theta[name])
+    if more > rows:
+        theta[name] = theta[name][:rows]
+        logger.warning(
+            "%s: %s has %d rows more than the base's, for tokens of its own; they are left out",
+            where,
+            name,
+            more - rows,
+        )
 
 
 def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from dfmerge_studies.boundary import reading
-from dfmerge_studies.checkpoints.resident import head_classes
+from dfmerge_studies.checkpoints.resident import Resident, head_classes
+from dfmerge_studies.checkpoints.vocabulary import MEND
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, positive_class
 from dfmerge_studies.spec import StudySpec
@@ -233,6 +234,40 @@ def _check_ids(spec: StudySpec, task: str, examples: Sequence[Encoded], model: P
                 where=spec.where(f"tasks.{task}"),
                 mend="Save the tokenizer that belongs to the base into its directory",
             )
+
+
+def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Resident, kind: Kind) -> list[Encoded]:
+    """Tokenise rows of a task, and refuse experts whose own tokenizer reads one of them otherwise.
+
+    Args:
+        spec: where the task is described.
+        task: its name.
+        rows: of `read_split`.
+        resident: the base, and the tokenizers of experts that differ from its own.
+        kind: how they answer.
+
+    Raises:
+        InputError: a row does not fit the model, or is read otherwise: names the expert, the row, and a token that only
+            one of the two has, if there is one.
+    """
+    encoded = encode_read(spec, task, rows, resident.model, resident.tokenizer, kind)
+    for expert, tokenizer in resident.other_tokenizers.items():
+        try:
+            theirs = encode_read(spec, task, rows, resident.model, tokenizer, kind)
+        except InputError:  # rows that the base's tokenizer takes
+            theirs = []
+        odd = next((i for i, item in enumerate(encoded) if i >= len(theirs) or theirs[i] != item), None)
+        if odd is None:
+            continue
+        text = "\n".join((rows[odd].text, rows[odd].pair or "", *rows[odd].choices))
+        unshared = sorted(tokenizer.get_vocab().keys() ^ resident.tokenizer.get_vocab().keys())
+        token = next((f": the text has {token!r}" for token in unshared if token in text), "")
+        raise InputError(
+            f"its tokenizer reads row {rows[odd].index} of the task {task} otherwise than the base's{token}",
+            where=spec.where(f"experts.{expert}"),
+            mend=MEND,
+        )
+    return encoded
 
 
 def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:

@@ -16,8 +16,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_experts
 from dfmerge_studies.objective.inputs import (
     check_labels,
-    encode_read,
-    encode_split,
+    encode_for_all,
     fisher_rows,
     padding_id,
     read_split,
@@ -153,8 +152,8 @@ class Problem:
         """
         splits = self.tasks[task].splits
         if split not in splits:
-            model, tokenizer = self.resident.model, self.resident.tokenizer
-            found = encode_split(self.spec, task, split, model, tokenizer, self.kind, self.classes)
+            rows = read_split(self.spec, task, split, self.classes)
+            found = encode_for_all(self.spec, task, rows, self.resident, self.kind)
             check_labels(self.spec, task, found, self.resident.heads)
             splits[split] = scored_examples(self.spec, task, split, found, self.classes)
         return splits[split]
@@ -280,7 +279,7 @@ def _load_problem(
                 where=spec.where(f"tasks.{name}"),
                 mend="Add an expert with this task, or remove the task",
             )
-        everything = encode_read(spec, name, rows[name], resident.model, resident.tokenizer, checkpoints.kind)
+        everything = encode_for_all(spec, name, rows[name], resident, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs(
