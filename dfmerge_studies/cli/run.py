@@ -98,6 +98,7 @@ def run(
         baselines, finished = _baselines(session)
         if finished:
             tables = _tables(session, baselines, splits)
+            _check_kept(session, *baselines)
     _tell(
         session.study, session.plan, tables, again, finished=finished, as_json=json, seconds=time.monotonic() - started
     )
@@ -125,11 +126,19 @@ def _baselines(session: Session) -> tuple[list[Session], bool]:
 
     done: list[Session] = []
     for spec in baseline_specs(session.spec):
+        _check_kept(session, *done)  # a file that was deleted must not be made anew
         baseline = open_study(spec, problem=session.problem)
         if not _work(baseline, None):
             return done, False
         done.append(baseline)
     return done, True
+
+
+def _check_kept(*sessions: Session) -> None:
+    """Look whether the storage still has what was told to it."""
+    from dfmerge_studies.trials.keeping import check_all
+
+    check_all(each.keeper for each in sessions if each.keeper is not None)
 
 
 def _splits(spec: StudySpec, test: bool) -> list[Split]:

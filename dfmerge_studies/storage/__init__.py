@@ -9,6 +9,7 @@ SQLite is used with a write-ahead log, a long wait for locks and BEGIN IMMEDIATE
 plain transactions two workers can take the same waiting trial.  No password ever appears in a message.
 """
 
+from dfmerge_studies.storage.copies import Known, write_study
 from dfmerge_studies.storage.engines import check_url, open_storage
 from dfmerge_studies.storage.failures import (
     DATABASE_ERRORS,
@@ -31,10 +32,13 @@ from dfmerge_studies.storage.studies import (
     study_names,
 )
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
+from dfmerge_studies.storage.watch import SQLiteWatch, watch_of
 
 __all__ = [
     "DATABASE_ERRORS",
     "STORAGE_FAILURES",
+    "Known",
+    "SQLiteWatch",
     "check_constraints",
     "check_name",
     "check_url",
@@ -60,4 +64,6 @@ __all__ = [
     "storage_of",
     "study_id_of",
     "study_names",
+    "watch_of",
+    "write_study",
 ]

@@ -22,6 +22,7 @@ from dfmerge_studies.storage.files import check_file, check_sqlite_file
 from dfmerge_studies.storage.journal import open_journal
 from dfmerge_studies.storage.read_only import cannot_write, open_read_only
 from dfmerge_studies.storage.urls import optuna_url, parse_url, safe_url, unsupported, write_url
+from dfmerge_studies.storage.watch import SQLiteWatch, set_watch
 
 _T = TypeVar("_T")
 _FIRST_START_TRIES = 10
@@ -133,7 +134,11 @@ def _open_sqlite(url: URL, create: bool, heartbeat: int, grace: int) -> BaseStor
         return storage
 
     with storage_errors(str(url)):
-        return first_start(build, str(path))
+        storage = first_start(build, str(path))
+    watch = SQLiteWatch(path, storage)
+    set_watch(storage, watch)
+    event.listen(storage.engine, "do_connect", watch.refuse_another)
+    return storage
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

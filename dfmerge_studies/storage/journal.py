@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.storage.files import check_file
+from dfmerge_studies.storage.watch import JournalWatch, set_watch
 
 
 def open_journal(url: URL, create: bool) -> BaseStorage:
@@ -35,7 +36,11 @@ def open_journal(url: URL, create: bool) -> BaseStorage:
     if path.exists() and path.stat().st_size:
         _check_journal(path)
         _cut_partial_line(path, lock)
-    return JournalStorage(_WholeLines(path, lock))
+    backend = _WholeLines(path, lock)
+    storage = JournalStorage(backend)
+    backend.watch = JournalWatch(path, _whole_size)
+    set_watch(storage, backend.watch)
+    return storage
 
 
 _START = b'{"op_code":'  # how Optuna begins every line
@@ -43,6 +48,8 @@ _START = b'{"op_code":'  # how Optuna begins every line
 
 class _WholeLines(JournalFileBackend):
     """A journal that gains whole lines or nothing, though a disk is full or another process died while writing."""
+
+    watch: JournalWatch | None = None
 
     def __init__(self, path: Path, lock: JournalFileSymlinkLock) -> None:
         super().__init__(str(path), lock_obj=lock)
@@ -62,6 +69,8 @@ class _WholeLines(JournalFileBackend):
         self._guard.acquire()
         try:
             with self._path.open("rb+", buffering=0) as file:
+                if self.watch is not None and not self.watch.is_same(file):
+                    raise StorageInternalError("the journal was replaced or cut short")
                 size = _whole_size(file)
                 try:
                     file.truncate(size)
@@ -70,6 +79,8 @@ class _WholeLines(JournalFileBackend):
                     while rest:
                         rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
+                    if self.watch is not None:
+                        self.watch.look(file)
                 except OSError:
                     file.truncate(size)
                     raise
@@ -79,7 +90,7 @@ class _WholeLines(JournalFileBackend):
             self._guard.release()
 
 
-def _whole_size(file: BinaryIO | io.FileIO) -> int:
+def _whole_size(file: BinaryIO | io.BufferedReader | io.FileIO) -> int:
     """Bytes up to the end of the last whole line."""
     end = file.seek(0, os.SEEK_END)
     while end:

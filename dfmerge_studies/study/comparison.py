@@ -21,6 +21,7 @@ from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split, as_split
+from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
 from dfmerge_studies.trials.loop import Summary
 from dfmerge_studies.trials.marks import place_of
 from dfmerge_studies.trials.reading import results
@@ -231,7 +232,9 @@ def compare(
     entries: list[Entry] = []
     references: dict[str, dict[int, Scores]] = {}
     interrupted = False
+    keepers: list[Keeper] = []
     for each in planned:
+        check_all(keepers)  # a file that was deleted must not be made anew
         session = open_study(each.spec, problem=problem, splits=splits, progress=progress)
         problem, session.merger.progress = session.problem, progress
         if multi_task is not None:
@@ -241,12 +244,16 @@ def compare(
                 references.setdefault(row, {})[each.seed] = scores
         try:
             interrupted = _finish(session, each, trials, work)
+            keepers += [session.keeper] if session.keeper is not None else []
             if interrupted:
                 break
             session.merger.progress = progress
             entries.append(_entry(session, each, splits))
+        except StorageLost:
+            raise
         except RunError as error:
             entries.append(Entry(each.variant.name, each.seed, each.spec.name, error=str(error)))
+    check_all(keepers)
     return Comparison(
         study=spec.name,
         storage=safe_url(storage_url(spec)),

@@ -45,6 +45,7 @@ from dfmerge_studies.study.value import (
 )
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.trials.keeping import Keeper
 from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
@@ -69,12 +70,14 @@ class Session:
         problem: models and data in memory.
         study: the Optuna study.
         merger: merges and scores.
+        keeper: looks after what a run has told the storage; None before there was one.
     """
 
     plan: Plan
     problem: Problem
     study: optuna.Study
     merger: Merger
+    keeper: Keeper | None = None
 
     @property
     def spec(self) -> StudySpec:
@@ -103,6 +106,7 @@ class Session:
             self.study.set_user_attr(provenance.TARGET, total)
             enqueue(self.study, self.plan.space, self.plan.points)
             expert_scores = self.reference_scores("experts", "validation")
+            self.keeper = Keeper(self.study)
             return work(
                 self.study,
                 self.plan.space,
@@ -111,6 +115,7 @@ class Session:
                 outbox=outbox_folder(self.spec.workdir, self.plan.url, self.spec.name),
                 on_event=on_event,
                 raised=self.stored_target,
+                keeper=self.keeper,
             )
 
     def total(self, wanted: int | None = None) -> int:

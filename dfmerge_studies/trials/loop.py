@@ -32,6 +32,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.trials.claims import Claims
 from dfmerge_studies.trials.guards import Interrupts, signs_of_life
+from dfmerge_studies.trials.keeping import Keeper, StorageLost
 from dfmerge_studies.trials.marks import DRAWN, DROPPED, ERROR, INTERRUPTED, OWNER, mark, place_of
 from dfmerge_studies.trials.outbox import Outbox
 from dfmerge_studies.trials.owner import working
@@ -88,6 +89,7 @@ def work(
     outbox: Path | None = None,
     on_event: OnEvent = ignore,
     raised: Callable[[], int] | None = None,
+    keeper: Keeper | None = None,
 ) -> Summary:
     """Run trials until the study has `target` results, counting those of other workers and of earlier runs.
 
@@ -102,21 +104,31 @@ def work(
         outbox: a local folder for results that the storage has not taken yet.
         on_event: told of everything that happens to a trial.
         raised: asked, once the target is reached, whether it has become larger meanwhile.
+        keeper: looks after what is told, for who wants to ask it again later.
 
     Returns:
         What was done, and whether a signal ended it early.
 
     Raises:
         RunError: three trials in a row failed, or the storage was away for longer than two minutes.
+        StorageLost: the storage's file was deleted, replaced or damaged.
     """
     with Interrupts() as interrupts, storage_errors():
-        worker = _Worker(study, space, evaluate, target, Outbox(outbox, study), on_event, interrupts, raised)
+        box, keeper = Outbox(outbox, study), keeper or Keeper(study)
+        worker = _Worker(study, space, evaluate, target, box, keeper, on_event, interrupts, raised)
         while True:
             with working() as owner:
                 try:
                     worker.run(owner)
+                    keeper.check()
                     break
-                except _LOST as error:
+                except StorageLost:
+                    raise
+                except Exception as error:
+                    if (lost := keeper.lost()) is not None:  # whatever a storage raises whose file is another
+                        raise lost from None
+                    if not isinstance(error, _LOST):
+                        raise
                     if not worker.waits_after(error):
                         if worker.undelivered is not None:
                             raise worker.undelivered from None
@@ -143,6 +155,7 @@ class _Worker:
         evaluate: Evaluate,
         target: int,
         outbox: Outbox,
+        keeper: Keeper,
         on_event: OnEvent,
         interrupts: Interrupts,
         raised: Callable[[], int] | None,
@@ -151,6 +164,7 @@ class _Worker:
         self.space = space
         self.evaluate = evaluate
         self.outbox = outbox
+        self.keeper = keeper
         self.on_event = on_event
         self.owner: dict[str, Any] = {}
         self.former: set[str] = set()  # what this worker was called before it lost the storage
@@ -203,6 +217,7 @@ class _Worker:
 
     def _answered(self) -> None:
         self.away_since = self.undelivered = None
+        self.keeper.check()
 
     # Running a trial
 
@@ -211,6 +226,7 @@ class _Worker:
             try:
                 self.turns.wait(trial)
                 coefficients = self._suggest(id_of(trial))
+                self.keeper.learn()
                 self._event("started", trial, coefficients)
                 result = self._evaluate(trial, coefficients)
                 if result is not None:
@@ -250,7 +266,9 @@ class _Worker:
         return result
 
     def _deliver(self, trial: FrozenTrial, coefficients: dict[str, float], result: TrialResult) -> None:
-        kept = self.outbox.write(trial.number, self.owner, result)
+        ranges = self.space.distributions()
+        point = {name: (value, ranges[name]) for name, value in coefficients.items()}
+        kept = self.outbox.write(trial.number, self.owner, result, point)
         try:
             tell(self.study, id_of(trial), result)
         except Superseded:
@@ -265,8 +283,7 @@ class _Worker:
             )
             undelivered.passing = may_pass(error)
             raise undelivered from None
-        if kept is not None:
-            kept.unlink(missing_ok=True)
+        self.keeper.told(trial.number, kept)
         self.completed += 1
         self.failures.clear()
         self._event("completed", trial, coefficients, result.values)

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
@@ -65,13 +66,14 @@ class _Record:
     number: int
     owner: Mapping[str, Any]
     result: TrialResult
+    point: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
 
 def _read(path: Path) -> _Record:
     """Read a file of an outbox; ValueError, KeyError or TypeError if it is damaged."""
     record = json.loads(path.read_text(encoding="utf-8"))
     result = TrialResult(tuple(record["values"]), record["attributes"], tuple(record["constraints"]))
-    return _Record(int(record["number"]), dict(record["owner"]), result)
+    return _Record(int(record["number"]), dict(record["owner"]), result, record.get("point", {}))
 
 
 class Outbox:
@@ -87,13 +89,20 @@ class Outbox:
         self._study = study
         self._prefix = hashlib.sha256(study.study_name.encode()).hexdigest()[:16]
 
-    def write(self, number: int, owner: Mapping[str, Any], result: TrialResult) -> Path | None:
+    def write(
+        self,
+        number: int,
+        owner: Mapping[str, Any],
+        result: TrialResult,
+        point: Mapping[str, tuple[float, BaseDistribution]] | None = None,
+    ) -> Path | None:
         """Keep a result.
 
         Args:
             number: Optuna's number of the trial.
             owner: the process that ran it, as stored on the trial; its "worker" is part of the file's name.
             result: what evaluating gave.
+            point: the trial's parameters with their ranges, for a storage that has been written again without them.
 
         Returns:
             Its file; None without a folder, or if it cannot be written (the storage may still take the result).
@@ -106,6 +115,7 @@ class Outbox:
             "values": list(result.values),
             "constraints": list(result.constraints),
             "attributes": dict(result.attributes),
+            "point": {name: (value, distribution_to_json(each)) for name, (value, each) in (point or {}).items()},
         }
         path = self._folder / f"{self._prefix}-{number}-{owner['worker']}.json"
         temporary = path.with_suffix(f".{token()}.tmp")
@@ -175,6 +185,7 @@ class Outbox:
         ours = mine.state == TrialState.RUNNING and mine.user_attrs[OWNER]["worker"] == owner["worker"]
         if ours:
             try:
+                self._complete(mine, record)
                 tell(self._study, id_of(trial), result)
             except Superseded:
                 return False  # put back in the queue a moment ago: the next start applies the result to the retry
@@ -182,6 +193,13 @@ class Outbox:
         if ours:
             on_event(Event("applied", trial.number, place_of(trial), point_of(trial) or {}, result.values))
         return ours
+
+    def _complete(self, trial: FrozenTrial, record: _Record) -> None:
+        """Store parameters that a running trial lacks: a lost storage was written again as it was before."""
+        for name, (value, text) in record.point.items():
+            if name not in trial.params:
+                each = json_to_distribution(text)
+                storage_of(self._study).set_trial_param(id_of(trial), name, each.to_internal_repr(value), each)
 
     def _start(self, trial: FrozenTrial, owner: Mapping[str, Any]) -> bool:
         """Take a waiting retry for the result at hand, and store its coefficients; False if it has been taken."""

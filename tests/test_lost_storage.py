@@ -1,0 +1,123 @@
+"""A storage's file that is deleted, replaced or damaged in mid-run: noticed, told, and no result lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+
+from dfmerge_studies.storage import join_study, open_storage
+from dfmerge_studies.trials.reading import results
+from tests.loop_child import objective
+from tests.place import Place, wait_for
+from tests.project import Project
+
+STORAGES = {"sqlite": ("sqlite:///{}/s.db", "s.db"), "journal": ("journal:///{}/s.log", "s.log")}
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "deleted": lambda file, other: file.unlink(),
+    "deleted-with-its-log": lambda file, other: [each.unlink() for each in file.parent.glob(f"{file.name}*")],
+    "moved": lambda file, other: file.rename(file.with_name("elsewhere")),
+    "replaced": lambda file, other: other.replace(file),
+    "replaced-by-text": lambda file, other: (other.write_text("a diary\n" * 999), other.replace(file)),
+    "emptied": lambda file, other: file.write_bytes(b""),
+    "cut-short": lambda file, other: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "written-over": lambda file, other: shutil.copyfile(other, file),
+}
+
+
+def another(url: str) -> None:
+    """A whole file of the same kind with a study of the same name, about something else."""
+    study = join_study(open_storage(url), "s", directions=["maximize"])
+    study.add_trials([optuna.trial.create_trial(value=7.0) for _ in range(20)])
+    getattr(study._storage, "_backend", study._storage).__dict__.get("engine", type("", (), {"dispose": int})).dispose()
+
+
+def known(place: Place, file: Path) -> dict[int, float]:
+    """Every result that can be found: in the storage's place, beside it, in the outbox; by place."""
+    found: dict[int, float] = {}
+    scheme = str(place.settings["url"]).partition(":")[0]
+    for each in (file, *file.parent.glob(f"{file.stem}.rescued-*")):
+        try:
+            study = optuna.load_study(study_name="s", storage=open_storage(f"{scheme}:///{each}", create=False))
+            found |= {t.user_attrs["place"]: t.values[0] for t in results(study) if "place" in t.user_attrs}
+        except Exception:
+            continue
+    for kept in (place.folder / "outbox").glob("*.json"):
+        found |= {-1 - int(kept.name.split("-")[1]): json.loads(kept.read_text())["values"][0]}
+    return found
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("call", [1, 4, 6], ids=["at the first trial", "in the middle", "at the last trial"])
+def test_a_file_that_is_lost_in_mid_run_is_told_and_every_result_is_kept(
+    tmp_path: Path, kind: str, damage: str, call: int
+) -> None:
+    url, name = STORAGES[kind]
+    place = Place(tmp_path / "p", storage=url, target=6)
+    (tmp_path / "p/other").mkdir()
+    another(url.format(tmp_path / "p/other"))
+    process = place.start(hang_at_call=call, hang_seconds=1.0)
+    wait_for(process, "hanging")
+    file = place.folder / name
+    if damage == "cut-short" and file.stat().st_size < 2000:
+        pytest.skip("nothing to cut")
+    DAMAGES[damage](file, place.folder / "other" / name)
+    output, errors = process.communicate(timeout=120)
+    if process.returncode == 0 and damage == "written-over":
+        place.check_whole()  # SQLite had all of it in its log, and has written it over what was there
+        return
+    assert process.returncode == 1, (output, errors)
+    events = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
+    assert events[-1][0] == "error"
+    assert str(file) in events[-1][1]
+    assert any(word in events[-1][1] for word in ("deleted", "replaced", "written over"))
+    values = [objective(point) for _, point in place.evaluations()]
+    assert len(values) == call
+    assert set(known(place, file).values()) >= set(values[: len([e for e in events if e[0] == "completed"])])
+    assert not list(place.folder.glob(".*.tmp*"))
+    if "have been written there again" in events[-1][1]:
+        place.run()
+        place.check_whole()
+        assert len(place.evaluations()) == 6
+
+
+def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
+    place = Place(tmp_path / "p", target=12)
+    workers = [place.start(seconds=0.3) for _ in range(3)]
+    for process in workers:
+        wait_for(process, "completed")
+    (place.folder / "s.db").unlink()
+    for process in workers:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 1, (output, errors)
+        assert "while it was in use" in output  # deleted, or replaced: the first to notice has written it again
+    begun = len(place.evaluations())
+    place.run()
+    place.check_whole()
+    assert len(place.evaluations()) == max(12, begun)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_whose_database_is_deleted_ends_with_code_1_and_the_next_one_goes_on(
+    project: Project, workers: int
+) -> None:
+    project.write(search={**project.spec["search"], "trials": 8})
+    process = project.start("run", "spec.yaml", "--workers", str(workers), "--no-test")
+    seen = ""
+    while "colours: 2/8" not in seen:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    (project.folder / "colours.db").unlink()
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, (output, errors)
+    assert "colours.db: the study's file was deleted while it was in use" in errors
+    assert "Traceback" not in errors
+    assert project.json("status", "spec.yaml")["trials"]["complete"] >= 2
+    done = project.json("run", "spec.yaml", "--no-test")
+    assert done["trials"]["complete"] == 8
