@@ -73,6 +73,7 @@ def words() -> set[str]:
         nodes = list(ast.walk(tree))
         definitions = [node for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)]
         found.update(node.name for node in definitions)
+        found.update(node.arg for node in nodes if isinstance(node, ast.arg))  # of tests, also their fixtures
         if not module.startswith("tests."):
             docstrings = {ast.get_docstring(node, clean=False) for node in (tree, *definitions)}
             for node in nodes:
