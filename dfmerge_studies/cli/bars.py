@@ -129,14 +129,14 @@ class TrialBars:
 
     def _refresh(self, name: str) -> tuple[int, str]:
         """Look at a study once: how many trials are complete, and the best of them."""
-        from dfmerge_studies.study import provenance
+        from dfmerge_studies.study.totals import stored_total
         from dfmerge_studies.study.value import best_trial
         from dfmerge_studies.trials.reading import results_of
 
         shown = self._studies[name]
         completed = results_of(shown.study.get_trials(deepcopy=False))
         if len(completed) >= shown.total:  # somebody may have raised it meanwhile
-            shown.total = max(shown.total, int(shown.study.user_attrs.get(provenance.TARGET, 0)))
+            shown.total = max(shown.total, stored_total(shown.study))
         best = best_trial(completed, shown.spec.objective)
         metric = shown.spec.metrics("validation").short
         text = f"best {shown.shown(best.values)} {metric} (trial {best.number})" if best is not None else ""

@@ -89,10 +89,9 @@ def run(
 
         ranks = common.join_ranks(settings)
         session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
-    total = trials
     if add is not None:
-        total = session.total() + add
-    finished = _work(session, total)
+        session.add_trials(add)
+    finished = _work(session, trials)
     tables: dict[Split, Standings] = {}
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)

@@ -39,18 +39,23 @@ def worker() -> None:
 
 
 def total_of(plan: Plan, trials: int | None, add: int | None) -> int:
-    """The total that a command line means, so that all its workers mean the same.
+    """The total that a command line means, so that all its workers mean the same; a study that is there is told.
 
     Args:
         plan: of what to study.
         trials: value of `--trials`.
         add: value of `--add`.
     """
-    from dfmerge_studies.study import provenance
+    from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 
     study = plan.study_if_any()
-    now = plan.total(int(study.user_attrs.get(provenance.TARGET, 0)) if study is not None else 0)
-    return plan.total(wanted=trials if trials is not None else now + (add or 0))
+    if study is None:
+        return plan.total(wanted=trials if trials is not None else plan.total() + (add or 0))
+    if plan.method.searches and trials is not None:
+        state_total(study, trials)
+    if plan.method.searches and add is not None:
+        add_trials(study, add, at_least=plan.trials)
+    return plan.total(stored_total(study), trials)
 
 
 def is_complete(plan: Plan, total: int) -> bool:

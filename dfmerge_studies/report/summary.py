@@ -12,6 +12,7 @@ from dfmerge_studies.storage import study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
+from dfmerge_studies.study.totals import stored_total
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     DROPS,
@@ -36,7 +37,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     trials = study.get_trials(deepcopy=False)
     completed, counted = results_of(trials), counts_of(trials)
     best = best_trial(completed, spec.objective)
-    target = int(study.user_attrs.get(provenance.TARGET, 0)) or plan.total()
+    target = stored_total(study) or plan.total()
     metrics = spec.metrics("validation")
     alive = workers_alive(trials, complete=len(completed) >= target)
     return {
@@ -102,7 +103,7 @@ def _entry(study: optuna.Study) -> dict[str, Any]:
     return {
         "study": study.study_name,
         "method": science["method"] if science is not None else None,
-        "trials": {"target": study.user_attrs.get(provenance.TARGET), **counts(study)},
+        "trials": {"target": stored_total(study) or None, **counts(study)},
         "best_value": trial_value(best) if best is not None else None,
         "metric": metrics.text if metrics is not None else None,
         "task_metrics": metrics.names if metrics is not None else None,

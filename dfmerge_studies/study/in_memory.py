@@ -47,6 +47,7 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
+from dfmerge_studies.study.totals import state_total
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     SECONDS,
@@ -263,7 +264,7 @@ class _Search(Generic[Model]):
     def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
         """Work until the study has its total."""
         method, settings = self.merger.method, self.settings
-        study.set_user_attr(provenance.TARGET, total_trials(method, settings))
+        state_total(study, total_trials(method, settings))
         enqueue(study, self.space, first_points(method, self.merger.experts, settings))
         file = storage_file(url) if url is not None else None
         summary = work(

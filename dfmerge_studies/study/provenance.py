@@ -21,13 +21,13 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import found_study, join_study, safe_url
+from dfmerge_studies.study.totals import TARGET
 
 # User attributes of a study.
 SCIENCE = "dfmerge:science"
 SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
-TARGET = "dfmerge:target"
 ATTRIBUTES = frozenset({SCIENCE, SPEC, INDICES, VERSIONS, TARGET})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed

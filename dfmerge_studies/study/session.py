@@ -32,6 +32,7 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
+from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 from dfmerge_studies.study.value import (
     COEFFICIENTS,
     FISHERS,
@@ -89,11 +90,18 @@ class Session:
         """Row of the method table."""
         return self.plan.method
 
-    def run(self, *, target: int | None = None, on_event: Callable[[Event], None] = lambda event: None) -> Summary:
+    def run(
+        self,
+        *,
+        target: int | None = None,
+        lower: bool = True,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Summary:
         """Work until the study has its total of trials.
 
         Args:
             target: the total; by default the spec's, or what an earlier call raised it to.
+            lower: whether `target` may undo what was added to the study since it was stated.
             on_event: told of every trial.
 
         Raises:
@@ -103,7 +111,7 @@ class Session:
         sweep_unfinished(self.spec)
         with storage_errors(self.plan.url):
             self._check_total(total)
-            self.study.set_user_attr(provenance.TARGET, total)
+            state_total(self.study, total, lower=lower)
             enqueue(self.study, self.plan.space, self.plan.points)
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
@@ -126,9 +134,19 @@ class Session:
         """
         return self.plan.total(self.stored_target(), wanted)
 
+    def add_trials(self, more: int) -> None:
+        """Raise the study's total; several that do so at one moment all count.
+
+        Args:
+            more: by how many trials; without effect for a method that has its own number.
+        """
+        if self.method.searches:
+            with storage_errors(self.plan.url):
+                add_trials(self.study, more, at_least=self.plan.trials)
+
     def stored_target(self) -> int:
         """Total that the study was last asked to reach, 0 for a new one."""
-        return int(self.study.user_attrs.get(provenance.TARGET, 0))
+        return stored_total(self.study)
 
     def best(self) -> FrozenTrial | None:
         """The best completed trial."""
