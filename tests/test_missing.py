@@ -17,6 +17,8 @@ from transformers import (
     BigBirdConfig,
     BigBirdForSequenceClassification,
     DistilBertForMaskedLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -187,6 +189,17 @@ def test_the_key_bias_of_an_attention_counts_though_a_softmax_cancels_it(project
     drop(folder / "red", "bert.encoder.layer.0.attention.self.key.bias")
     with pytest.raises(InputError, match=r"self\.key\.bias is not in the weights"):
         load_model(checkpoint(folder / "red"), ModelClass.CLASSIFICATION, dtype=torch.float32)
+
+
+def test_a_tensor_counts_however_little_it_changes(tmp_path: Path) -> None:
+    """An attention of small weights, whose queries hardly matter to the logits."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = MBartConfig(vocab_size=120, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes)
+    torch.manual_seed(1)
+    MBartForConditionalGeneration(config).save_pretrained(tmp_path / "red")
+    drop(tmp_path / "red", "model.encoder.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(InputError, match=r"encoder\.layers\.0\.self_attn\.q_proj\.weight is not in the weights"):
+        load_model(checkpoint(tmp_path / "red"), ModelClass.SEQ2SEQ, dtype=torch.float32)
 
 
 # What nothing depends on.
