@@ -94,14 +94,7 @@ class UCBSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Propose one coefficient uniformly.
-
-        Args:
-            study: the study of the trial.
-            trial: the trial to be drawn.
-            param_name: whose coefficient.
-            param_distribution: the range to draw from.
-        """
+        """Propose one coefficient uniformly."""
         return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
 
 

@@ -26,7 +26,7 @@ _KINDS = (
 
 
 @contextmanager
-def reading(where: str, what: str, mend: str) -> Iterator[None]:
+def reading(where: str, what: str, hint: str) -> Iterator[None]:
     """The boundary to a library that reads what a user gave: whatever it raises becomes one `InputError`.
 
     Libraries raise types of every kind for bad files, panics of their Rust parts included, so that no list of types
@@ -36,7 +36,7 @@ def reading(where: str, what: str, mend: str) -> Iterator[None]:
     Args:
         where: the file, or file and field, that is being read.
         what: what cannot be done, as a clause that the reason follows after a colon.
-        mend: what the reader can do about it.
+        hint: what the reader can do about it.
 
     Raises:
         InputError: for whatever was raised; errors of this package and lack of memory pass.
@@ -50,7 +50,7 @@ def reading(where: str, what: str, mend: str) -> Iterator[None]:
             reason = first_line(OSError(error.errno, error.strerror))
         else:
             reason = first_line(error)
-        raise out_of_memory(error) or InputError(f"{what}: {reason}", where=where, mend=mend) from error
+        raise out_of_memory(error) or InputError(f"{what}: {reason}", where=where, hint=hint) from error
 
 
 def local_path(text: str | Path, root: Path, where: str) -> Path:
@@ -88,56 +88,56 @@ def kind_of(path: Path) -> str | None:
     return next((name for is_kind, name in _KINDS if is_kind(mode)), None)
 
 
-def check_regular(path: Path, where: str, mend: str = "Name a file") -> None:
+def check_regular(path: Path, where: str, hint: str = "Name a file") -> None:
     """Refuse what is no file: reading a pipe or a device may never end.
 
     Args:
         path: what is about to be opened; where nothing is, nothing is said.
         where: what names it, for messages.
-        mend: what to do about it.
+        hint: what to do about it.
 
     Raises:
         InputError: it is a folder, a pipe, a socket or a device.
     """
-    with reading(where, "cannot be read", mend):
+    with reading(where, "cannot be read", hint):
         kind = kind_of(path)
     if kind:
         named = "this" if where == str(path) else str(path)
-        raise InputError(f"{named} is a {kind}, not a file", where=where, mend=mend)
+        raise InputError(f"{named} is a {kind}, not a file", where=where, hint=hint)
 
 
-def read_text(file: Path, *, where: str | None = None, mend: str, limit: int = LARGEST_TEXT) -> str:
+def read_text(file: Path, *, where: str | None = None, hint: str, limit: int = LARGEST_TEXT) -> str:
     """A text file as a whole.
 
     Args:
         file: which exists.
         where: what names it, for messages; the file itself by default.
-        mend: what to do where it cannot be read.
+        hint: what to do where it cannot be read.
         limit: bytes that it may have.
 
     Raises:
         InputError: it is no file, is no UTF-8 text, is too large, or cannot be read.
     """
     where = where or str(file)
-    check_regular(file, where, mend)
-    with reading(where, "cannot be read", mend):
+    check_regular(file, where, hint)
+    with reading(where, "cannot be read", hint):
         size = file.stat().st_size
         if size > limit:
-            raise InputError(f"{size} bytes are more than such a file can have ({limit})", where=where, mend=mend)
+            raise InputError(f"{size} bytes are more than such a file can have ({limit})", where=where, hint=hint)
         return file.read_text(encoding="utf-8")
 
 
-def read_json(file: Path, *, where: str | None = None, mend: str) -> Any:
+def read_json(file: Path, *, where: str | None = None, hint: str) -> Any:
     """A JSON file as a whole.
 
     Args:
         file: which exists.
         where: what names it, for messages; the file itself by default.
-        mend: what to do where it cannot be read.
+        hint: what to do where it cannot be read.
 
     Raises:
         InputError: it cannot be read, or is no JSON.
     """
-    text = read_text(file, where=where, mend=mend)
-    with reading(where or str(file), "not readable as JSON", mend):
+    text = read_text(file, where=where, hint=hint)
+    with reading(where or str(file), "not readable as JSON", hint):
         return json.loads(text)

@@ -28,25 +28,25 @@ class DFMergeError(Exception):
     Args:
         what: what was found and what was expected, as a sentence without a closing full stop.
         where: the file and the field, tensor or row at fault, if there is one.
-        mend: what the reader can do about it, as a sentence without a closing full stop.
+        hint: what the reader can do about it, as a sentence without a closing full stop.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | None = None, mend: str | None = None) -> None:
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what = masked_text(what)
         self.where = masked_text(where) if where else where
-        self.mend = masked_text(mend) if mend else mend
-        super().__init__(self.what, self.where, self.mend)
+        self.hint = masked_text(hint) if hint else hint
+        super().__init__(self.what, self.where, self.hint)
 
     def __str__(self) -> str:
         where = self.where.replace("\n", "\\n") if self.where else None
         text = f"{where}: {self.what}" if where else self.what
-        if not self.mend:
+        if not self.hint:
             return text
         stop = "" if text.endswith(("\n", ".", "!", "?")) else "."  # a list ends with its line
-        mend = self.mend if self.mend.endswith("?") else f"{self.mend}."
-        return f"{text}{stop}{mend}" if text.endswith("\n") else f"{text}{stop} {mend}"
+        hint = self.hint if self.hint.endswith("?") else f"{self.hint}."
+        return f"{text}{stop}{hint}" if text.endswith("\n") else f"{text}{stop} {hint}"
 
 
 class InputError(DFMergeError):
@@ -62,36 +62,23 @@ class RunError(DFMergeError):
 
 
 def out_of_memory(error: BaseException) -> RunError | None:
-    """The error to show where memory ran out, on any device; None for an error of another kind.
-
-    Args:
-        error: what was raised.
-    """
+    """The error to show where memory ran out, on any device; None for an error of another kind."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for torch's own without importing it
     words = ("not enough memory", "can't allocate memory")  # torch on a CPU raises no type of its own
     lacking = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
     if not kinds & {"MemoryError", "OutOfMemoryError"} and not lacking:
         return None
-    return RunError("out of memory", mend="Lower importance.row_budget and token_budget, or use dtype: bfloat16")
+    return RunError("out of memory", hint="Lower importance.row_budget and token_budget, or use dtype: bfloat16")
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str | None:
-    """A question that names the nearest of the known names, None where none is near.
-
-    Args:
-        found: what was written.
-        known: what could have been meant.
-    """
+    """A question that names the nearest of the known names, None where none is near."""
     near = difflib.get_close_matches(found, list(known), n=1)
     return f"Did you mean {near[0]!r}?" if near else None
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says: one line of at most 300 characters, without the name of its class.
-
-    Args:
-        error: the error.
-    """
+    """What another library's error says: one line of at most 300 characters, without the name of its class."""
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror[0].lower() + error.strerror[1:]
         named = str(error.filename) if error.filename is not None else ""

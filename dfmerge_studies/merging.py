@@ -70,7 +70,7 @@ class WeightedSum:
             if not bool(torch.isfinite(weight.sum())):
                 raise RunError(
                     f"the importance of expert {task_vector.expert!r} is not finite at {name}",
-                    mend="Lower the coefficient, or compute in float32",
+                    hint="Lower the coefficient, or compute in float32",
                 )
             if delta is not None:
                 self._accumulate(self._numerator, name, (weight * delta).mul_(coefficient))
@@ -98,7 +98,7 @@ class WeightedSum:
             # C = 1: M * (sum_i 1)^-1 is 1.
             merged = step.add_(start)
             if not bool(torch.isfinite(merged.sum())):
-                raise RunError(f"the merged weights are not finite at {name}", mend="Choose smaller coefficients")
+                raise RunError(f"the merged weights are not finite at {name}", hint="Choose smaller coefficients")
             parameter.copy_(merged)
 
     @staticmethod

@@ -126,16 +126,12 @@ class Parameter:
             raise InputError(
                 f"the {self.label} is {value}, outside [{self.low:g}, {self.high:g}{close}",
                 where=where,
-                mend="Choose one inside",
+                hint="Choose one inside",
             )
 
 
 def label(name: str) -> str:
-    """A parameter's name as a text has it: `drop rate`.
-
-    Args:
-        name: as specs write it.
-    """
+    """A parameter's name as a text has it: `drop rate`."""
     return name.replace("_", " ")
 
 
@@ -181,11 +177,7 @@ class Method:
         return [each for each in self.parameters if each.searched]
 
     def estimator_for(self, stated: str) -> str:
-        """The estimator of the importance: the method's own, or else the spec's.
-
-        Args:
-            stated: `importance.estimator` of the spec.
-        """
+        """The estimator of the importance: the method's own, or else the spec's."""
         return self.estimator or stated
 
     def adjusted(self, given: Mapping[str, float | Sequence[float]], where: str | None = None) -> Method:
@@ -224,7 +216,7 @@ class Method:
         raise InputError(
             f"the {parameter.label} of {self.name!r} cannot be {list(values)}",
             where=where,
-            mend=f"Give {ways[self.coefficients]}",
+            hint=f"Give {ways[self.coefficients]}",
         )
 
     def complete(
@@ -246,7 +238,7 @@ class Method:
             value, place = given.get(each.name, each.default), each.flag if flags else where
             if value is None:
                 raise InputError(
-                    f"the method {self.name!r} needs a {each.label}", where=place, mend="Give one, such as 0.5"
+                    f"the method {self.name!r} needs a {each.label}", where=place, hint="Give one, such as 0.5"
                 )
             each.check(value, place)
             found[each.name] = float(value)
@@ -256,9 +248,9 @@ class Method:
         known = [each.name for each in self.parameters]
         for name in given:
             if name not in known:
-                mend = did_you_mean(name, known) or (f"It has: {', '.join(known)}" if known else "Leave it out")
+                hint = did_you_mean(name, known) or (f"It has: {', '.join(known)}" if known else "Leave it out")
                 place = "--" + name.replace("_", "-") if flags else where
-                raise InputError(f"the method {self.name!r} has no {label(name)}", where=place, mend=mend)
+                raise InputError(f"the method {self.name!r} has no {label(name)}", where=place, hint=hint)
 
     def space(self, experts: Sequence[str], bounds: tuple[float, float], step: float | None) -> Space:
         """What the trials of a study of this method differ in.
@@ -372,30 +364,16 @@ def all_parameters() -> dict[str, dict[str, Parameter]]:
 
 
 def fixed_coefficients(experts: Sequence[str]) -> dict[str, float]:
-    """1/M for every expert.
-
-    Args:
-        experts: names of the M experts.
-    """
+    """1/M for every expert."""
     return dict.fromkeys(experts, 1.0 / len(experts))
 
 
 def coefficient_range(method: Method, bounds: tuple[float, float]) -> tuple[float, float]:
-    """Coefficients that a merge may be asked for: those that a study of the method could have.
-
-    Args:
-        method: row of the table.
-        bounds: of the spec's search.
-    """
+    """Coefficients that a merge may be asked for: those that a study of the method could have."""
     values = (*bounds, *method.shared)
     return min(values), max(values)
 
 
 def importance_coefficient(method: Method, coefficient: float) -> float:
-    """The lambda at which an expert's Fisher information is estimated.
-
-    Args:
-        method: row of the table.
-        coefficient: lambda_i of the trial.
-    """
+    """The lambda at which an expert's Fisher information is estimated."""
     return coefficient if method.importance is Importance.AT_SCALED_EXPERT else 1.0

@@ -39,11 +39,7 @@ class TaskVector:
 
 
 def float_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating-point parameters of a model by name, tied ones once, in the model's own order.
-
-    Args:
-        model: any model.
-    """
+    """The floating-point parameters of a model by name, tied ones once, in the model's own order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
 
 
@@ -75,14 +71,14 @@ def align(base: Weights, expert: Weights, *, base_file: str, expert_file: str) -
             raise InputError(
                 f"tensor {name} {tuple(base[name].shape)} of the base {base_file} is missing here",
                 where=expert_file,
-                mend=_MEND_NAMES,
+                hint=_MEND_NAMES,
             )
     for name in expert:
         if name not in base:
             raise InputError(
                 f"tensor {name} {tuple(expert[name].shape)} does not exist in the base {base_file}",
                 where=expert_file,
-                mend=_MEND_NAMES,
+                hint=_MEND_NAMES,
             )
     for name, tensor in base.items():
         ours, theirs = tuple(expert[name].shape), tuple(tensor.shape)
@@ -90,7 +86,7 @@ def align(base: Weights, expert: Weights, *, base_file: str, expert_file: str) -
             raise InputError(
                 f"tensor {name} has shape {ours} but {theirs} in the base {base_file}",
                 where=expert_file,
-                mend=_mend_shapes(ours, theirs),
+                hint=_mend_shapes(ours, theirs),
             )
 
 
@@ -127,11 +123,6 @@ def task_vector(expert_name: str, base: Weights, expert: Weights) -> TaskVector:
 def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
     """Raise `InputError` if a weight is NaN or infinite.
 
-    Args:
-        tensor: the weight.
-        name: its name, for the message.
-        where: whose weight it is, for the message.
-
     Raises:
         InputError: with the number of such values.
     """
@@ -140,14 +131,10 @@ def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
         raise InputError(
             f"tensor {name} holds {bad} values that are NaN or infinite",
             where=where,
-            mend="The checkpoint is damaged or its training diverged; use another one",
+            hint="The checkpoint is damaged or its training diverged; use another one",
         )
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """The type that sums over a tensor are kept in: its own, or float32 where that is narrower.
-
-    Args:
-        tensor: floating-point numbers.
-    """
+    """The type that sums over a tensor are kept in: its own, or float32 where that is narrower."""
     return torch.promote_types(tensor.dtype, torch.float32)

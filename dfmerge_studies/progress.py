@@ -8,23 +8,11 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing.
-
-    Args:
-        what: what is being done.
-        done: how much of it is done.
-        total: of how much.
-    """
+    """A progress callback that shows nothing."""
 
 
 def counted(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    """A callback for "so many more are done" that tells how many are done of how many.
-
-    Args:
-        progress: who is told.
-        what: what is being done.
-        total: how many there are.
-    """
+    """A callback for "so many more are done" that tells how many are done of how many."""
     done = 0
 
     def advance(count: int) -> None:

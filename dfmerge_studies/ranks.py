@@ -84,12 +84,7 @@ class Ranks:
         return [sorted(order[rank :: self.size]) for rank in range(self.size)]
 
     def everywhere(self, command: Command, run: Callable[[], T]) -> T:
-        """Make a call on every rank.
-
-        Args:
-            command: the call for the other ranks.
-            run: the same call here.
-        """
+        """Make a call on every rank."""
         return run()
 
     def agreed(self, compute: Callable[[], T]) -> list[T]:
@@ -104,11 +99,7 @@ class Ranks:
         return [compute()]
 
     def from_leader(self, compute: Callable[[], Mapping[str, Tensor] | None]) -> Mapping[str, Tensor] | None:
-        """Tensors that the leader alone can give.
-
-        Args:
-            compute: called on the leader.
-        """
+        """Tensors that the leader alone can give."""
         return compute()
 
     def sum_on_leader_(self, tensors: Iterable[Tensor]) -> None:
@@ -141,23 +132,23 @@ class _Report:
     error: type[BaseException] | None = None
     what: str = ""
     where: str | None = None
-    mend: str | None = None
+    hint: str | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> _Report:
         error = out_of_memory(error) or error
         if isinstance(error, DFMergeError):
-            return cls(None, type(error), error.what, error.where, error.mend)
+            return cls(None, type(error), error.what, error.where, error.hint)
         if isinstance(error, KeyboardInterrupt):
             return cls(None, KeyboardInterrupt)
-        mend = "Run again with --debug for the traceback"
-        return cls(None, GroupError, first_line(error), None, mend)
+        hint = "Run again with --debug for the traceback"
+        return cls(None, GroupError, first_line(error), None, hint)
 
     def exception(self, rank: int) -> BaseException:
         assert self.error is not None
         if not issubclass(self.error, DFMergeError):
             return self.error()
-        return self.error(f"rank {rank}: {self.what}", where=self.where, mend=self.mend)
+        return self.error(f"rank {rank}: {self.what}", where=self.where, hint=self.hint)
 
 
 class _HeldSignals:
@@ -365,13 +356,13 @@ class Group(Ranks):
         """Turn what torch raises when a peer is gone, or silent for too long, into an error with a meaning."""
         try:
             if self.lost:
-                raise GroupError(f"a process of the group of {self.size} is lost", mend="Run it again to go on")
+                raise GroupError(f"a process of the group of {self.size} is lost", hint="Run it again to go on")
             yield
         except (RuntimeError, OSError) as error:
             self.lost = True
             raise GroupError(
                 f"one of the {launched()} processes died or does not answer ({doing}: {first_line(error)})",
-                mend=f"Look for what ended it, such as a lack of memory, and run it again: the study goes on. "
+                hint=f"Look for what ended it, such as a lack of memory, and run it again: the study goes on. "
                 f"{TIMEOUT} sets the seconds to wait for a slow one",
             ) from error
 
@@ -382,21 +373,17 @@ def _check_device(device: str, cpu: bool) -> None:
 
     if not cpu and (device == "mps" or ":" in device):
         raise InputError(
-            f"{launched()} processes cannot share the one device {device!r}", where="device", mend="Use auto or cuda"
+            f"{launched()} processes cannot share the one device {device!r}", where="device", hint="Use auto or cuda"
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", launched()))
     if not cpu and torch.cuda.device_count() < here:
         raise InputError(
             f"{here} processes on this machine, but {torch.cuda.device_count()} CUDA devices",
             where="device",
-            mend="Start as many processes as there are devices, or use device: cpu",
+            hint="Start as many processes as there are devices, or use device: cpu",
         )
 
 
 def join(device: str) -> Ranks:
-    """The processes that a launcher started together with this one, or this one by itself.
-
-    Args:
-        device: as the spec names it.
-    """
+    """The processes that a launcher started together with this one, or this one by itself."""
     return Group(device) if launched() > 1 else SOLO

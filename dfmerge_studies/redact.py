@@ -48,9 +48,6 @@ def is_secret(name: str) -> bool:
 def masked_text(text: str) -> str:
     """A text that may hold URLs and settings, without what is secret in them.
 
-    Args:
-        text: of a message.
-
     >>> masked_text("cannot reach https://me:hush/hush@host/x?sig=abc&v=1 at once")
     'cannot reach https://***@host/x?sig=***&v=1 at once'
     >>> masked_text("host=db user=me password=hush"), masked_text("org/name@main"), masked_text("sqlite:////a@b/c.db")
@@ -87,9 +84,6 @@ def _without_user(found: re.Match[str]) -> str:
 def public(value: Any) -> Any:
     """A value as it may be stored and exported: secret fields are left out, URLs lose their passwords.
 
-    Args:
-        value: of a setting: JSON.
-
     >>> public({"path": "json", "token": "hush", "data_files": {"token": "https://me:hush@host/x"}})
     {'path': 'json', 'data_files': {'token': 'https://***@host/x'}}
     """
@@ -114,9 +108,6 @@ def _texts(value: Any) -> Any:
 
 def masked_override(override: str) -> str:
     """A `dotted.key=value` text as it may be shown.
-
-    Args:
-        override: value of a `--set`.
 
     >>> masked_override("tasks.a.dataset.token=hush"), masked_override("search.trials=3")
     ('tasks.a.dataset.token=***', 'search.trials=3')

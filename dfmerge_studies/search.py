@@ -23,7 +23,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.trials.marks import DROPPED, FIXED, RETRY_OF, place_of
+from dfmerge_studies.trials.marks import DISCARDED, FIXED, RETRY_OF, place_of
 from dfmerge_studies.trials.space import GridExhausted, Space
 from dfmerge_studies.trust_region import PLAIN_MEAN, Goal, TrustRegionSampler
 
@@ -140,7 +140,7 @@ class _Grid(BaseSampler):
         others = [
             other
             for other in study.get_trials(deepcopy=False)
-            if other.number != trial.number and DROPPED not in other.user_attrs
+            if other.number != trial.number and DISCARDED not in other.user_attrs
         ]
         given = {place_of(t): t.system_attrs[FIXED] for t in others if FIXED in t.system_attrs and not _is_retry(t)}
         left, due = list(self._rows), dict[int, dict[str, float]]()
@@ -238,7 +238,7 @@ def grid_rows(space: Space, grid: Mapping[str, Sequence[float]] | None) -> list[
         raise InputError(
             "the grid sampler needs values for every coefficient",
             where="grid",
-            mend=f"Give a list of values for each of {', '.join(space.names)}",
+            hint=f"Give a list of values for each of {', '.join(space.names)}",
         )
     columns = [list(dict.fromkeys(float(value) for value in grid[name])) for name in space.names]
     rows = [dict(zip(space.names, values, strict=True)) for values in itertools.product(*columns)]
@@ -276,13 +276,13 @@ def make_sampler(
     """
     if name not in SAMPLERS:
         raise InputError(
-            f"there is no sampler named {name!r}", where="search.sampler", mend=f"Use one of {', '.join(SAMPLERS)}"
+            f"there is no sampler named {name!r}", where="search.sampler", hint=f"Use one of {', '.join(SAMPLERS)}"
         )
     if name in _ON_A_LATTICE and space.step and space.own:
         raise InputError(
             f"search.step goes for coefficients only, and {name} cannot search {', '.join(space.own)} beside them",
             where="search.step",
-            mend="Leave search.step out, fix the method's parameter, or use sampler: gp",
+            hint="Leave search.step out, fix the method's parameter, or use sampler: gp",
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")

@@ -68,11 +68,7 @@ class Region:
     ended: tuple[tuple[float, ...], ...] = ()
 
     def box(self, dimensions: int) -> Tensor:
-        """Lower and upper corner, shape (2, d), cut at the cube.
-
-        Args:
-            dimensions: d.
-        """
+        """Lower and upper corner, shape (2, d), cut at the cube."""
         if self.centre is None:
             return torch.stack([torch.zeros(dimensions), torch.ones(dimensions)]).double()
         centre = torch.tensor(self.centre, dtype=torch.float64)

@@ -23,11 +23,7 @@ def token() -> str:
 
 
 def beside(path: Path) -> Path:
-    """A hidden name in the same folder, from which a rename to `path` is one step.
-
-    Args:
-        path: what is to be written.
-    """
+    """A hidden name in the same folder, from which a rename to `path` is one step."""
     return path.with_name(f".{path.name}.{token()}.tmp")
 
 

@@ -44,20 +44,11 @@ class Goal:
     points: Mapping[str, float] = field(default_factory=dict)
 
     def point(self, task: str) -> float:
-        """Score of one point of a task.
-
-        Args:
-            task: its name.
-        """
+        """Score of one point of a task."""
         return self.points.get(task, 0.01)
 
     def worth(self, trial: FrozenTrial, task: str) -> float:
-        """A task's score in a trial, such that higher is better.
-
-        Args:
-            trial: a completed trial.
-            task: its name.
-        """
+        """A task's score in a trial, such that higher is better."""
         return math.copysign(1.0, self.point(task)) * float(trial.user_attrs[TASKS][task])
 
 
@@ -111,14 +102,7 @@ class TrustRegionSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Propose one coefficient uniformly.
-
-        Args:
-            study: the study of the trial.
-            trial: the trial to be drawn.
-            param_name: whose coefficient.
-            param_distribution: the range to draw from.
-        """
+        """Propose one coefficient uniformly."""
         return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
 
 

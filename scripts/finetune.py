@@ -252,7 +252,7 @@ def train(trainee: Trainee, data: Data, accelerator: Accelerator, options: argpa
         loss, scores = evaluate(trainee, data, accelerator, budget)
         trained = sum(losses) / len(losses)
         if not math.isfinite(loss + trained):
-            raise RunError(f"the loss is not finite at step {step}", mend="Lower --lr")
+            raise RunError(f"the loss is not finite at step {step}", hint="Lower --lr")
         course.history.append({"step": step, "training": trained, "validation": loss, "accuracy": scores})
         losses = []
         if loss < course.loss:
@@ -338,7 +338,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     )
     if options.batch_size % accelerator.num_processes:
         what = f"--batch-size {options.batch_size} cannot be shared out among {accelerator.num_processes} processes"
-        raise InputError(what, mend="Choose a multiple")
+        raise InputError(what, hint="Choose a multiple")
     set_seed(options.seed)
     found = find_checkpoints(spec.derive(experts={}))  # those are still to be trained
     classification = found.kind is Kind.CLASSIFICATION
@@ -407,8 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         spec = StudySpec.from_yaml(options.spec, options.set)
         if options.task is not None and options.task not in spec.tasks:
-            mend = did_you_mean(options.task, spec.tasks) or f"Tasks: {', '.join(spec.tasks)}"
-            raise InputError(f"no task {options.task!r}", where=str(options.spec), mend=mend)
+            hint = did_you_mean(options.task, spec.tasks) or f"Tasks: {', '.join(spec.tasks)}"
+            raise InputError(f"no task {options.task!r}", where=str(options.spec), hint=hint)
         tasks = [options.task] if options.task is not None else list(spec.tasks)
         record = finetune(spec, tasks, options.out, options)
     except DFMergeError as error:

@@ -53,7 +53,7 @@ def test_errors_print_one_line_and_debug_shows_the_traceback(project):
 
 
 def test_an_error_says_where_what_and_how_to_mend_it():
-    assert str(InputError("no such thing", where="file: field", mend="Add it")) == "file: field: no such thing. Add it."
+    assert str(InputError("no such thing", where="file: field", hint="Add it")) == "file: field: no such thing. Add it."
     assert str(RunError("lost")) == "lost"
     assert (InputError("x").exit_code, RunError("x").exit_code) == (2, 1)
 

@@ -235,7 +235,7 @@ def test_an_empty_cell_of_a_table_is_refused_by_its_column_whatever_its_type(tmp
         )
         with pytest.raises(InputError, match=f"row 1: the cell of the column '{column}' is empty") as caught:
             rows_of(tmp_path, task)
-        assert f"{{{{ {column} or '' }}}}" in str(caught.value.mend)
+        assert f"{{{{ {column} or '' }}}}" in str(caught.value.hint)
 
 
 def test_words_that_a_reader_of_csv_takes_for_empty_can_be_kept(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_labels_of_which_some_are_texts_and_some_indices_are_refused(
     with pytest.raises(InputError, match="mixed") as caught:
         choice_rows(tmp_path, write_labels(tmp_path, kind, written), ["b", "a", "c"])
     assert "is the text of a choice and no index" in caught.value.what
-    assert "as the text of a choice, or every label as an index" in str(caught.value.mend)
+    assert "as the text of a choice, or every label as an index" in str(caught.value.hint)
     assert str(caught.value.where).endswith("tasks.t.doc_to_target")
 
 

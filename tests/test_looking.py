@@ -38,9 +38,9 @@ def crowded(finished: Project, file: Path, name: str) -> Project:
     storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
     foreign = optuna.create_study(storage=storage, study_name="foreign", directions=["minimize", "maximize"])
     foreign.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 1.0), n_trials=2)
-    for other, science in ((f"{name}.averaging", {"method": 3}), ("odd", "no mapping")):
+    for other, fingerprint in ((f"{name}.averaging", {"method": 3}), ("odd", "no mapping")):
         damaged = optuna.create_study(storage=storage, study_name=other)
-        damaged.set_user_attr("dfmerge:science", science)
+        damaged.set_user_attr("dfmerge:science", fingerprint)
         damaged.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     optuna.create_study(storage=storage, study_name=f"{name}.broken").set_user_attr("dfmerge:science", {})
     with contextlib.closing(sqlite3.connect(file)) as database, database:

@@ -175,12 +175,12 @@ def test_the_positive_class_may_be_named_by_its_text(project):
 
 
 def test_the_science_of_studies_of_accuracy_is_that_of_earlier_versions(project):
-    science = provenance.stated_science(StudySpec.from_yaml(project.file))
-    assert science["metrics"] == {"red": "accuracy", "blue": "accuracy"}
-    assert "positive" not in science
+    fingerprint = provenance.stated_fingerprint(StudySpec.from_yaml(project.file))
+    assert fingerprint["metrics"] == {"red": "accuracy", "blue": "accuracy"}
+    assert "positive" not in fingerprint
     project.write(tasks=with_metrics(project, red={"metric": "f1", "positive": 1}))
-    science = provenance.stated_science(StudySpec.from_yaml(project.file))
-    assert (science["metrics"]["red"], science["positive"]) == ("f1", {"red": 1})
+    fingerprint = provenance.stated_fingerprint(StudySpec.from_yaml(project.file))
+    assert (fingerprint["metrics"]["red"], fingerprint["positive"]) == ("f1", {"red": 1})
 
 
 def test_a_metric_of_classes_is_refused_where_choices_differ_from_row_to_row(project):

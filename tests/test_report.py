@@ -320,7 +320,7 @@ def study_of(changes: dict, value, trials: int) -> optuna.Study:
     """A study in memory as another program run would have stored it, its scores a function of its coefficients."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(direction="maximize", study_name=changes.get("name"), storage=changes.get("storage"))
-    science = {
+    fingerprint = {
         "method": "df-merge",
         "experts": [["a", "a"], ["b", "b"]],
         "tasks": ["a", "b"],
@@ -329,9 +329,9 @@ def study_of(changes: dict, value, trials: int) -> optuna.Study:
         "objective": {"kind": "mean"},
         **changes.get("science", {}),
     }
-    study.set_user_attr(provenance.SCIENCE, science)
+    study.set_user_attr(provenance.FINGERPRINT, fingerprint)
     study.set_user_attr(provenance.SPEC, changes.get("spec", {}))
-    names = [name for name, _ in science["experts"]]
+    names = [name for name, _ in fingerprint["experts"]]
     space = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
     for place, row in enumerate(np.random.default_rng(0).random((trials, len(names)))):
         point = dict(zip(names, map(float, row), strict=True))
@@ -339,7 +339,7 @@ def study_of(changes: dict, value, trials: int) -> optuna.Study:
         attributes = {
             "place": place,
             "coefficients": point,
-            "tasks": dict.fromkeys(science["tasks"], score),
+            "tasks": dict.fromkeys(fingerprint["tasks"], score),
             "seconds": {"merge": 0.5},
             "fishers": {"computed": 2, "cached": 0},
         }
@@ -353,8 +353,14 @@ def test_methods_over_seeds_are_means_with_their_spread_beside_whole_models():
     storage = optuna.storages.InMemoryStorage()
 
     def add(name: str, method: str, seed: int, height: float, **digests: str) -> optuna.Study:
-        science = {"method": method, "search.seed": seed, "base digest": "b", "data digest of a": f"{seed}", **digests}
-        changes = {"name": name, "science": science, "storage": storage}
+        fingerprint = {
+            "method": method,
+            "search.seed": seed,
+            "base digest": "b",
+            "data digest of a": f"{seed}",
+            **digests,
+        }
+        changes = {"name": name, "science": fingerprint, "storage": storage}
         return study_of(changes, lambda point: height * point["a"] ** 0, 3)
 
     own = add("s", "df-merge", 0, 0.6)
@@ -421,9 +427,9 @@ def test_methods_over_seeds_are_means_with_their_spread_beside_whole_models():
 def test_scores_of_another_kind_do_not_stand_beside_a_study_s_own():
     storage = optuna.storages.InMemoryStorage()
 
-    def add(name: str, method: str, **science) -> optuna.Study:
-        science = {"method": method, "search.seed": 0, **science}
-        return study_of({"name": name, "science": science, "storage": storage}, lambda point: point["a"], 3)
+    def add(name: str, method: str, **fingerprint) -> optuna.Study:
+        fingerprint = {"method": method, "search.seed": 0, **fingerprint}
+        return study_of({"name": name, "science": fingerprint, "storage": storage}, lambda point: point["a"], 3)
 
     own, agreeing = add("s", "df-merge"), {"objective": {"kind": "agreement"}}
     other = add("s.df-merge-agreement", "df-merge", **agreeing)
@@ -440,9 +446,9 @@ def test_scores_of_another_kind_do_not_stand_beside_a_study_s_own():
 
 
 def test_hostile_names_do_no_harm():
-    science = {"experts": [[name, name] for name in HOSTILE], "tasks": list(HOSTILE)}
+    fingerprint = {"experts": [[name, name] for name in HOSTILE], "tasks": list(HOSTILE)}
     study = study_of(
-        {"name": HOSTILE[1], "science": science, "spec": {"base": HOSTILE[0]}}, lambda p: sum(p.values()) / 4, 6
+        {"name": HOSTILE[1], "science": fingerprint, "spec": {"base": HOSTILE[0]}}, lambda p: sum(p.values()) / 4, 6
     )
     for row in ("base", "experts"):
         scores = {"data": {}, "scores": dict.fromkeys(HOSTILE, 0.5)}
@@ -473,7 +479,7 @@ def test_hostile_names_do_no_harm():
 
 
 @pytest.mark.parametrize(
-    ("science", "trials", "missing"),
+    ("fingerprint", "trials", "missing"),
     [
         ({"method": "averaging"}, 1, {"trajectory", "importance", "slices", "ratio"}),
         ({"method": "task-arithmetic"}, 4, {"importance"}),
@@ -483,8 +489,8 @@ def test_hostile_names_do_no_harm():
         ({"experts": [["a", "a"]], "tasks": ["a"]}, 4, {"landscape"}),
     ],
 )
-def test_a_figure_that_a_study_cannot_have_is_a_sentence(science, trials, missing):
-    view = StudyView.of(study_of({"science": science}, lambda point: point["a"], trials))
+def test_a_figure_that_a_study_cannot_have_is_a_sentence(fingerprint, trials, missing):
+    view = StudyView.of(study_of({"science": fingerprint}, lambda point: point["a"], trials))
     reasons = {f.name: f.reason for f in figures(view) if isinstance(f, Missing) and "Not computed" not in f.reason}
     assert set(reasons) == {*missing, "comparison"}
     assert all(reason[0].isupper() or reason.startswith(("averaging", "1", "0")) for reason in reasons.values())

@@ -110,7 +110,7 @@ def test_an_expert_in_short_form_needs_a_task_of_its_name(tmp_path: Path) -> Non
     error = refused(tmp_path, {**SHORT, "experts": {"grey": "grey"}})
     assert "experts.grey" in str(error.where)
     assert "red, blue" in error.what
-    assert "task: null" in str(error.mend)
+    assert "task: null" in str(error.hint)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_later_overrides_win(tmp_path: Path) -> None:
 def test_an_override_that_fits_nothing_is_refused(tmp_path: Path, override: str) -> None:
     error = refused(tmp_path, {**SHORT, "search": {"trials": 3}}, override)
     assert error.where == "--set"
-    assert error.mend
+    assert error.hint
 
 
 def test_an_override_of_one_spec_does_not_reach_a_field_that_a_merge_key_shares(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_boolean_is_refused_in_every_field_but_the_one_that_is_one(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("override", "field", "mend"),
+    ("override", "field", "hint"),
     [
         ("search.enqueue=[true]", "search.enqueue.0", "number"),
         ("search.enqueue=[{red: 0.5, blue: yes}]", "search.enqueue.0.blue", "number"),
@@ -322,11 +322,11 @@ def test_a_boolean_is_refused_in_every_field_but_the_one_that_is_one(tmp_path: P
     ],
 )
 def test_what_yaml_reads_otherwise_than_it_is_written_is_refused_with_its_place(
-    tmp_path: Path, override: str, field: str, mend: str
+    tmp_path: Path, override: str, field: str, hint: str
 ) -> None:
     error = refused(tmp_path, SHORT, override)
     assert field in str(error.where)
-    assert mend in str(error.mend)
+    assert hint in str(error.hint)
 
 
 def test_numbers_may_be_written_as_yaml_reads_them(tmp_path: Path) -> None:

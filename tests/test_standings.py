@@ -22,7 +22,7 @@ from dfmerge_studies.report.renderings import (
     task_lines,
 )
 from dfmerge_studies.report.standings import Scored, largest_drop, paired_p, ranked, side_by_side, spread, standings
-from dfmerge_studies.study.comparison import Comparison, Entry
+from dfmerge_studies.study.comparison import ComparedStudy, Comparison
 from dfmerge_studies.tasks.metrics import METRICS, Metrics
 
 ACCURACY = METRICS["accuracy"]
@@ -38,13 +38,14 @@ def scores(values):
 
 def made(variant, by_seed, **more):
     return [
-        Entry(variant, seed, f"s.{variant}", scores(v), {"a": 0.5}, 3, 20, 1.5, **more) for seed, v in by_seed.items()
+        ComparedStudy(variant, seed, f"s.{variant}", scores(v), {"a": 0.5}, 3, 20, 1.5, **more)
+        for seed, v in by_seed.items()
     ]
 
 
 @pytest.fixture
 def comparison() -> Comparison:
-    lost = [Entry("ties", seed, "s.ties", error="3 trials in a row failed") for seed in (0, 1, 2)]
+    lost = [ComparedStudy("ties", seed, "s.ties", error="3 trials in a row failed") for seed in (0, 1, 2)]
     return Comparison(
         study="s",
         storage="sqlite:///s.db",

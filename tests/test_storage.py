@@ -244,7 +244,7 @@ def test_a_file_that_is_no_database_of_ours_is_refused_and_left_as_it_was(kind: 
     with pytest.raises(InputError, match=words) as caught:
         open_storage(f"sqlite:///{path}")
     assert "s.db" in str(caught.value)
-    assert caught.value.mend
+    assert caught.value.hint
     assert (path.read_bytes() if path.is_file() else None) == before
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("s.db")] == []
 

@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import found_study, open_storage
+from dfmerge_studies.storage import create_study, open_storage
 from dfmerge_studies.study.session import open_study
 from dfmerge_studies.trials.reading import results
 from tests.processes import Forked
@@ -371,7 +371,7 @@ def test_a_study_that_another_run_founds_while_this_one_looks_at_it_is_joined(pr
         return get_trials(study, **options)
 
     storage = open_storage(f"sqlite:///{project.folder}/colours.db")
-    assert found_study(storage, "colours", directions=["maximize"])
+    assert create_study(storage, "colours", directions=["maximize"])
     monkeypatch.setattr(optuna.Study, "get_trials", founded_meanwhile)
     session = open_study(StudySpec.from_yaml(project.file))
     assert looked >= looks

@@ -111,32 +111,32 @@ def _read_config(checkpoint: Checkpoint, model_class: ModelClass) -> PeftConfig:
         raise InputError(
             "this expert is a PEFT adapter and the package peft is not installed",
             where=str(checkpoint.path),
-            mend="Run: pip install peft",
+            hint="Run: pip install peft",
         ) from error
 
     file = checkpoint.path / "adapter_config.json"
     written = read_json_object(file)
     kind = written.get("peft_type")
     what = f"not the configuration of an adapter that the installed peft knows (peft_type {kind!r})"
-    mend = "Install the version of peft that the adapter was trained with, or copy the file again"
-    with reading(str(file), what, mend), quiet_transformers():
+    hint = "Install the version of peft that the adapter was trained with, or copy the file again"
+    with reading(str(file), what, hint), quiet_transformers():
         config: PeftConfig = PeftConfig.from_pretrained(str(checkpoint.path))
     kind = _kind(config)
     if config.is_prompt_learning or kind in _BESIDE_THE_WEIGHTS:
         raise InputError(
             f"an adapter of the type {kind} acts beside the weights, not in them, so it has no task vector to merge",
             where=str(file),
-            mend="Train one that adds to weights, such as LoRA",
+            hint="Train one that adds to weights, such as LoRA",
         )
     for field, why in _NOT_IN_THE_WEIGHTS.items():
         if getattr(config, field, None):
-            raise InputError(f"{field} is set: {why}", where=str(file), mend="Train the adapter without it")
+            raise InputError(f"{field} is set: {why}", where=str(file), hint="Train the adapter without it")
     if (drawn := str(getattr(config, "init_lora_weights", ""))).lower().startswith(_OF_TRAINING_ALONE):
         raise InputError(
             f"init_lora_weights is {drawn!r}: the adapter adds to weights computed when its training started, "
             "and the base does not have them",
             where=str(file),
-            mend=_CONVERT,
+            hint=_CONVERT,
         )
     _check_task_type(config, model_class, str(file))
     for field in sorted(field for field, value in written.items() if value and not hasattr(config, field)):
@@ -158,7 +158,7 @@ def _check_task_type(config: PeftConfig, model_class: ModelClass, where: str) ->
         raise InputError(
             f"task_type is {found}, but these tasks need adapters of the type {expected}",
             where=where,
-            mend="Name an adapter that was trained for such tasks, or tasks of the adapter's kind",
+            hint="Name an adapter that was trained for such tasks, or tasks of the adapter's kind",
         )
 
 
@@ -178,8 +178,8 @@ def _folded(
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
     check_adapter_config(checkpoint, model, base_file=str(base.path))
-    what, mend = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
-    with loading(where, what, mend), quiet_transformers(), private_copy(checkpoint, contents) as folder:
+    what, hint = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
+    with loading(where, what, hint), quiet_transformers(), private_copy(checkpoint, contents) as folder:
         before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
         wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
         # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
@@ -191,7 +191,7 @@ def _folded(
             raise InputError(
                 f"tensor {min(names)} of the adapter {what}",
                 where=where,
-                mend="Copy the adapter again, or name the base that it was trained on",
+                hint="Copy the adapter again, or name the base that it was trained on",
             )
     what = f"this adapter of the type {_kind(config)} cannot be folded into weights"
     with loading(where, what, "Train one that only adds to weights, such as LoRA"), quiet_transformers():
@@ -201,7 +201,7 @@ def _folded(
         loaded.missing - brought,
         where=where,
         owner=f"the adapter, nor in the base {base.path}",
-        mend="Save it with the adapter (modules_to_save), or name the base that it was trained on",
+        hint="Save it with the adapter (modules_to_save), or name the base that it was trained on",
     )
     return folded
 
@@ -241,7 +241,7 @@ def _check_drawn_alike(a: PreTrainedModel, b: PreTrainedModel, config: PeftConfi
                 "peft draws random numbers whenever this adapter is loaded, so it is another model each time "
                 f"({_kind(config)}, init_lora_weights: {getattr(config, 'init_lora_weights', None)!r}; tensor {name})",
                 where=where,
-                mend=_CONVERT,
+                hint=_CONVERT,
             )
 
 
@@ -261,5 +261,5 @@ def _adapter_classes(checkpoint: Checkpoint) -> list[str]:
     raise InputError(
         "cannot tell the number of classes: the adapter has neither a config.json with id2label nor a classifier",
         where=str(checkpoint.path),
-        mend="Train it with modules_to_save=['classifier'], or put config.json beside it",
+        hint="Train it with modules_to_save=['classifier'], or put config.json beside it",
     )

@@ -53,7 +53,7 @@ class Contents:
         """
         if self._known.setdefault(file.absolute(), digest) != digest:
             raise RunError(
-                "changed while it was being read", where=str(file), mend="Run again when nothing writes to it any more"
+                "changed while it was being read", where=str(file), hint="Run again when nothing writes to it any more"
             )
 
     def open(self, checkpoint: Checkpoint) -> None:
@@ -107,9 +107,6 @@ def model_digest(checkpoint: Checkpoint) -> str:
 def content_digest(file: Path) -> str:
     """sha256 of what a file means: of its bytes, or of a configuration without what every save writes anew.
 
-    Args:
-        file: the file to read.
-
     Raises:
         InputError: the file cannot be read.
     """
@@ -132,9 +129,6 @@ def _holds_weights(file: Path) -> bool:
 def file_digest(file: Path) -> str:
     """sha256 of a file's bytes.
 
-    Args:
-        file: the file to read.
-
     Raises:
         InputError: the file cannot be read.
     """
@@ -143,11 +137,7 @@ def file_digest(file: Path) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of the order of keys.
-
-    Args:
-        value: what `json.dumps` takes.
-    """
+    """sha256 of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

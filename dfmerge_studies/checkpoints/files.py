@@ -15,7 +15,7 @@ from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 
-_MEND = "Copy the file again"
+_HINT = "Copy the file again"
 _INDEX = ".index.json"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -35,20 +35,20 @@ def check_files(checkpoint: Checkpoint) -> None:
         InputError: naming the file.
     """
     for file in sorted(checkpoint.path.iterdir()):
-        with reading(str(file), "cannot be looked at", _MEND):
+        with reading(str(file), "cannot be looked at", _HINT):
             kind = kind_of(file)
         if kind not in (None, "", "folder"):
-            raise InputError(f"this is a {kind}, not a file", where=str(file), mend="Remove it, or put the file there")
+            raise InputError(f"this is a {kind}, not a file", where=str(file), hint="Remove it, or put the file there")
     tensors = 0
     for file in weights_files(checkpoint):
-        check_regular(file, str(file), _MEND)
+        check_regular(file, str(file), _HINT)
         if file.suffix == ".safetensors":
-            with reading(str(file), "cannot be read", _MEND), file.open("rb") as stream:
+            with reading(str(file), "cannot be read", _HINT), file.open("rb") as stream:
                 tensors += len(read_header(file, stream)[0])
     for name in ("config.json", "adapter_config.json"):
         file = checkpoint.path / name
         if file.is_file():
-            _check_numbers(read_json(file, mend=_MEND), str(file), max(tensors, _MOST_COUNTED))
+            _check_numbers(read_json(file, hint=_HINT), str(file), max(tensors, _MOST_COUNTED))
 
 
 def weights_files(checkpoint: Checkpoint) -> list[Path]:
@@ -69,24 +69,24 @@ def weights_files(checkpoint: Checkpoint) -> list[Path]:
         raise InputError(
             f"no weights in {checkpoint.path}: none of {', '.join(names)}",
             where=str(checkpoint.path),
-            mend="Name a directory that save_pretrained wrote",
+            hint="Name a directory that save_pretrained wrote",
         )
     return _shards(file) if file.name.endswith(_INDEX) else [file]
 
 
 def _shards(index: Path) -> list[Path]:
-    content = read_json(index, mend=_MEND)
+    content = read_json(index, hint=_HINT)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise InputError("not a weights index: no weight_map of file names", where=str(index), mend=_MEND)
+        raise InputError("not a weights index: no weight_map of file names", where=str(index), hint=_HINT)
     found = sorted(set(shards.values()))
     for shard in found:
         if Path(shard).name != shard:
-            raise InputError(f"the shard {shard!r} lies in another folder", where=str(index), mend=_MEND)
-        with reading(str(index), f"the shard {shard!r} cannot be looked at", _MEND):
+            raise InputError(f"the shard {shard!r} lies in another folder", where=str(index), hint=_HINT)
+        with reading(str(index), f"the shard {shard!r} cannot be looked at", _HINT):
             missing = not (index.parent / shard).is_file()
         if missing:
-            raise InputError(f"the shard {shard} that it lists is missing", where=str(index), mend=_MEND)
+            raise InputError(f"the shard {shard} that it lists is missing", where=str(index), hint=_HINT)
     return [index.with_name(shard) for shard in found]
 
 
@@ -105,5 +105,5 @@ def _check_numbers(config: Any, where: str, most: int) -> None:
             raise InputError(
                 f"{name} is {shown}, expected at most {limit}: its weights have fewer parts",
                 where=where,
-                mend="Copy the configuration that belongs to these weights",
+                hint="Copy the configuration that belongs to these weights",
             )

@@ -113,7 +113,7 @@ def _tie_again_(model: nn.Module, names: list[str], original: Tensor, where: str
                 f"{names[0]} and {name} are one tied matrix in the base, and the adapter changes only one of the two, "
                 "or both differently; folded into one matrix, it would be another model",
                 where=where,
-                mend="Train the adapter without this matrix, or on a base whose embeddings are saved untied, "
+                hint="Train the adapter without this matrix, or on a base whose embeddings are saved untied, "
                 "and name that base",
             )
         module._parameters[leaf] = first
@@ -134,5 +134,5 @@ def _check_same(live: Tensor, folded: Tensor, dtype: torch.dtype, where: str) ->
             "folded into the weights, the adapter answers otherwise than live: "
             f"the outputs on a few tokens differ by {error:.1%} of their size",
             where=where,
-            mend="An adapter of this kind cannot be merged; train one that only adds to weights, such as LoRA",
+            hint="An adapter of this kind cannot be merged; train one that only adds to weights, such as LoRA",
         )

@@ -40,7 +40,7 @@ _TRAINING = re.compile(
 _ASKED = re.compile(
     r"(^|_)(bos|cls|eos|eod|mask|pad|sep|unk)_token_id$|^(n_positions|max_position_embeddings|vocab_size)$"
 )
-_MEND = "Name the base that this expert was fine-tuned from, or the configuration that belongs to its weights"
+_HINT = "Name the base that this expert was fine-tuned from, or the configuration that belongs to its weights"
 _SAME = 1e-4  # relative error of outputs of the same weights by the same operations, in any order of sums
 # Code beside a model's own that reads its configuration.
 _SHARED_CODE = ("modeling_rope_utils", "masking_utils", "modeling_layers")
@@ -66,7 +66,7 @@ def check_same_function(base: PreTrainedModel, expert: PreTrainedModel, *, base_
         raise InputError(
             f"answers otherwise than the base {base_file} does with the same weights",
             where=expert_file,
-            mend="The two come with different code; name the base that this expert was fine-tuned from",
+            hint="The two come with different code; name the base that this expert was fine-tuned from",
         )
     name, ours, theirs = asked[0]
     raise _differs(name, ours, theirs, base_file, expert_file)
@@ -133,7 +133,7 @@ def _differs(name: str, ours: Any, theirs: Any, base_file: str, expert_file: str
     return InputError(
         f"{name} is {ours!r:.200}, but {theirs!r:.200} in {base_file}/config.json: the same weights answer otherwise",
         where=f"{expert_file}/config.json",
-        mend=_MEND,
+        hint=_HINT,
     )
 
 
@@ -192,14 +192,14 @@ def _check_buffers(base: PreTrainedModel, expert: PreTrainedModel, base_file: st
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             owner, other = (base_file, expert_file) if name in theirs else (expert_file, base_file)
-            raise InputError(f"buffer {name} is in {owner} alone, not in {other}", where=expert_file, mend=_MEND)
+            raise InputError(f"buffer {name} is in {owner} alone, not in {other}", where=expert_file, hint=_HINT)
         a, b = _common_part(ours[name], theirs[name])
         if not torch.equal(a, b):
             raise InputError(
                 f"buffer {name} differs from that of the base {base_file}, by up to "
                 f"{float((a.double() - b.double()).abs().max()):.3g}; only parameters are merged",
                 where=expert_file,
-                mend="Use experts that were trained with the base's buffers (running statistics, say) held fixed",
+                hint="Use experts that were trained with the base's buffers (running statistics, say) held fixed",
             )
 
 

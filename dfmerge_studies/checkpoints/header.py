@@ -11,7 +11,7 @@ from typing import IO, Any, TypeGuard
 from dfmerge_studies.boundary import reading
 from dfmerge_studies.errors import InputError
 
-_MEND = "Copy the file again"
+_HINT = "Copy the file again"
 _LENGTH = 8  # bytes that say how long the header is
 _LARGEST = 100_000_000  # bytes of a header, the limit of the format
 # Bits of an element, by the names of the format: https://github.com/huggingface/safetensors
@@ -24,7 +24,7 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class HeaderEntry:
     """One tensor in the header of a safetensors file.
 
     Attributes:
@@ -40,7 +40,7 @@ class Entry:
     end: int
 
 
-def read_header(file: Path, stream: IO[bytes]) -> tuple[dict[str, Entry], bytes]:
+def read_header(file: Path, stream: IO[bytes]) -> tuple[dict[str, HeaderEntry], bytes]:
     """The tensors that a safetensors file promises, in the order of their bytes.
 
     Args:
@@ -53,7 +53,7 @@ def read_header(file: Path, stream: IO[bytes]) -> tuple[dict[str, Entry], bytes]
     Raises:
         InputError: it is cut short, or no safetensors file; names the tensor at fault.
     """
-    with reading(str(file), "not a safetensors file", _MEND):
+    with reading(str(file), "not a safetensors file", _HINT):
         size = stream.seek(0, 2)
         stream.seek(0)
         head = stream.read(_LENGTH)
@@ -62,25 +62,25 @@ def read_header(file: Path, stream: IO[bytes]) -> tuple[dict[str, Entry], bytes]
         head += stream.read(length) if whole else b""
         header = json.loads(head[_LENGTH:], object_pairs_hook=_without_doubles) if whole else None
     if not isinstance(header, dict):
-        raise InputError(f"not a safetensors file, or cut short ({size} bytes)", where=str(file), mend=_MEND)
+        raise InputError(f"not a safetensors file, or cut short ({size} bytes)", where=str(file), hint=_HINT)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise InputError("its header's __metadata__ does not hold texts", where=str(file), mend=_MEND)
+        raise InputError("its header's __metadata__ does not hold texts", where=str(file), hint=_HINT)
     entries = {}
     for name, entry in header.items():
         what = _wrong_entry(entry)
         if what is not None:
-            raise InputError(f"tensor {name} in its header {what}", where=str(file), mend=_MEND)
-        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            raise InputError(f"tensor {name} in its header {what}", where=str(file), hint=_HINT)
+        entries[name] = HeaderEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end, item[0])))
     end = 0
     for name, tensor in entries.items():
         if tensor.begin != end:
             what = "overlap with another's" if tensor.begin < end else "leave a gap before them"
-            raise InputError(f"the bytes of tensor {name} {what}", where=str(file), mend=_MEND)
+            raise InputError(f"the bytes of tensor {name} {what}", where=str(file), hint=_HINT)
         end = tensor.end
     if size != len(head) + end:
-        raise InputError(f"{size} bytes where its header promises {len(head) + end}", where=str(file), mend=_MEND)
+        raise InputError(f"{size} bytes where its header promises {len(head) + end}", where=str(file), hint=_HINT)
     return entries, head
 
 

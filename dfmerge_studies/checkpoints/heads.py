@@ -27,7 +27,7 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
         raise InputError(
             f"a {kind} head ({found}); tasks of type classification pick one of several classes",
             where=str(checkpoint.path / "config.json"),
-            mend="Name an expert with a head of single-label classification",
+            hint="Name an expert with a head of single-label classification",
         )
     try:
         return tuple(str(names[number]) for number in sorted(names, key=int))
@@ -35,5 +35,5 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
         raise InputError(
             f"id2label has keys that are no class numbers: {sorted(names)}",
             where=str(checkpoint.path / "config.json"),
-            mend="Number the classes from 0",
+            hint="Number the classes from 0",
         ) from error

@@ -38,12 +38,7 @@ class InPlace:
 
     @torch.no_grad()
     def load_scaled_(self, expert: int, coefficient: float) -> None:
-        """Write theta_pre + lambda * tau[expert] into the model.
-
-        Args:
-            expert: index into `task_vectors`.
-            coefficient: lambda.
-        """
+        """Write theta_pre + lambda * tau[expert] into the model."""
         parameters = dict(self.model.named_parameters())
         deltas = self.task_vectors[expert].deltas
         for name in self.names:

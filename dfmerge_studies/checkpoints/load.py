@@ -95,13 +95,13 @@ def load_model(
         tensors = read_weights(checkpoint, contents, dtype=dtype)
         model, info = _model_of(checkpoint, model_class, tensors, dtype=dtype, **labels)
     contents.open(checkpoint)
-    where, mend = str(checkpoint.path), "Copy the checkpoint again, or name the right one"
+    where, hint = str(checkpoint.path), "Copy the checkpoint again, or name the right one"
     resized = _resized(model, info["mismatched_keys"], where, allowed=bool(classes))
     missing = frozenset(info["missing_keys"]) | resized
     if headless and model_class is ModelClass.CLASSIFICATION:
-        check_body(model, missing, where=where, owner="the weights", mend=mend)
+        check_body(model, missing, where=where, owner="the weights", hint=hint)
     else:
-        check_answers(model, missing, where=where, owner="the weights", mend=mend)
+        check_answers(model, missing, where=where, owner="the weights", hint=hint)
     return Loaded(model, missing, frozenset(info["unexpected_keys"]))
 
 
@@ -125,17 +125,17 @@ def _model_of(
     import transformers
 
     trust, where = checkpoint.trust_remote_code, str(checkpoint.path)
-    file, mend = str(checkpoint.path / "config.json"), "Copy the configuration that belongs to these weights"
-    with loading(file, "not the configuration of a model", mend):
+    file, hint = str(checkpoint.path / "config.json"), "Copy the configuration that belongs to these weights"
+    with loading(file, "not the configuration of a model", hint):
         config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust, **labels)
     auto = getattr(transformers, model_class.value)
     # On "meta", this names the class (of the checkpoint's own code, perhaps) and allocates nothing.
-    with loading(file, f"no model can be built from it as {model_class.value}", mend), torch.device("meta"):
+    with loading(file, f"no model can be built from it as {model_class.value}", hint), torch.device("meta"):
         shell = auto.from_config(config, trust_remote_code=trust)
     _check_shapes(tensors, shell, where, model_class)
     generation = _generation_config(checkpoint) if shell.can_generate() else None
-    mend = "Check that the checkpoint is complete and of the kind that the tasks need"
-    with loading(where, f"cannot be loaded as {model_class.value}", mend):
+    hint = "Check that the checkpoint is complete and of the kind that the tasks need"
+    with loading(where, f"cannot be loaded as {model_class.value}", hint):
         model, info = type(shell).from_pretrained(
             None,
             config=shell.config,
@@ -166,7 +166,7 @@ def _misfit(name: str, found: Sequence[int], expected: Sequence[int], where: str
     raise InputError(
         f"tensor {name} has shape {tuple(found)}, but {tuple(expected)} follows from its config.json",
         where=where,
-        mend="Copy the configuration that belongs to these weights",
+        hint="Copy the configuration that belongs to these weights",
     )
 
 
@@ -192,33 +192,33 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    where, mend = str(checkpoint.path), "Save the tokenizer into the model directory with tokenizer.save_pretrained"
+    where, hint = str(checkpoint.path), "Save the tokenizer into the model directory with tokenizer.save_pretrained"
     for name in _TOKENIZER_JSON:
         if (checkpoint.path / name).exists():
-            read_json(checkpoint.path / name, mend=mend)
+            read_json(checkpoint.path / name, hint=hint)
     try:
-        with loading(where, "the tokenizer cannot be loaded", mend), quiet_transformers():
+        with loading(where, "the tokenizer cannot be loaded", hint), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=checkpoint.trust_remote_code)
     except InputError:
-        _check_tokenizer_json(checkpoint.path / "tokenizer.json", mend)
+        _check_tokenizer_json(checkpoint.path / "tokenizer.json", hint)
         raise
     if not isinstance(tokenizer.model_max_length, (int, float)):
         raise InputError(
             f"model_max_length is {tokenizer.model_max_length!r}, expected a number of tokens",
             where=str(checkpoint.path / "tokenizer_config.json"),
-            mend="Correct it, or remove it where there is no limit",
+            hint="Correct it, or remove it where there is no limit",
         )
-    with reading(where, "the tokenizer fails on a text", mend):
+    with reading(where, "the tokenizer fails on a text", hint):
         tokenizer(PROBE)
     return tokenizer
 
 
-def _check_tokenizer_json(file: Path, mend: str) -> None:
+def _check_tokenizer_json(file: Path, hint: str) -> None:
     """Name the file where it alone is at fault."""
     from tokenizers import Tokenizer
 
     if file.exists():
-        with reading(str(file), "not a tokenizer", mend):
+        with reading(str(file), "not a tokenizer", hint):
             Tokenizer.from_file(str(file))
 
 
@@ -233,18 +233,18 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
 
 
 @contextmanager
-def loading(where: str, what: str, mend: str) -> Iterator[None]:
+def loading(where: str, what: str, hint: str) -> Iterator[None]:
     """`reading`, for what may come with code of its own: in modules, or in pickles.
 
     Args:
         where: the checkpoint, or a file of it.
         what: what cannot be done, as a clause.
-        mend: what the reader can do.
+        hint: what the reader can do.
 
     Raises:
         InputError: for whatever was raised.
     """
-    with reading(where, what, mend):
+    with reading(where, what, hint):
         try:
             yield
         except Exception as error:
@@ -254,13 +254,13 @@ def loading(where: str, what: str, mend: str) -> Iterator[None]:
                 raise InputError(
                     "it brings code of its own, which is not run unless you say so",
                     where=where,
-                    mend="Read that code; if you trust it, add --trust-remote-code",
+                    hint="Read that code; if you trust it, add --trust-remote-code",
                 ) from error
             if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
                 raise InputError(
                     "its .bin file holds more than plain weights; it was not unpickled, since that can run any code",
                     where=where,
-                    mend="Save it again with save_pretrained, as safetensors",
+                    hint="Save it again with save_pretrained, as safetensors",
                 ) from error
             raise
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_answers(model: PreTrainedModel, names: Iterable[str], *, where: str, owner: str, mend: str) -> None:
+def check_answers(model: PreTrainedModel, names: Iterable[str], *, where: str, owner: str, hint: str) -> None:
     """Refuse missing parts that the model's answers depend on; those that nothing depends on become zero.
 
     Args:
@@ -28,18 +28,18 @@ def check_answers(model: PreTrainedModel, names: Iterable[str], *, where: str, o
         names: parameters or buffers that no file held.
         where: the checkpoint, for messages.
         owner: what has no such part, for messages.
-        mend: what the reader can do about it.
+        hint: what the reader can do about it.
 
     Raises:
         InputError: naming one of them.
     """
     names = frozenset(names)
     if (name := _first_needed(model, names, body=False)) is not None:
-        raise InputError(_what(names, name, owner), where=where, mend=mend)
+        raise InputError(_what(names, name, owner), where=where, hint=hint)
     _zero_(model, names)
 
 
-def check_body(model: PreTrainedModel, names: Iterable[str], *, where: str, owner: str, mend: str) -> None:
+def check_body(model: PreTrainedModel, names: Iterable[str], *, where: str, owner: str, hint: str) -> None:
     """Refuse missing parts of a classifier's encoder; a head, or a pooler in front of it, may be missing.
 
     Args:
@@ -47,14 +47,14 @@ def check_body(model: PreTrainedModel, names: Iterable[str], *, where: str, owne
         names: parameters or buffers that no file held.
         where: the checkpoint, for messages.
         owner: what has no such part, for messages.
-        mend: what the reader can do about it.
+        hint: what the reader can do about it.
 
     Raises:
         InputError: naming one on which the encoder's hidden states depend.
     """
     names = frozenset(name for name in names if name.startswith(f"{model.base_model_prefix}."))
     if (name := _first_needed(model, names, body=True)) is not None:
-        raise InputError(_what(names, name, owner), where=where, mend=mend)
+        raise InputError(_what(names, name, owner), where=where, hint=hint)
 
 
 def _what(names: frozenset[str], name: str, owner: str) -> str:

@@ -41,23 +41,13 @@ def probe_inputs(model: Any, *, tokens: Sequence[int] = (), generator: bool) -> 
 
 @torch.no_grad()
 def probe_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The model's logits.
-
-    Args:
-        model: the model.
-        inputs: one of `probe_inputs`.
-    """
+    """The model's logits."""
     logits: Tensor = model(**inputs).logits
     return logits
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Distance of two outputs, relative to the size of the second, in L2; infinite where shapes differ.
-
-    Args:
-        a: one output.
-        b: the other.
-    """
+    """Distance of two outputs, relative to the size of the second, in L2; infinite where shapes differ."""
     if a.shape != b.shape:
         return float("inf")
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))

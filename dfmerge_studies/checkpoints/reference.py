@@ -53,12 +53,12 @@ class Checkpoint:
                 raise InputError(
                     f"holds {len(inner)} adapters in folders of their own: {', '.join(inner[:5])}",
                     where=str(self.path),
-                    mend=f"Name one of them, such as {self.path / inner[0]}",
+                    hint=f"Name one of them, such as {self.path / inner[0]}",
                 )
             raise InputError(
                 "there is no config.json",
                 where=str(self.path),
-                mend="Name a directory that save_pretrained wrote, with config.json and weights",
+                hint="Name a directory that save_pretrained wrote, with config.json and weights",
             )
         return read_json_object(file)
 
@@ -72,9 +72,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    content = read_json(file, mend="Copy the checkpoint again")
+    content = read_json(file, hint="Copy the checkpoint again")
     if not isinstance(content, dict):
-        raise InputError("expected a JSON object", where=str(file), mend="Copy the checkpoint again")
+        raise InputError("expected a JSON object", where=str(file), hint="Copy the checkpoint again")
     return content
 
 
@@ -97,7 +97,7 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
         path = local_path(reference, root, where)
         if not path.is_dir():
             if path.exists():
-                raise InputError(f"{path} is a file, expected a model directory", where=where, mend="Name its folder")
+                raise InputError(f"{path} is a file, expected a model directory", where=where, hint="Name its folder")
             path = _download(reference, path, where)
     checkpoint = Checkpoint(reference, path, trust_remote_code)
     _refuse_kernels(checkpoint)
@@ -107,7 +107,7 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
         raise InputError(
             f"no weights in {path}: neither safetensors nor .bin files",
             where=where,
-            mend="Name a directory that save_pretrained wrote",
+            hint="Name a directory that save_pretrained wrote",
         )
     return checkpoint
 
@@ -122,7 +122,7 @@ def _refuse_kernels(checkpoint: Checkpoint) -> None:
             raise InputError(
                 f"{name}: {named!r} fetches code, which is not run unless you say so",
                 where=str(checkpoint.path / "config.json"),
-                mend="Take the field out, or, if you trust that code, add --trust-remote-code",
+                hint="Take the field out, or, if you trust that code, add --trust-remote-code",
             )
 
 
@@ -134,17 +134,17 @@ def _package_folder(reference: str, where: str) -> Path:
         raise InputError(
             f"the Python package {module!r} that brings the model {reference!r} is not installed",
             where=where,
-            mend=f"Run: pip install {module.replace('_', '-')}",
+            hint=f"Run: pip install {module.replace('_', '-')}",
         )
     path = Path(found.submodule_search_locations[0]) / folder
     if not path.is_dir():
-        raise InputError(f"no folder {folder!r} in the package {module!r}", where=where, mend="Correct the path")
+        raise InputError(f"no folder {folder!r} in the package {module!r}", where=where, hint="Correct the path")
     return path
 
 
 def _download(reference: str, path: Path, where: str) -> Path:
     if not _HUB_ID.match(reference):
-        raise InputError(f"no such directory: {path}", where=where, mend="Correct the path")
+        raise InputError(f"no such directory: {path}", where=where, hint="Correct the path")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -157,5 +157,5 @@ def _download(reference: str, path: Path, where: str) -> Path:
         raise InputError(
             f"no directory {path}, and the Hub does not give {reference!r} ({first_line(error)})",
             where=where,
-            mend="Correct the path or the Hub id, or check the connection (HF_HUB_OFFLINE, HF_TOKEN)",
+            hint="Correct the path or the Hub id, or check the connection (HF_HUB_OFFLINE, HF_TOKEN)",
         ) from error

@@ -56,21 +56,12 @@ class Resident(InPlace):
     other_tokenizers: Mapping[str, PreTrainedTokenizerBase]
 
     def use_head_(self, task: str) -> None:
-        """Put the head of one task on the model; nothing happens for models without heads.
-
-        Args:
-            task: name of the task.
-        """
+        """Put the head of one task on the model; nothing happens for models without heads."""
         put_head_on_(self.model, self.heads.get(task, {}))
 
 
 def put_head_on_(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Replace the parameters of a model's head, which may change its number of classes.
-
-    Args:
-        model: the model.
-        head: parameters by their full names.
-    """
+    """Replace the parameters of a model's head, which may change its number of classes."""
     for name, tensor in head.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -194,7 +185,7 @@ def _load_expert(
             raise InputError(
                 f"tensor {min(odd)} has no place in this architecture and does not exist in the base {base.path}",
                 where=str(checkpoint.path),
-                mend="It would be lost in a merge: fold it into the weights, or name another expert",
+                hint="It would be lost in a merge: fold it into the weights, or name another expert",
             )
     return loaded
 
@@ -227,5 +218,5 @@ def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:
         raise InputError(
             f"a model of type {ours!r}, but the base {base.path} is {theirs!r}",
             where=str(checkpoint.path / "config.json"),
-            mend="Only experts fine-tuned from the base can be merged into it",
+            hint="Only experts fine-tuned from the base can be merged into it",
         )

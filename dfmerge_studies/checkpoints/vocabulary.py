@@ -46,11 +46,11 @@ def reads_alike(
             f"another tokenizer than the base {base_file}: {len(ours)} and {len(theirs)} tokens, "
             f"{odd!r} for one is not in both or has another id",
             where=expert_file,
-            mend=MEND,
+            hint=MEND,
         )
     if list(expert(PROBE)["input_ids"]) != list(base(PROBE)["input_ids"]):
         raise InputError(
-            f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, mend=MEND
+            f"splits text otherwise than the tokenizer of the base {base_file}", where=expert_file, hint=MEND
         )
     workings = _workings(base)
     return workings is not None and ours == theirs and _workings(expert) == workings

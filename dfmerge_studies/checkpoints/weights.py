@@ -121,32 +121,32 @@ def _read_safetensors(file: Path, stream: IO[bytes], digest: _Hash, dtype: torch
             raise InputError(
                 f"tensor {name} is of type {entry.dtype!r}, which cannot be merged",
                 where=str(file),
-                mend=f"Save the model as one of {', '.join(_DTYPES)}",
+                hint=f"Save the model as one of {', '.join(_DTYPES)}",
             )
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         view: memoryview = data.numpy().data
         if stream.readinto(view) != len(view):  # type: ignore[attr-defined]  # of every buffered reader
-            raise InputError(f"cut short in tensor {name}", where=str(file), mend=_COPY)
+            raise InputError(f"cut short in tensor {name}", where=str(file), hint=_COPY)
         digest.update(view)
         tensor = data.view(kind).reshape(entry.shape)
         widen = kind in _WIDENED and torch.promote_types(kind, dtype) == dtype
         tensors[name] = tensor.to(dtype) if widen else tensor
     if stream.read(1):
-        raise InputError("has more bytes than its header promises", where=str(file), mend=_COPY)
+        raise InputError("has more bytes than its header promises", where=str(file), hint=_COPY)
     return tensors
 
 
 def _unpickled(file: Path, data: bytes) -> dict[str, Tensor]:
     """The weights of a pickle; nothing in it is run (torch's `weights_only`)."""
-    mend = "Save the model again with save_pretrained, as safetensors"
+    hint = "Save the model again with save_pretrained, as safetensors"
     try:
         content: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             "holds more than plain weights; it was not unpickled, since that can run any code",
             where=str(file),
-            mend=mend,
+            hint=hint,
         ) from error
     if not isinstance(content, Mapping) or not all(isinstance(each, Tensor) for each in content.values()):
-        raise InputError("holds something else than tensors by name", where=str(file), mend=mend)
+        raise InputError("holds something else than tensors by name", where=str(file), hint=hint)
     return dict(content)

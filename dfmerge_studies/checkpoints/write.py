@@ -44,15 +44,15 @@ def check_target(out: Path, *, force: bool, mark: str = PROVENANCE) -> None:
         raise InputError(
             f"{out} exists already",
             where="--out",
-            mend="Choose another directory, or add --force if this program wrote that one",
+            hint="Choose another directory, or add --force if this program wrote that one",
         )
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", where="--out", mend="Choose a directory")
+        raise InputError(f"{out} is a file", where="--out", hint="Choose a directory")
     if out.exists():
         _refuse_foreign(out, mark)
     parent = next(parent for parent in out.absolute().parents if parent.exists())
     if not parent.is_dir():
-        raise InputError(f"{parent} is a file", where="--out", mend="Choose another directory")
+        raise InputError(f"{parent} is a file", where="--out", hint="Choose another directory")
 
 
 def _refuse_foreign(out: Path, mark: str) -> None:
@@ -68,7 +68,7 @@ def _refuse_foreign(out: Path, mark: str) -> None:
         raise InputError(
             f"{out} is not a model directory that this program wrote: it has no {mark} of ours",
             where="--out",
-            mend="Choose another directory",
+            hint="Choose another directory",
         )
     written = content.get(FILES)
     for name in found:
@@ -78,7 +78,7 @@ def _refuse_foreign(out: Path, mark: str) -> None:
             raise InputError(
                 f"{out} holds {name}, which no export wrote",
                 where="--out",
-                mend="Move it away, or choose another directory",
+                hint="Move it away, or choose another directory",
             )
 
 
@@ -156,7 +156,7 @@ def write_model(
         _move_into_place(temporary, out)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         raise RunError(
-            f"cannot be written: {first_line(error)}", where=str(out), mend="Free space or choose another place"
+            f"cannot be written: {first_line(error)}", where=str(out), hint="Free space or choose another place"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -164,9 +164,6 @@ def write_model(
 
 def read_classes(file: Path) -> tuple[str, ...]:
     """Names of the classes of a head that `write_model` wrote; nothing where it kept none.
-
-    Args:
-        file: in the `heads` folder.
 
     Raises:
         InputError: it is no such file.
@@ -177,7 +174,7 @@ def read_classes(file: Path) -> tuple[str, ...]:
         with safe_open(file, framework="pt") as head:
             return tuple(json.loads((head.metadata() or {}).get(CLASSES, "[]")))
     except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"not readable: {first_line(error)}", where=str(file), mend="Export it again") from error
+        raise InputError(f"not readable: {first_line(error)}", where=str(file), hint="Export it again") from error
 
 
 def _move_into_place(temporary: Path, out: Path) -> None:

@@ -29,7 +29,9 @@ from dfmerge_studies.errors import DFMergeError, InputError
 from dfmerge_studies.ranks import launched, launched_rank
 from dfmerge_studies.redact import masked_text
 
-SHARED = frozenset({"run", "merge", "fisher", "evaluate", "export"})  # commands whose work launched processes share
+_SHARED_WORK = frozenset(
+    {"run", "merge", "fisher", "evaluate", "export"}
+)  # commands whose work launched processes share
 
 app = typer.Typer(
     help="Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies.",
@@ -76,7 +78,7 @@ def _usage(error: typer.BadParameter) -> InputError:
     """A wrong command line as one message, as all other errors are."""
     message = " ".join(error.format_message().split())
     path = error.ctx.command_path if error.ctx is not None else "dfmerge"
-    return InputError(f"{message[0].lower()}{message[1:]}", mend=f"'{path} -h' lists what there is")
+    return InputError(f"{message[0].lower()}{message[1:]}", hint=f"'{path} -h' lists what there is")
 
 
 @app.callback()
@@ -89,10 +91,10 @@ def _root(
 ) -> None:
     """Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies."""
     command = context.invoked_subcommand
-    if launched() > 1 and command not in SHARED:
+    if launched() > 1 and command not in _SHARED_WORK:
         raise InputError(
             f"{command} is work for one process, but a launcher started {launched()}",
-            mend="Start it without accelerate launch or torchrun",
+            hint="Start it without accelerate launch or torchrun",
         )
     terminal.check_working_directory()
 

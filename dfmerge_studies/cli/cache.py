@@ -80,7 +80,7 @@ def prune(
     try:
         limit = parse_size(keep)
     except ValueError as error:
-        raise InputError(str(error), where="--keep", mend="Correct the size") from error
+        raise InputError(str(error), where="--keep", hint="Correct the size") from error
     with _reachable(_open(spec, cache)) as opened:
         deleted = opened.prune(limit)
     if json:
@@ -138,7 +138,7 @@ def _reachable(cache: FisherCache) -> Iterator[FisherCache]:
         raise RunError(
             f"the cache cannot be reached: {first_line(error)}",
             where=cache.location,
-            mend="Check the place and the credentials",
+            hint="Check the place and the credentials",
         ) from error
 
 
@@ -156,7 +156,7 @@ def _open(spec: Path | None, cache: str | None) -> FisherCache:
     settings = common.load_spec(spec, cache=cache)
     opened = spec_cache(settings)
     if opened is None:
-        raise InputError("the spec has no cache", where=settings.where("cache"), mend="Name one with --cache")
+        raise InputError("the spec has no cache", where=settings.where("cache"), hint="Name one with --cache")
     return opened
 
 

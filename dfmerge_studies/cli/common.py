@@ -107,13 +107,7 @@ def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: st
 def examine_spec(
     file: Path | None, overrides: list[str] | None = None, **flags: str | int | None
 ) -> Examined[StudySpec]:
-    """All that is wrong with the spec of a command line, and what is left of it.
-
-    Args:
-        file: as for `load_spec`.
-        overrides: values of `--set`.
-        **flags: as for `load_spec`.
-    """
+    """All that is wrong with the spec of a command line, and what is left of it."""
     from dfmerge_studies.spec import StudySpec
 
     return StudySpec.examine(*_spec_arguments(file, overrides, flags), workdir=_workdir(file))
@@ -133,12 +127,7 @@ def _workdir(file: Path | None) -> Path | None:
 
 
 def trusting(overrides: list[str] | None, trust: bool) -> list[str]:
-    """Overrides with the flag that lets foreign code run among them, so that later commands get it too.
-
-    Args:
-        overrides: values of `--set`.
-        trust: whether `--trust-remote-code` was given.
-    """
+    """Overrides with the flag that lets foreign code run among them, so that later commands get it too."""
     return [*(overrides or []), *(["trust_remote_code=true"] if trust else [])]
 
 
@@ -173,9 +162,6 @@ def join_ranks(spec: StudySpec) -> Ranks:
     """Join the processes that a launcher started together with this one; one process by itself is one rank.
 
     Only the leader returns.  The others work for it, print nothing, and end when it does.
-
-    Args:
-        spec: names the device.
     """
     from dfmerge_studies.ranks import SOLO, Group, launched
 
@@ -253,9 +239,5 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def example(text: str) -> str:
-    """An example as the last lines of a command's help.
-
-    Args:
-        text: the command line.
-    """
+    """An example as the last lines of a command's help."""
     return f"\b\nExample:\n  {text}"

@@ -55,9 +55,9 @@ def compare(
 ) -> None:
     """Run what is missing of the methods' studies, and print them side by side."""
     if json + csv + latex > 1:
-        raise InputError("--json, --csv and --latex cannot be used together", where="compare", mend="Choose one")
+        raise InputError("--json, --csv and --latex cannot be used together", where="compare", hint="Choose one")
     if ablation and methods is not None:
-        raise InputError("--ablation names its methods itself", where="--methods", mend="Leave one of the two out")
+        raise InputError("--ablation names its methods itself", where="--methods", hint="Leave one of the two out")
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(
         spec, overrides, storage=storage, device=device, cache=cache, multi_task=_model(multi_task)

@@ -33,7 +33,7 @@ def status(
 ) -> None:
     """Trials by state, the best so far, per-task scores, workers alive, speed and time left."""
     if isnan(every):
-        raise InputError("nan is no number of seconds", where="--every", mend="Give a number")
+        raise InputError("nan is no number of seconds", where="--every", hint="Give a number")
     settings = common.load_spec(spec, overrides, storage=storage)
     common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()

@@ -177,7 +177,7 @@ def export(
 ) -> None:
     """Write the best trial, or a given one, as a model directory that from_pretrained loads."""
     if out is None:
-        raise InputError("nothing says where to write", where="--out", mend="Add --out DIR")
+        raise InputError("nothing says where to write", where="--out", hint="Add --out DIR")
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
     from dfmerge_studies.report.outputs import model_target
@@ -214,7 +214,7 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
     where = "--coefficients"
     if text is None:
         if spec.row.coefficients is not Coefficients.FIXED:
-            raise InputError(f"the method {spec.method!r} needs coefficients", where=where, mend="Give one per expert")
+            raise InputError(f"the method {spec.method!r} needs coefficients", where=where, hint="Give one per expert")
         return fixed_coefficients(list(spec.experts))
     point: dict[str, float] = {}
     for part in text.split(","):
@@ -222,8 +222,8 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
         try:
             number = float(value)
         except ValueError as error:
-            raise InputError(f"{part!r} is not NAME=NUMBER", where=where, mend="Write e.g. a=0.4,b=0.9") from error
+            raise InputError(f"{part!r} is not NAME=NUMBER", where=where, hint="Write e.g. a=0.4,b=0.9") from error
         if name.strip() in point:
-            raise InputError(f"{name.strip()!r} is given twice", where=where, mend="Give it once")
+            raise InputError(f"{name.strip()!r} is given twice", where=where, hint="Give it once")
         point.update({name.strip(): number} if sign else dict.fromkeys(spec.experts, number))
     return check_coefficients(spec, point, where, bounds=coefficient_range(spec.row, spec.search.bounds))

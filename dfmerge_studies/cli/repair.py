@@ -31,7 +31,7 @@ def repair(
     temporary files that are older than an hour, and deletes studies whose first start was killed.
     """
     if retry_failed and not apply:
-        raise InputError("--retry-failed changes the study", mend="Give --apply as well")
+        raise InputError("--retry-failed changes the study", hint="Give --apply as well")
     settings = common.load_spec(spec, overrides, storage=storage)
     common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()
@@ -62,7 +62,7 @@ def repair(
         if apply:
             for study in studies:
                 folder = outbox_folder(settings.workdir, url, study.study_name)
-                done = repairs.mend(study, folder, failures=retry_failed)
+                done = repairs.hint(study, folder, failures=retry_failed)
                 mended = {what: count + done[what] for what, count in mended.items()}
             deleted = repairs.delete_unfinished(
                 [s for s, report in zip(studies, reports, strict=True) if report.unfinished]

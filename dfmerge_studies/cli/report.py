@@ -121,7 +121,7 @@ def _names(figures: str | None) -> list[str]:
             raise InputError(
                 f"there is no figure {name!r}",
                 where="--figures",
-                mend=did_you_mean(name, FIGURES) or f"Figures: {', '.join(FIGURES)}",
+                hint=did_you_mean(name, FIGURES) or f"Figures: {', '.join(FIGURES)}",
             )
     return names
 
@@ -130,4 +130,4 @@ def _shares(ratios: str) -> list[float]:
     try:
         return [float(share) for share in ratios.split(",")]
     except ValueError:
-        raise InputError(f"{ratios!r} is no list of numbers", where="--ratios", mend="For instance 0.1,0.5,1") from None
+        raise InputError(f"{ratios!r} is no list of numbers", where="--ratios", hint="For instance 0.1,0.5,1") from None

@@ -51,13 +51,13 @@ def run(
     """Create the study or join it, and work until its total of trials is reached."""
     if trials is not None and add is not None:
         raise InputError(
-            "--trials and --add cannot be used together", where="--add", mend="Give the total, or what to add to it"
+            "--trials and --add cannot be used together", where="--add", hint="Give the total, or what to add to it"
         )
     if workers > 1 and launched() > 1:
         raise InputError(
             f"--workers cannot be used in a group of {launched()} launched processes, which are one worker together",
             where="--workers",
-            mend="Leave it out, or start run without accelerate launch or torchrun",
+            hint="Leave it out, or start run without accelerate launch or torchrun",
         )
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(

@@ -88,7 +88,7 @@ class _Guarded:
 def _unwritten(error: OSError) -> BaseException:
     if isinstance(error, BrokenPipeError):  # a reader such as `head` that has enough needs no word
         return SystemExit(1)
-    return RunError(f"cannot be written: {first_line(error)}", where="standard output", mend="Send it to another place")
+    return RunError(f"cannot be written: {first_line(error)}", where="standard output", hint="Send it to another place")
 
 
 def _to_nowhere(number: int) -> None:
@@ -109,41 +109,28 @@ def check_working_directory() -> None:
         Path.cwd()
     except OSError as error:
         raise InputError(
-            "the working directory does not exist any more", mend="Change to a folder that does"
+            "the working directory does not exist any more", hint="Change to a folder that does"
         ) from error
 
 
 def unforeseen(error: BaseException) -> DFMergeError:
-    """What to say of an error that no boundary has translated.
-
-    Args:
-        error: what was raised.
-    """
+    """What to say of an error that no boundary has translated."""
     if isinstance(error, OSError):
         where = str(error.filename) if error.filename is not None else None
         reason = first_line(OSError(error.errno, error.strerror)) if error.strerror else first_line(error)
-        return RunError(reason, where=where, mend="Check the path, its permissions and its disk")
+        return RunError(reason, where=where, hint="Check the path, its permissions and its disk")
     return out_of_memory(error) or RunError(
-        f"this was not foreseen: {first_line(error)}", mend="Run again with --debug for the traceback, and report it"
+        f"this was not foreseen: {first_line(error)}", hint="Run again with --debug for the traceback, and report it"
     )
 
 
 def say(text: str, *, end: str = "\n") -> None:
-    """Print a line on standard output.
-
-    Args:
-        text: the line.
-        end: what follows it.
-    """
+    """Print a line on standard output."""
     print(printable(text), end=end, flush=True)
 
 
 def warn(text: str) -> None:
-    """Print a line on standard error.
-
-    Args:
-        text: the line.
-    """
+    """Print a line on standard error."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
@@ -167,12 +154,8 @@ def _finite(value: Any) -> Any:
 
 
 def problems_json(problems: Iterable[DFMergeError]) -> list[dict[str, str | None]]:
-    """Errors as `--json` shows them.
-
-    Args:
-        problems: the errors.
-    """
-    return [{"where": p.where, "what": p.what, "mend": p.mend} for p in problems]
+    """Errors as `--json` shows them."""
+    return [{"where": p.where, "what": p.what, "mend": p.hint} for p in problems]
 
 
 def output() -> Console:

@@ -32,20 +32,14 @@ def worker() -> None:
         try:
             done = serve(orders, say)
         except DFMergeError as error:
-            say("error", what=error.what, where=error.where, mend=error.mend, exit_code=error.exit_code)
+            say("error", what=error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
             raise typer.Exit(error.exit_code) from None
     if not done:
         raise typer.Exit(130)
 
 
 def total_of(plan: Plan, trials: int | None, add: int | None) -> int:
-    """The total that a command line means, so that all its workers mean the same; a study that is there is told.
-
-    Args:
-        plan: of what to study.
-        trials: value of `--trials`.
-        add: value of `--add`.
-    """
+    """The total that a command line means, so that all its workers mean the same; a study that is there is told."""
     from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 
     study = plan.study_if_any()
@@ -59,12 +53,7 @@ def total_of(plan: Plan, trials: int | None, add: int | None) -> int:
 
 
 def is_complete(plan: Plan, total: int) -> bool:
-    """Whether a study and its baselines have all their trials, so that no worker is needed.
-
-    Args:
-        plan: of what to study.
-        total: of the study itself.
-    """
+    """Whether a study and its baselines have all their trials, so that no worker is needed."""
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.variants import baseline_specs
     from dfmerge_studies.trials.reading import counts
@@ -117,11 +106,7 @@ class _Display:
         self._specs = {each.name: each for each in (spec, *baseline_specs(spec))}
 
     def notice(self, notice: Notice) -> None:
-        """Show one notice.
-
-        Args:
-            notice: of a worker.
-        """
+        """Show one notice."""
         from dfmerge_studies.trials.results import Event
 
         who, content = f"worker {notice.worker}", notice.content

@@ -63,7 +63,7 @@ def check_names(model: nn.Module, names: Collection[str]) -> None:
     parameters = dict(model.named_parameters())
     for name in names:
         if name not in parameters:
-            raise InputError(f"the model has no parameter {name}", mend="Use the names of named_parameters()")
+            raise InputError(f"the model has no parameter {name}", hint="Use the names of named_parameters()")
         if not parameters[name].is_floating_point():
             raise InputError("a parameter of integers has no gradient", where=f"parameter {name}")
 
@@ -81,7 +81,7 @@ def refuse_unused(names: Collection[str]) -> None:
         raise InputError(
             f"the model does not use {len(names)} of the parameters whose importance is wanted, "
             f"so they have no Fisher information: {', '.join(sorted(names)[:5])}",
-            mend="Leave them out of the merge, or use the class of model that uses them",
+            hint="Leave them out of the merge, or use the class of model that uses them",
         )
 
 
@@ -378,6 +378,6 @@ class _OutsideUses(TorchFunctionMode):
                     f"{type(self.model).__name__} uses the parameter outside the module that owns it "
                     f"(in {getattr(func, '__name__', func)}), where its gradient cannot be seen",
                     where=f"parameter {self.name_of[id(tensor)]}",
-                    mend="Leave it out of the merge, or use a model without such a module",
+                    hint="Leave it out of the merge, or use a model without such a module",
                 )
         return result

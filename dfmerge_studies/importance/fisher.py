@@ -93,7 +93,7 @@ def diagonal_fisher(
     if names is None:
         names = [name for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
         if not names:
-            raise InputError("no parameter of the model requires a gradient", mend="Give names=[...]")
+            raise InputError("no parameter of the model requires a gradient", hint="Give names=[...]")
     capture, weigh = Capture(model, names), _Weigher(weights)
 
     def run(batch: Batch) -> None:
@@ -103,7 +103,7 @@ def diagonal_fisher(
             raise InputError(f"forward gave {len(losses)} losses for a batch of {number} rows")
         if capture.visited and not losses.requires_grad:
             raise InputError(
-                "the losses carry no gradient", where="forward", mend="Leave out torch.no_grad(), detach() and item()"
+                "the losses carry no gradient", where="forward", hint="Leave out torch.no_grad(), detach() and item()"
             )
 
     each_batch(capture, inputs, run)
@@ -170,7 +170,7 @@ class _Weigher:
             raise RunError(
                 "a loss is not finite",
                 where=f"row {int((~finite).long().argmax())} of a batch",
-                mend="The weights, or the precision they are run in, overflow",
+                hint="The weights, or the precision they are run in, overflow",
             )
         weights = self._of(losses, batch)
         self.total += float(weights.double().sum())
@@ -194,7 +194,7 @@ class _Weigher:
             raise InputError(
                 f"weights of shape {tuple(weights.shape)} for losses of shape {tuple(losses.shape)}",
                 where="weights",
-                mend="Give one weight per loss",
+                hint="Give one weight per loss",
             )
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise InputError("a weight is negative or not finite", where="weights")
@@ -206,13 +206,13 @@ class _Weigher:
             raise InputError(
                 f"{torch.as_tensor(self._given).numel()} weights for {self._used} losses",
                 where="weights",
-                mend="Give one weight per loss",
+                hint="Give one weight per loss",
             )
         if self.total <= 0:
             raise InputError(
                 "there are no rows to compute the Fisher information from, or all of their weights are 0",
                 where="inputs",
-                mend="Check that the batches are not used up: a generator gives them only once",
+                hint="Check that the batches are not used up: a generator gives them only once",
             )
 
 
@@ -223,6 +223,6 @@ def _checked(losses: Any) -> Tensor:
         raise InputError(
             f"forward gave {found}, not one loss per row",
             where="forward",
-            mend='Return a tensor of shape (rows,), from a loss with reduction="none": a mean has lost its rows',
+            hint='Return a tensor of shape (rows,), from a loss with reduction="none": a mean has lost its rows',
         )
     return losses

@@ -64,7 +64,7 @@ class Call:
         return Unseparable(
             f"the Fisher information of {type(self.module).__name__} cannot be computed exactly in batches: {why}",
             where=f"module {self.path}",
-            mend="Leave its parameters out of the merge, or use a model without such a module",
+            hint="Leave its parameters out of the merge, or use a model without such a module",
         )
 
     def check_unchanged(self) -> None:
@@ -79,21 +79,12 @@ def tensors_of(*trees: Any) -> list[Tensor]:
 
 
 def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Version counters of the tensors among a module's inputs.
-
-    Args:
-        args: positional inputs, possibly nested.
-        kwargs: keyword inputs, possibly nested.
-    """
+    """Version counters of the tensors among a module's inputs."""
     return [tensor._version for tensor in tensors_of(args, kwargs)]
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether the module's gradients have a formula; the others are run again.
-
-    Args:
-        module: any module.
-    """
+    """Whether the module's gradients have a formula; the others are run again."""
     return _formula(module) is not None
 
 

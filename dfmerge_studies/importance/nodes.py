@@ -142,9 +142,6 @@ class Mask:
 def masks_of(model: nn.Module) -> list[Mask]:
     """The masks of a model, in its order.
 
-    Args:
-        model: the model.
-
     Raises:
         InputError: the model has layers of a class without a row in `LAYERS`, or built otherwise than its row says.
     """
@@ -206,7 +203,7 @@ def _refusal(module: nn.Module, why: str, where: str) -> InputError:
     return InputError(
         f"the mask nodes of {type(module).__name__} are not known: {why}",
         where=f"module {where}",
-        mend=f"Use the estimator exact or sampled; mask-nodes knows the layers {', '.join(names)}",
+        hint=f"Use the estimator exact or sampled; mask-nodes knows the layers {', '.join(names)}",
     )
 
 

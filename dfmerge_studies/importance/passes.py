@@ -163,7 +163,7 @@ def _chosen(job: Job, chunk: Sequence[int], p: Tensor) -> Tensor:
             label = job.examples[i].label
             if label is None:
                 where = f"row {job.examples[i].index}"
-                raise InputError("the empirical estimator needs labels", where=where, mend="Give doc_to_target")
+                raise InputError("the empirical estimator needs labels", where=where, hint="Give doc_to_target")
             labels.append(label)
         return torch.tensor(labels, device=p.device)
     edges = p.double().cumsum(1)
@@ -208,5 +208,5 @@ def check_finite(values: Tensor, examples: Sequence[Encoded]) -> None:
         raise RunError(
             "the model's loss is not finite",
             where=f"row {example.index}",
-            mend="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
+            hint="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
         )

@@ -87,7 +87,7 @@ def _gradients(
             raise
         raise InputError(
             f"{type(model).__name__} cannot be differentiated: {first_line(error)}",
-            mend="Use a method without importance, such as gta, or another model",
+            hint="Use a method without importance, such as gta, or another model",
         ) from error
 
 

@@ -87,9 +87,9 @@ def task_fisher(
         RunError: a loss is not finite.
     """
     if estimator not in set(Estimator):
-        raise InputError(f"unknown estimator {estimator!r}", mend=f"Use one of {', '.join(Estimator)}")
+        raise InputError(f"unknown estimator {estimator!r}", hint=f"Use one of {', '.join(Estimator)}")
     if not examples:
-        raise InputError("there are no inputs to compute the Fisher information from", mend="Check samples and limit")
+        raise InputError("there are no inputs to compute the Fisher information from", hint="Check samples and limit")
     if names is None:
         names = float_parameters(model)
     drawn = Estimator(estimator).draws
@@ -202,7 +202,7 @@ def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
         InputError: there is no generator.
     """
     if generator is None:
-        raise InputError("this estimator draws choices and needs a random generator", mend="Pass one, seeded")
+        raise InputError("this estimator draws choices and needs a random generator", hint="Pass one, seeded")
     return torch.rand(inputs, generator=generator, dtype=torch.float64)
 
 

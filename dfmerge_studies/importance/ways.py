@@ -33,11 +33,6 @@ _batched: WeakKeyDictionary[nn.Module, dict[tuple[str, frozenset[str]], bool]] =
 def can_batch(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, Tensor]]) -> bool:
     """Whether batched sums of this model's squared gradients are those of its rows.
 
-    Args:
-        job: model and inputs.
-        names: names of the wanted parameters.
-        sums: the batched way.
-
     Raises:
         InputError: the model cannot be differentiated row by row either.
         RunError: a loss is not finite, or memory ran out.

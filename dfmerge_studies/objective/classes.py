@@ -30,13 +30,7 @@ def classes_of_experts(spec: StudySpec, experts: Mapping[str, Checkpoint]) -> di
 
 
 def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:
-    """The class that the task's metric counts, as a label; None where the metric has none.
-
-    Args:
-        spec: names it.
-        task: name of the task.
-        classes: of the heads.
-    """
+    """The class that the task's metric counts, as a label; None where the metric has none."""
     settings = spec.tasks[task]
     index, names = settings.positive_class(), settings.doc_to_choice
     if index is None or task not in classes or not isinstance(names, list):

@@ -33,7 +33,7 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
         raise InputError(
             "the models and data in memory are those of another spec",
             where=spec.where(odd[0]),
-            mend="Load this spec's own with load_problem",
+            hint="Load this spec's own with load_problem",
         )
     redraw = _drawn_by(spec) != _drawn_by(problem.spec)
     wanted = indices or (read_indices(spec) if redraw else problem.fisher_indices())

@@ -117,7 +117,7 @@ def _evaluate(
             missing - head.keys(),
             where=str(checkpoint.path),
             owner=f"the weights, nor in the head of the task {task}",
-            mend="Copy the checkpoint again, or name the right one",
+            hint="Copy the checkpoint again, or name the right one",
         )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
@@ -174,7 +174,7 @@ def _heads(
             raise InputError(
                 f"neither {file} nor an expert brings a classification head for this task",
                 where=spec.where(f"tasks.{task}"),
-                mend="Add an expert with this task, or remove the task",
+                hint="Add an expert with this task, or remove the task",
             )
         heads[task] = _expert_head(found.experts[owner], found.base, dtype)
     return heads

@@ -20,10 +20,6 @@ from dfmerge_studies.tasks.sampling import torch_generator
 def check_importance(problem: Problem, method: Method) -> Estimator:
     """The estimator of a method's importance, which must know the model's layers if it works by layers.
 
-    Args:
-        problem: the loaded spec.
-        method: row of the method table.
-
     Raises:
         InputError: naming the layers that it does not know.
     """
@@ -108,13 +104,7 @@ class Importances:
         return self._by_parameter(kept, names), False
 
     def key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
-        """Identity of a Fisher.
-
-        Args:
-            index: position of the expert.
-            coefficient: lambda.
-            names: parameters.
-        """
+        """Identity of a Fisher."""
         problem, settings = self.problem, self.problem.spec.importance
         expert = problem.experts[index]
         labelled = self.estimator is Estimator.EMPIRICAL

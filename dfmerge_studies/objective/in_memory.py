@@ -169,7 +169,7 @@ class ModelMerger(Generic[Model]):
         for expert in self.experts if importance else ():
             if expert not in importance:
                 raise InputError(
-                    f"nothing for the expert {expert!r}", where="importance", mend="Give all experts' or none"
+                    f"nothing for the expert {expert!r}", where="importance", hint="Give all experts' or none"
                 )
         return [self._checked(importance[expert], expert) for expert in self.experts if importance]
 
@@ -187,7 +187,7 @@ class ModelMerger(Generic[Model]):
                 raise InputError(
                     f"the method {self.method.name!r} needs coefficients",
                     where="coefficients",
-                    mend=f"Give one for each of {', '.join(self.experts)}, or one number for all",
+                    hint=f"Give one for each of {', '.join(self.experts)}, or one number for all",
                 )
             return fixed_coefficients(self.experts)
         point = dict(given) if isinstance(given, Mapping) else dict.fromkeys(self.experts, given)
@@ -196,9 +196,6 @@ class ModelMerger(Generic[Model]):
 
     def merge_(self, point: Point) -> dict[str, float]:
         """Write the merge at a point into the model.
-
-        Args:
-            point: coefficients and parameters.
 
         Returns:
             Seconds by phase: fisher, merge.
@@ -258,7 +255,7 @@ class ModelMerger(Generic[Model]):
                 raise InputError(
                     f"{what} for the parameter {name}, which has shape {shape}",
                     where=where,
-                    mend="Give a tensor for every parameter that an expert changed, or leave it out with exclude=[...]",
+                    hint="Give a tensor for every parameter that an expert changed, or leave it out with exclude=[...]",
                 )
             if bool((value < 0).any()):
                 raise InputError(f"a negative value for the parameter {name}", where=where)
@@ -277,26 +274,26 @@ def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Meth
     if name is None:
         name = "gta" if importance is None else "df-merge" if callable(importance) else "df-merge-static"
     if name not in METHODS:
-        mend = did_you_mean(name, METHODS) or f"Use one of {', '.join(METHODS)}"
-        raise InputError(f"there is no method {name!r}", where="method", mend=mend)
+        hint = did_you_mean(name, METHODS) or f"Use one of {', '.join(METHODS)}"
+        raise InputError(f"there is no method {name!r}", where="method", hint=hint)
     method = METHODS[name]
     if method.estimator is not None:
         raise InputError(
-            f"{name!r} computes its importance from the tasks of a spec", where="method", mend="Use fisher, or a spec"
+            f"{name!r} computes its importance from the tasks of a spec", where="method", hint="Use fisher, or a spec"
         )
     if method.importance is Importance.UNIFORM and importance is not None:
-        raise InputError(f"the method {name!r} has no importance", where="importance", mend="Leave one of them out")
+        raise InputError(f"the method {name!r} has no importance", where="importance", hint="Leave one of them out")
     if method.importance is not Importance.UNIFORM and importance is None:
         raise InputError(
             f"the method {name!r} needs an importance",
             where="importance",
-            mend="Give a function from a model and an expert's name to a call of diagonal_fisher",
+            hint="Give a function from a model and an expert's name to a call of diagonal_fisher",
         )
     if method.importance is Importance.AT_SCALED_EXPERT and not callable(importance):
         raise InputError(
             f"the method {name!r} computes its importance anew at every coefficient",
             where="importance",
-            mend="Give a function, or use df-merge-static",
+            hint="Give a function, or use df-merge-static",
         )
     return method
 
@@ -316,12 +313,12 @@ def _in_place(base: nn.Module, model: nn.Module, experts: Experts, exclude: Sequ
         try:
             align(theta_pre, theta, base_file="in memory", expert_file=f"expert {expert!r}")
         except InputError as error:
-            mend = f"{error.mend}. Heads that every expert has for itself are left out with exclude=[...]"
-            raise InputError(error.what, where=error.where, mend=mend) from None
+            hint = f"{error.hint}. Heads that every expert has for itself are left out with exclude=[...]"
+            raise InputError(error.what, where=error.where, hint=hint) from None
         vectors.append(task_vector(expert, theta_pre, theta))
     names = changed_names(vectors, theta_pre)
     if not names:
-        raise InputError("no expert differs from the base", where="experts", mend="Give the fine-tuned models")
+        raise InputError("no expert differs from the base", where="experts", hint="Give the fine-tuned models")
     model.requires_grad_(False)
     return InPlace(model, {name: theta_pre[name] for name in names}, vectors, names)
 
@@ -335,7 +332,7 @@ def _parameters(given: nn.Module | Mapping[str, Tensor], expert: str, base: nn.M
     if isinstance(given, nn.Module):
         if hasattr(given, "peft_config") and hasattr(given, "merge_and_unload"):
             raise InputError(
-                "a model with adapters", where=f"expert {expert!r}", mend="Give what its merge_and_unload() returns"
+                "a model with adapters", where=f"expert {expert!r}", hint="Give what its merge_and_unload() returns"
             )
         return {name: p.detach() for name, p in float_parameters(given).items()}
     ours = float_parameters(base)
@@ -356,7 +353,7 @@ def finite_scores(found: Any, where: str = "score") -> dict[str, float]:
     if isinstance(found, (int, float)) or (isinstance(found, Tensor) and found.numel() == 1):
         found = {"score": found}
     if not isinstance(found, Mapping) or not found:
-        raise InputError(f"{found!r} is not a number per task", where=where, mend='Return {"task": number, ...}')
+        raise InputError(f"{found!r} is not a number per task", where=where, hint='Return {"task": number, ...}')
     scores = {}
     for task, value in found.items():
         try:

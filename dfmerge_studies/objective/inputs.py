@@ -48,7 +48,7 @@ def scored_examples(
         raise InputError(
             f"{metric.name} on {split} would be the same for every model: {reason}",
             where=spec.where(f"tasks.{task}.metric"),
-            mend="Give more rows, correct the labels, or use another metric",
+            hint="Give more rows, correct the labels, or use another metric",
         )
     return list(examples)
 
@@ -74,14 +74,14 @@ def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row])
                 f"{metric.name} compares classes, and row {row.index} of {split} has other choices than row "
                 f"{rows[0].index}",
                 where=spec.where(f"tasks.{task}.metric"),
-                mend="Use accuracy or log_likelihood, or give all rows the same choices in the same order",
+                hint="Use accuracy or log_likelihood, or give all rows the same choices in the same order",
             )
     positive = settings.positive_class()
     if positive is not None and rows[0].choices and positive >= len(rows[0].choices):
         raise InputError(
             f"there is no choice of index {positive}: the rows have {len(rows[0].choices)}",
             where=spec.where(f"tasks.{task}.positive"),
-            mend="Count from 0",
+            hint="Count from 0",
         )
 
 
@@ -106,21 +106,21 @@ def check_labels(
         raise InputError(
             "the expert's head is a regression head: it has one output",
             where=spec.where(f"tasks.{task}"),
-            mend="Name an expert with a head of single-label classification",
+            hint="Name an expert with a head of single-label classification",
         )
     names = spec.tasks[task].doc_to_choice
     if isinstance(names, list) and len(names) != classes:
         raise InputError(
             f"{len(names)} classes {names}, but the expert's head has {classes}",
             where=spec.where(f"tasks.{task}.doc_to_choice"),
-            mend="Name the head's classes, or the expert that was trained on these classes",
+            hint="Name the head's classes, or the expert that was trained on these classes",
         )
     for example in examples:
         if example.label is not None and example.label >= classes:
             raise InputError(
                 f"row {example.index}: label {example.label} is not among the {classes} classes of the expert's head",
                 where=spec.where(f"tasks.{task}.doc_to_target"),
-                mend="Correct the data, or name the expert that was trained on these classes",
+                hint="Correct the data, or name the expert that was trained on these classes",
             )
 
 
@@ -173,8 +173,8 @@ def read_split(
     settings = spec.tasks[task]
     name: str | None = getattr(settings, f"{split}_split")
     if name is None:
-        mend = "Name one, or use --split validation" if split == "test" else "Name one"
-        raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), mend=mend)
+        hint = "Name one, or use --split validation" if split == "test" else "Name one"
+        raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), hint=hint)
     labelled = split == "test" or spec.needs_labels
     rows = load_rows(
         task,
@@ -214,8 +214,8 @@ def encode_read(
     """
     longest = longest_input(model.config, tokenizer)
     where = spec.where(f"tasks.{task}")
-    mend = "Save the tokenizer into the base's directory with tokenizer.save_pretrained"
-    with reading(where, f"the tokenizer of {spec.base} fails on a row", mend):
+    hint = "Save the tokenizer into the base's directory with tokenizer.save_pretrained"
+    with reading(where, f"the tokenizer of {spec.base} fails on a row", hint):
         encoded = encode_rows(rows, spec.tasks[task], kind, tokenizer, longest=longest, where=where)
     _check_ids(spec, task, encoded, model)
     return encoded
@@ -232,7 +232,7 @@ def _check_ids(spec: StudySpec, task: str, examples: Sequence[Encoded], model: P
             raise InputError(
                 f"row {example.index} has the token {largest}, but the base {spec.base} has {known} embeddings",
                 where=spec.where(f"tasks.{task}"),
-                mend="Save the tokenizer that belongs to the base into its directory",
+                hint="Save the tokenizer that belongs to the base into its directory",
             )
 
 
@@ -265,7 +265,7 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
         raise InputError(
             f"its tokenizer reads row {rows[odd].index} of the task {task} otherwise than the base's{token}",
             where=spec.where(f"experts.{expert}"),
-            mend=MEND,
+            hint=MEND,
         )
     return encoded
 
@@ -289,7 +289,7 @@ def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, lis
     if bad or not rows or len(set(rows)) < len(rows):
         what = f"row {bad[0]} of a split with {total} rows" if bad else "rows missing or given twice"
         raise InputError(
-            what, where=spec.where(f"importance.indices.{task}"), mend=f"Name different rows from 0 to {total - 1}"
+            what, where=spec.where(f"importance.indices.{task}"), hint=f"Name different rows from 0 to {total - 1}"
         )
     return list(rows)
 

@@ -61,9 +61,6 @@ def installed(module: str) -> bool:
 def check_extras(spec: StudySpec) -> None:
     """Refuse a search that needs packages which are not installed.
 
-    Args:
-        spec: what to check.
-
     Raises:
         InputError: naming the extra that brings them.
     """
@@ -72,15 +69,12 @@ def check_extras(spec: StudySpec) -> None:
         raise InputError(
             f"acquisition: ucb needs {' and '.join(missing)}",
             where=spec.where("search.acquisition"),
-            mend="pip install 'dfmerge-studies[ucb]', or use acquisition: ei",
+            hint="pip install 'dfmerge-studies[ucb]', or use acquisition: ei",
         )
 
 
 def check_inputs(spec: StudySpec) -> None:
     """Refuse a spec whose local files are not there or not whole, without loading any.
-
-    Args:
-        spec: what to check.
 
     Raises:
         InputError: the first problem.
@@ -107,17 +101,17 @@ def read_indices(spec: StudySpec) -> Mapping[str, list[int]] | None:
     where = spec.where("importance.indices")
     file = local_path(given, spec.root, where)
     if not file.exists():
-        raise InputError(f"no such file: {file}", where=where, mend="Correct the path")
-    content: Any = read_json(file, where=f"{where} ({file})", mend="Correct it")
+        raise InputError(f"no such file: {file}", where=where, hint="Correct the path")
+    content: Any = read_json(file, where=f"{where} ({file})", hint="Correct it")
     if isinstance(content, dict) and "fisher_indices" in content:  # a dfmerge.json that export wrote
         content = content["fisher_indices"]
     rows_by_task = isinstance(content, dict) and all(
         isinstance(rows, list) and all(type(row) is int for row in rows) for rows in content.values()
     )
     if not rows_by_task:
-        raise InputError(f"{file} holds no rows by task", where=where, mend="Expected {task: [row, ...]}")
+        raise InputError(f"{file} holds no rows by task", where=where, hint="Expected {task: [row, ...]}")
     if odd := sorted(content.keys() - spec.tasks.keys()):
         raise InputError(
-            f"unknown task {odd[0]!r} in {file}", where=where, mend=f"The tasks are {', '.join(spec.tasks)}"
+            f"unknown task {odd[0]!r} in {file}", where=where, hint=f"The tasks are {', '.join(spec.tasks)}"
         )
     return content  # type: ignore[no-any-return]  # checked above

@@ -162,9 +162,6 @@ class Problem:
 def find_checkpoints(spec: StudySpec) -> Checkpoints:
     """Resolve the spec's models to directories and decide how they answer.
 
-    Args:
-        spec: names the base and the experts.
-
     Raises:
         InputError: one of them is not there.
     """
@@ -172,7 +169,7 @@ def find_checkpoints(spec: StudySpec) -> Checkpoints:
     base = resolve(spec.base, root=spec.root, where=spec.where("base"), trust_remote_code=trust)
     if base.is_adapter:
         raise InputError(
-            "the base is an adapter", where=spec.where("base"), mend="Name the whole model that adapters sit on"
+            "the base is an adapter", where=spec.where("base"), hint="Name the whole model that adapters sit on"
         )
     experts = {
         name: resolve(e.model, root=spec.root, where=spec.where(f"experts.{name}"), trust_remote_code=trust)
@@ -245,7 +242,7 @@ def _check_alike(problem: Problem, splits: Sequence[Split]) -> None:
         if different:
             raise InputError(
                 f"rank {rank} has another {', another '.join(different)} than rank 0",
-                mend="Give every machine the same files",
+                hint="Give every machine the same files",
             )
 
 
@@ -277,7 +274,7 @@ def _load_problem(
             raise InputError(
                 "no expert brings a classification head for this task",
                 where=spec.where(f"tasks.{name}"),
-                mend="Add an expert with this task, or remove the task",
+                hint="Add an expert with this task, or remove the task",
             )
         everything = encode_for_all(spec, name, rows[name], resident, checkpoints.kind)
         check_labels(spec, name, everything, resident.heads)
@@ -309,6 +306,6 @@ def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:
         raise InputError(
             f"the device {spec.device!r} is not available ({torch.cuda.device_count()} CUDA devices)",
             where=spec.where("device"),
-            mend="Use device: auto",
+            hint="Use device: auto",
         )
     return device

@@ -29,10 +29,6 @@ def rehearse_(problem: Problem, method: Method) -> None:
 
     Done once for what is loaded; leaves some expert's weights in the resident model, as a trial does.
 
-    Args:
-        problem: the loaded spec.
-        method: row of the method table.
-
     Raises:
         InputError: the model cannot be scored or differentiated, or its answers depend on what shares a batch.
         RunError: a loss is not finite, or memory ran out.
@@ -79,7 +75,7 @@ def _score(problem: Problem, task: str) -> None:
                 f"{type(model).__name__} answers row {example.index} otherwise in a batch than alone "
                 f"({_numbers(other)} and {_numbers(one)}), so its scores would depend on what shares a batch",
                 where=problem.spec.where(f"tasks.{task}"),
-                mend="Use a model that masks padding, which this one does not",
+                hint="Use a model that masks padding, which this one does not",
             )
 
 
@@ -114,7 +110,7 @@ def _named(problem: Problem, task: str, what: str) -> Iterator[None]:
             f"{type(problem.resident.model).__name__} cannot be {what} with the inputs of this task: "
             f"{first_line(error)}",
             where=problem.spec.where(f"tasks.{task}"),
-            mend="Check the model, its tokenizer and max_length, or use another architecture",
+            hint="Check the model, its tokenizer and max_length, or use another architecture",
         ) from error
 
 

@@ -43,13 +43,7 @@ class Merged:
 
 
 def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
-    """Everything that is needed to make the same weights again, as JSON.
-
-    Args:
-        problem: the loaded models and data.
-        spec: the settings.
-        merged: what was merged.
-    """
+    """Everything that is needed to make the same weights again, as JSON."""
     content: dict[str, Any] = {
         "format": 1,
         "study": spec.name if merged.trial is not None else None,
@@ -75,13 +69,7 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
 
 
 def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
-    """A card in the Hub's format: metadata, coefficients, scores, how to make it again.
-
-    Args:
-        problem: the loaded models and data.
-        spec: the settings.
-        merged: what was merged.
-    """
+    """A card in the Hub's format: metadata, coefficients, scores, how to make it again."""
     from huggingface_hub import EvalResult, ModelCardData
 
     splits: Sequence[Split] = list(merged.scores) or ["validation"]

@@ -20,7 +20,7 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
-from dfmerge_studies.study.provenance import stored_science
+from dfmerge_studies.study.provenance import stored_fingerprint
 from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial, violation
 from dfmerge_studies.trials.reading import results
 
@@ -39,7 +39,7 @@ def publish(study: optuna.Study) -> bool:
     Returns:
         Whether there was something new.
     """
-    if stored_science(study) is None:
+    if stored_fingerprint(study) is None:
         return False
     done = len(results(study))
     if study.user_attrs.get(_PUBLISHED) == done:
@@ -57,11 +57,7 @@ def publish(study: optuna.Study) -> bool:
 
 
 def study_note(view: StudyView) -> str:
-    """What a study merges, how far it is, and how to export its winner, as Markdown.
-
-    Args:
-        view: the stored study.
-    """
+    """What a study merges, how far it is, and how to export its winner, as Markdown."""
     spec, best = view.spec, view.best
     lines = [
         f"## {escape(view.name)}",
@@ -142,11 +138,7 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
 
 
 def artifact_folder(workdir: Path) -> Path:
-    """Where the artifacts of a spec's studies are.
-
-    Args:
-        workdir: of the spec.
-    """
+    """Where the artifacts of a spec's studies are."""
     return workdir / ".dfmerge" / "artifacts"
 
 
@@ -167,11 +159,7 @@ def keep_card(study: optuna.Study, card: Path, workdir: Path) -> str:
 
 
 def escape(text: str) -> str:
-    """A text that Markdown and HTML take as it is.
-
-    Args:
-        text: from outside.
-    """
+    """A text that Markdown and HTML take as it is."""
     return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(" ".join(text.split())))
 
 

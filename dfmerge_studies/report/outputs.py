@@ -68,14 +68,14 @@ def fisher_target(spec: StudySpec, out: Path, *, force: bool) -> Path:
         raise InputError(
             f"{out} exists already",
             where=_WHERE,
-            mend="Choose another file, or add --force if this program wrote that one",
+            hint="Choose another file, or add --force if this program wrote that one",
         )
     _refuse_parts(spec, place)
     cache = _cache(spec)
     if cache is not None and _ENTRY.fullmatch(place.name) and place.parent == cache.resolve():
-        raise InputError(f"{place} is an entry of the cache", where=_WHERE, mend=_OTHER)
+        raise InputError(f"{place} is an entry of the cache", where=_WHERE, hint=_OTHER)
     if not _is_fisher(place):
-        raise InputError(f"{place} is not a Fisher file that this program wrote", where=_WHERE, mend=_OTHER)
+        raise InputError(f"{place} is not a Fisher file that this program wrote", where=_WHERE, hint=_OTHER)
     return place
 
 
@@ -108,7 +108,7 @@ def _refuse_parts(spec: StudySpec, place: Path) -> None:
             for holder in (each, *each.parents):
                 if holder.exists() and holder.samefile(place):
                     verb = "is" if holder == each else "holds"
-                    raise InputError(f"{place} {verb} {what}, {part}", where=_WHERE, mend=_OTHER)
+                    raise InputError(f"{place} {verb} {what}, {part}", where=_WHERE, hint=_OTHER)
 
 
 def _parts(spec: StudySpec) -> Iterator[tuple[str, Path]]:

@@ -89,7 +89,7 @@ def study_page(view: StudyView, command: str) -> Page:
 def _provenance(view: StudyView) -> list[tuple[str, str]]:
     versions = view.study.user_attrs.get(provenance.VERSIONS, {})
     return [
-        *((name, _text(value)) for name, value in view.science.items()),
+        *((name, _text(value)) for name, value in view.fingerprint.items()),
         ("versions at creation", ", ".join(f"{name} {number}" for name, number in versions.items())),
         ("report made with", f"{GENERATOR} {version(GENERATOR)}"),
     ]
@@ -125,7 +125,7 @@ def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -
             written += _write_figure(out / FOLDER, drawing)
     except OSError as error:
         raise RunError(
-            f"cannot be written: {first_line(error)}", where=str(out), mend="Free space or choose another place"
+            f"cannot be written: {first_line(error)}", where=str(out), hint="Free space or choose another place"
         ) from error
     return {"page": str(out / PAGE), "figures": [str(file) for file in written]}
 
@@ -141,14 +141,14 @@ def check_out(out: Path, figures: Iterable[str]) -> None:
         InputError: it is a file, or holds another page or picture.
     """
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file", where="--out", mend="Name a directory")
+        raise InputError(f"{out} is a file", where="--out", hint="Name a directory")
     page = out / PAGE
     if page.is_file() and _MARK in page.read_bytes()[:2000]:
         return
     pictures = [out / FOLDER / f"{name}{ending}" for name in figures for ending in _ENDINGS]
     for file in (page, *pictures):
         if file.exists() or file.is_symlink():
-            raise InputError(f"{file} is not a report of this program", where="--out", mend="Choose another directory")
+            raise InputError(f"{file} is not a report of this program", where="--out", hint="Choose another directory")
 
 
 def render(page: Page, drawings: Sequence[Drawing | Missing]) -> str:

@@ -59,11 +59,7 @@ def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] =
 
 
 def notes(found: Standings) -> list[str]:
-    """What the table does not say by itself, one line each.
-
-    Args:
-        found: the numbers.
-    """
+    """What the table does not say by itself, one line each."""
     seeds = len(found.seeds)
     if seeds > 1:
         lines = [f"mean and standard deviation over {seeds} seeds, {found.seeds[0]} to {found.seeds[-1]}"]
@@ -81,12 +77,7 @@ def notes(found: Standings) -> list[str]:
 
 
 def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
-    """The table for `--json`; scores are never in percent.
-
-    Args:
-        found: the numbers.
-        comparison: what they were made from.
-    """
+    """The table for `--json`; scores are never in percent."""
     return {
         "study": found.study,
         "split": found.split,
@@ -100,11 +91,7 @@ def standings_json(found: Standings, comparison: Comparison) -> dict[str, Any]:
 
 
 def standings_csv(found: Standings) -> str:
-    """One line per row and task, and one per row for the mean; scores are never in percent, in full precision.
-
-    Args:
-        found: the numbers.
-    """
+    """One line per row and task, and one per row for the mean; scores are never in percent, in full precision."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -136,22 +123,17 @@ def standings_csv(found: Standings) -> str:
 
 
 def standings_section(found: Standings, title: str) -> sections.Section:
-    """The table for the page of a study, with the spread of every cell; of a comparison, with notes.
-
-    Args:
-        found: the numbers.
-        title: of the table.
-    """
+    """The table for the page of a study, with the spread of every cell; of a comparison, with notes."""
     rows = []
     for row in found.rows:
-        cells = [sections.Cell(label(row, {}, len(found.seeds)))]
+        cells = [sections.PageCell(label(row, {}, len(found.seeds)))]
         for column in found.columns:
             mean, std = shown(found, row, column) or ("-", "")
             rank = found.ranks[column].get(row.method)
             text = f"{mean} ± {std}" if std else mean
             star = "*" if column == MEAN and row.star else ""
-            cells.append(sections.Cell(text + star, bold=rank == 1, underline=rank == 2))
-        cells += map(sections.Cell, _of_studies(row) if found.compared else [])
+            cells.append(sections.PageCell(text + star, bold=rank == 1, underline=rank == 2))
+        cells += map(sections.PageCell, _of_studies(row) if found.compared else [])
         rows.append(sections.TableRow(cells, reference=not row.compete))
     return sections.Section(
         title,
@@ -179,11 +161,7 @@ def rows_json(tables: Mapping[Split, Standings]) -> list[dict[str, Any]]:
 
 
 def task_lines(tables: Mapping[Split, Standings]) -> list[str]:
-    """Tables turned around for a card, as lines of Markdown: a line per task, a column per split and row.
-
-    Args:
-        tables: by split, of the same tasks.
-    """
+    """Tables turned around for a card, as lines of Markdown: a line per task, a column per split and row."""
     columns = [(table, row) for table in tables.values() for row in table.rows]
     heads = [f"{table.split}: {row.method}" for table, row in columns]
     lines = [f"| task | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
@@ -237,13 +215,7 @@ def _fishers(row: Standing) -> dict[str, int]:
 
 
 def label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
-    """What to call a row, with the number of its seeds where some failed.
-
-    Args:
-        row: the row.
-        labels: words for some methods.
-        seeds: how many there should be.
-    """
+    """What to call a row, with the number of its seeds where some failed."""
     name = labels.get(row.method, row.method)
     return f"{name} ({len(row.entries)} of {seeds} seeds)" if 0 < len(row.entries) < seeds else name
 
@@ -268,11 +240,7 @@ def shown(found: Standings, row: Standing, column: str) -> tuple[str, str] | Non
 
 
 def trials_text(row: Standing) -> str:
-    """How many trials each study had: one number, or the least and the most.
-
-    Args:
-        row: of a comparison.
-    """
+    """How many trials each study had: one number, or the least and the most."""
     counts = sorted({entry.trials for entry in row.entries})
     return "-".join(str(count) for count in (counts[:1] + counts[1:][-1:])) or "-"
 

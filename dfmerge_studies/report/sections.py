@@ -10,7 +10,7 @@ from dfmerge_studies.report.view import StudyView
 
 
 @dataclass(frozen=True)
-class Cell:
+class PageCell:
     """One cell of a table.
 
     Attributes:
@@ -33,7 +33,7 @@ class TableRow:
         reference: shown in grey; it does not compete.
     """
 
-    cells: Sequence[Cell]
+    cells: Sequence[PageCell]
     reference: bool = False
 
 
@@ -57,20 +57,16 @@ class Section:
 
 
 def merged_table(view: StudyView) -> Section:
-    """Base and experts with their places and the coefficients of the best trial.
-
-    Args:
-        view: the stored study.
-    """
+    """Base and experts with their places and the coefficients of the best trial."""
     coefficients = view.coefficients(view.best) if view.best is not None else {}
     models = view.spec.get("experts", {})
     rows = [
         TableRow(
             [
-                Cell(name),
-                Cell(str(models.get(name, {}).get("model", ""))),
-                Cell(task or "all tasks"),
-                Cell(f"{coefficients[name]:.4g}" if name in coefficients else ""),
+                PageCell(name),
+                PageCell(str(models.get(name, {}).get("model", ""))),
+                PageCell(task or "all tasks"),
+                PageCell(f"{coefficients[name]:.4g}" if name in coefficients else ""),
             ]
         )
         for name, task in view.experts.items()

@@ -62,12 +62,7 @@ class Guard:
         self._writable = writable
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        """Answer a request.
-
-        Args:
-            environ: the request.
-            start_response: as WSGI has it.
-        """
+        """Answer a request."""
         refusal = self._refusal(environ)
         if refusal is not None:
             status, reason = refusal
@@ -174,7 +169,7 @@ def dashboard_server(
         raise InputError(
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             where="--port",
-            mend="Choose another port, or 0 for any that is free",
+            hint="Choose another port, or 0 for any that is free",
         ) from error
 
 

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import Any
 
-from dfmerge_studies.study.comparison import FINE_TUNED, Comparison, Entry
+from dfmerge_studies.study.comparison import FINE_TUNED, ComparedStudy, Comparison
 from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics
 from dfmerge_studies.tasks.splits import Split
 
@@ -79,7 +79,7 @@ class Standing:
     by_seed: Mapping[int, float]
     drop: tuple[str, float] | None = None
     p: float | None = None
-    entries: Sequence[Entry] = ()
+    entries: Sequence[ComparedStudy] = ()
     errors: Sequence[str] = ()
     detail: Mapping[str, Any] = field(default_factory=dict)
 
@@ -183,7 +183,7 @@ def _standing(
     metrics: Metrics,
     *,
     compete: bool = True,
-    entries: Sequence[Entry] = (),
+    entries: Sequence[ComparedStudy] = (),
     errors: Sequence[str] = (),
     detail: Mapping[str, Any] = MappingProxyType({}),
 ) -> Standing:
@@ -244,11 +244,6 @@ def paired_p(ours: Mapping[int, float], theirs: Mapping[int, float], metric: Met
     """One-sided p-value of a paired t-test that our mean score is better.
 
     The pairs are seeds: at one seed both methods have the same Fisher inputs and the same validation rows.
-
-    Args:
-        ours: mean score by seed.
-        theirs: the same of the other row.
-        metric: what the mean scores are.
 
     Returns:
         The p-value; None for fewer than two common seeds, or where all differences are equal, of which the test, having

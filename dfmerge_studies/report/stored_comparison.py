@@ -6,17 +6,13 @@ from collections.abc import Iterable
 
 from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, Standings, side_by_side
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, Comparison, Entry, Scores
+from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, ComparedStudy, Comparison, Scores
 from dfmerge_studies.study.scores import multi_task_row
 from dfmerge_studies.tasks.splits import SPLITS, Split
 
 
 def stored_standings(view: StudyView) -> dict[Split, Standings]:
-    """What a study keeps, by split: base, experts, the best of other methods in its storage, its own best trial last.
-
-    Args:
-        view: the stored study.
-    """
+    """What a study keeps, by split: base, experts, the best of other methods in its storage, its own best last."""
     rows = [
         Scored(name, {split: view.scores(key, split) or {} for split in SPLITS}, compete=False)
         for name, key in ((BASE, "base"), (EXPERTS, "experts"))
@@ -70,10 +66,10 @@ def _best_scores(view: StudyView, split: Split) -> dict[str, float] | None:
     return view.trial_scores(view.best, split)
 
 
-def _entry(variant: str, view: StudyView, split: Split) -> Entry:
+def _entry(variant: str, view: StudyView, split: Split) -> ComparedStudy:
     assert view.best is not None
     scores = {split: _best_scores(view, split) or {}}
-    return Entry.of(variant, view.seed, view.name, view.best, among=view.trials, scores=scores)
+    return ComparedStudy.of(variant, view.seed, view.name, view.best, among=view.trials, scores=scores)
 
 
 def _references(view: StudyView, everything: Iterable[StudyView], split: Split) -> dict[str, dict[int, Scores]]:

@@ -82,9 +82,6 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
     """One entry per study of a storage; studies that this program did not make have no method.
 
     One that cannot be read has a `problem` and nothing else.
-
-    Args:
-        storage: an open storage.
     """
     entries = []
     for name in sorted(study_names(storage)):
@@ -97,12 +94,12 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
 
 
 def _entry(study: optuna.Study) -> dict[str, Any]:
-    science = provenance.stored_science(study)
-    best = best_trial(results(study), stored_spec_objective(study)) if science is not None else None
-    metrics = stored_metrics(study, "validation") if science is not None else None
+    fingerprint = provenance.stored_fingerprint(study)
+    best = best_trial(results(study), stored_spec_objective(study)) if fingerprint is not None else None
+    metrics = stored_metrics(study, "validation") if fingerprint is not None else None
     return {
         "study": study.study_name,
-        "method": science["method"] if science is not None else None,
+        "method": fingerprint["method"] if fingerprint is not None else None,
         "trials": {"target": stored_total(study) or None, **counts(study)},
         "best_value": trial_value(best) if best is not None else None,
         "metric": metrics.text if metrics is not None else None,

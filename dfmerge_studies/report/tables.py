@@ -24,12 +24,7 @@ def coefficients_text(coefficients: Mapping[str, float]) -> str:
 
 
 def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, float]:
-    """The method's own parameters out of what a summary says of a trial.
-
-    Args:
-        method: its name.
-        described: `best` of a summary.
-    """
+    """The method's own parameters out of what a summary says of a trial."""
     return {each.name: described[each.name] for each in METHODS[method].parameters if each.name in described}
 
 

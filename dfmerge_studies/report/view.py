@@ -32,13 +32,13 @@ class StudyView:
 
     Attributes:
         study: the Optuna study.
-        science: what it is about, as `provenance` stored it.
+        fingerprint: what it is about, as `provenance` stored it.
         spec: the spec that created it, passwords masked.
         trials: completed trials in the order of their places.
     """
 
     study: optuna.Study
-    science: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     spec: Mapping[str, Any]
     trials: list[FrozenTrial]
 
@@ -46,17 +46,14 @@ class StudyView:
     def of(cls, study: optuna.Study) -> StudyView:
         """Read a study.
 
-        Args:
-            study: from its storage.
-
         Raises:
             InputError: this program did not make it.
         """
-        science = provenance.stored_science(study)
-        if science is None:
+        fingerprint = provenance.stored_fingerprint(study)
+        if fingerprint is None:
             raise InputError(f"the study {study.study_name!r} was not made by this program")
         return cls(
-            study, science, provenance.without_secrets(study.user_attrs.get(provenance.SPEC, {})), results(study)
+            study, fingerprint, provenance.without_secrets(study.user_attrs.get(provenance.SPEC, {})), results(study)
         )
 
     @property
@@ -67,17 +64,17 @@ class StudyView:
     @property
     def method(self) -> str:
         """Name of the method."""
-        return str(self.science["method"])
+        return str(self.fingerprint["method"])
 
     @property
     def experts(self) -> dict[str, str | None]:
         """Experts in their order, each with its task, None where it has none of its own."""
-        return dict(self.science["experts"])
+        return dict(self.fingerprint["experts"])
 
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks."""
-        return list(self.science["tasks"])
+        return list(self.fingerprint["tasks"])
 
     @property
     def policy(self) -> Coefficients:
@@ -109,11 +106,7 @@ class StudyView:
         return words.get(self.objective.kind, self.objective.kind)
 
     def metrics(self, split: Split) -> Metrics:
-        """What the scores of a split are, by task.
-
-        Args:
-            split: of the tasks' data.
-        """
+        """What the scores of a split are, by task."""
         return stored_metrics(self.study, split)
 
     @property
@@ -122,12 +115,7 @@ class StudyView:
         return self.metrics("validation").mean.unit
 
     def scores_alike(self, other: StudyView, split: Split) -> bool:
-        """Whether the scores of another study may stand beside this one's.
-
-        Args:
-            other: a study of the same models.
-            split: of the tasks' data.
-        """
+        """Whether the scores of another study may stand beside this one's."""
         return self.metrics(split) == other.metrics(split)
 
     @cached_property
@@ -142,7 +130,7 @@ class StudyView:
     @property
     def seed(self) -> int:
         """Of everything random."""
-        return int(self.science.get("search.seed", 0))
+        return int(self.fingerprint.get("search.seed", 0))
 
     @cached_property
     def variants(self) -> dict[str, dict[int, StudyView]]:
@@ -160,7 +148,7 @@ class StudyView:
             # One that cannot be read is no row; `list` says why.
             with suppress(InputError), provenance.reading_study(name):
                 other = optuna.load_study(study_name=name, storage=storage)
-                if provenance.stored_science(other) is None:
+                if provenance.stored_fingerprint(other) is None:
                     continue
                 view = StudyView.of(other)
                 if view.best is not None and self._shares(view, "digest", but="data digest"):
@@ -171,9 +159,9 @@ class StudyView:
         return {name: dict(sorted(found[name].items())) for name in order if name in found}
 
     def _shares(self, other: StudyView, what: str, but: str = "\n") -> bool:
-        """Whether the fields of both sciences whose names hold `what`, and not `but`, are equal."""
-        fields = [name for name in other.science if what in name and but not in name]
-        return all(self.science.get(name) == other.science[name] for name in fields)
+        """Whether the fields of both fingerprints whose names hold `what`, and not `but`, are equal."""
+        fields = [name for name in other.fingerprint if what in name and but not in name]
+        return all(self.fingerprint.get(name) == other.fingerprint[name] for name in fields)
 
     def value_of(self, scores: Mapping[str, float]) -> float:
         """What validation scores are worth under this study's objective, as `value` of a trial.
@@ -194,12 +182,7 @@ class StudyView:
         return stored_scores(self.study, row, split)
 
     def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float] | None:
-        """Scores of a completed trial; on test only where they have been computed.
-
-        Args:
-            trial: a completed trial.
-            split: of the tasks' data.
-        """
+        """Scores of a completed trial; on test only where they have been computed."""
         return dict(trial.user_attrs[TASKS]) if split == "validation" else stored_scores(self.study, trial, split)
 
     @property
@@ -233,35 +216,18 @@ class StudyView:
         return found
 
     def parameters(self, trial: FrozenTrial) -> dict[str, float]:
-        """The method's own parameters of a completed trial.
-
-        Args:
-            trial: a completed trial.
-        """
+        """The method's own parameters of a completed trial."""
         method = METHODS.get(self.method)
         return method.stored_parameters(trial.user_attrs) if method is not None else {}
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:
-        """Coefficient per expert of a completed trial.
-
-        Args:
-            trial: a completed trial.
-        """
+        """Coefficient per expert of a completed trial."""
         return dict(trial.user_attrs[COEFFICIENTS])
 
     def value(self, trial: FrozenTrial) -> float:
-        """What a completed trial is worth, as one number of the study's metric.
-
-        Args:
-            trial: a completed trial.
-        """
+        """What a completed trial is worth, as one number of the study's metric."""
         return self.metrics("validation").mean.worth(trial_value(trial))
 
     def value_text(self, trial: FrozenTrial, digits: int = 1) -> str:
-        """The same as text, in percent where the metric is shown so.
-
-        Args:
-            trial: a completed trial.
-            digits: see `Metric.shown`.
-        """
+        """The same as text, in percent where the metric is shown so."""
         return self.metrics("validation").mean.shown(self.value(trial), digits)

@@ -17,20 +17,17 @@ if TYPE_CHECKING:
 def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     """Names inside the spec that do not match each other, and points and baselines that do not fit.
 
-    Args:
-        spec: the spec, each field valid by itself.
-
     Yields:
         The dotted name of a field, and what is wrong with it.
     """
-    for field, what, mend in (
+    for field, what, hint in (
         *_naming(spec),
         *_experts_without_task(spec),
         *labels_lacking(spec),
         *_odd_baselines(spec),
         *_unknown_tasks(spec),
     ):
-        yield field, InputError(what, where=spec.where(field), mend=mend)
+        yield field, InputError(what, where=spec.where(field), hint=hint)
     unfit = list(odd_parameters(spec))
     yield from unfit
     if spec.experts and not unfit:
@@ -64,17 +61,14 @@ def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:
 def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
     """Tasks that the objective cannot score: without a label, or for agreement without an expert.
 
-    Args:
-        spec: the spec.
-
     Yields:
         The field, what is wrong with it, the mend.
     """
     with_expert = {expert.task for expert in spec.experts.values()}
     for name, task in spec.tasks.items():
         if spec.needs_labels and task.doc_to_target is None:
-            mend = "Add it; without labels use objective: agreement, and no estimator that needs them"
-            yield f"tasks.{name}.doc_to_target", "this field is required", mend
+            hint = "Add it; without labels use objective: agreement, and no estimator that needs them"
+            yield f"tasks.{name}.doc_to_target", "this field is required", hint
         if spec.objective.kind == "agreement" and name not in with_expert:
             what = "no expert has this task, and objective: agreement compares with the task's expert"
             yield f"tasks.{name}", what, "Add an expert with this task, or remove the task"
@@ -102,9 +96,6 @@ def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:
 
 def odd_parameters(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     """Values of methods' parameters that the methods do not have or that cannot be.
-
-    Args:
-        spec: the spec.
 
     Yields:
         The dotted name of a field, and what is wrong with it.

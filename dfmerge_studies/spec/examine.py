@@ -48,11 +48,7 @@ class Examined(Generic[Spec]):
     spoiled: list[Place] = field(default_factory=list)
 
     def is_sound(self, name: str) -> bool:
-        """Whether a field stands in `spec` as it was written: neither it nor a part of it was left out or filled.
-
-        Args:
-            name: dotted name of the field.
-        """
+        """Whether a field stands in `spec` as it was written: neither it nor a part of it was left out or filled."""
         place = tuple(name.split("."))
         return not any(place[: len(bad)] == bad or bad[: len(place)] == place for bad in self.spoiled)
 

@@ -72,21 +72,21 @@ def _sentence(
     if error["type"] == "extra_forbidden":
         classes = fields_at.get(place[0] if len(place) > 1 else "", [])
         known = sorted({name for model in classes for name in model.model_fields})
-        mend = did_you_mean(place[-1], known) or f"Known fields: {', '.join(known)}"
-        return InputError("unknown key", where=f"{path}: {field}", mend=mend)
+        hint = did_you_mean(place[-1], known) or f"Known fields: {', '.join(known)}"
+        return InputError("unknown key", where=f"{path}: {field}", hint=hint)
     if error["type"] == "missing":
-        return InputError("this field is required", where=f"{path}: {field}", mend="Add it")
+        return InputError("this field is required", where=f"{path}: {field}", hint="Add it")
     if error["type"] == BOOLEAN:
-        return InputError(error["msg"], where=f"{path}: {field}", mend=error["ctx"]["mend"])
+        return InputError(error["msg"], where=f"{path}: {field}", hint=error["ctx"]["mend"])
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(found, (str, int, float, bool)) or found is None:
         shown = masked_url(found) if isinstance(found, str) else found
         message = f"found {'***' if any(map(is_secret, place)) else shortened(shown)}; {message}"
-    mend = "Correct the value; docs/specs.md describes every field"
+    hint = "Correct the value; docs/specs.md describes every field"
     if error["type"] == "string_type" and isinstance(found, (int, float)):
-        mend = f"Write it in quotes: '{found}'"
-    return InputError(message, where=f"{path}: {field}", mend=mend)
+        hint = f"Write it in quotes: '{found}'"
+    return InputError(message, where=f"{path}: {field}", hint=hint)
 
 
 def _nearest(errors: Sequence[ErrorDetails]) -> tuple[ErrorDetails, list[ErrorDetails]]:
@@ -105,10 +105,6 @@ def _nearest(errors: Sequence[ErrorDetails]) -> tuple[ErrorDetails, list[ErrorDe
 def odd_values(data: Mapping[str, Any], path: Path) -> Iterator[Wrong]:
     """Values that YAML knows and a spec does not: dates, bytes, sets, texts that are no text, immense numbers.
 
-    Args:
-        data: of `read_fields`.
-        path: its file.
-
     Yields:
         What is wrong, value by value.
     """
@@ -125,7 +121,7 @@ def odd_values(data: Mapping[str, Any], path: Path) -> Iterator[Wrong]:
             what = _odd(value)
         if what is not None:
             field = ".".join(place) or "spec"
-            yield Wrong(place, InputError(what, where=f"{path}: {field}", mend="Write a text in quotes, or a number"))
+            yield Wrong(place, InputError(what, where=f"{path}: {field}", hint="Write a text in quotes, or a number"))
 
 
 def _odd(value: Any) -> str | None:

@@ -13,7 +13,7 @@ from dfmerge_studies.boundary import kind_of, read_text, reading
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.redact import masked_override
 
-_MEND = "Name a YAML file"
+_HINT = "Name a YAML file"
 _SHOWN = 120  # characters of a value in a message
 _LARGEST = 4 * 2**20  # bytes of a spec
 
@@ -42,26 +42,23 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping, read by a safe loader that refuses a key given twice.
 
-    Args:
-        path: the file.
-
     Raises:
         InputError: the file is missing, unreadable, no YAML, or no mapping.
     """
-    with reading(str(path), "cannot be read", _MEND):
+    with reading(str(path), "cannot be read", _HINT):
         missing = kind_of(path) == ""
     if missing:
-        raise InputError("no such spec", where=str(path), mend="Give the path of a YAML file")
-    text = read_text(path, mend=_MEND, limit=_LARGEST)
+        raise InputError("no such spec", where=str(path), hint="Give the path of a YAML file")
+    text = read_text(path, hint=_HINT, limit=_LARGEST)
     try:
         data = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except Exception as error:  # a date that there is not is a ValueError, an odd tag an AttributeError
         # Its own text shows the lines around, and they may hold a password.
-        raise InputError(f"not valid YAML: {_problem(error)}", where=str(path), mend="Correct it") from None
+        raise InputError(f"not valid YAML: {_problem(error)}", where=str(path), hint="Correct it") from None
     if not isinstance(data, dict):
         found = "the file is empty" if data is None else f"found {type(data).__name__}"
         raise InputError(
-            f"{found}; expected a mapping of fields", where=str(path), mend="See docs/specs.md for a whole spec"
+            f"{found}; expected a mapping of fields", where=str(path), hint="See docs/specs.md for a whole spec"
         )
     return data
 
@@ -86,18 +83,14 @@ def read_fields(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         left -= 1
         if depth > limits.DEPTH or left < 0:
             what = f"fields lie {depth} deep in each other" if left >= 0 else f"more than {limits.VALUES} values"
-            raise InputError(what, where=str(path), mend="Write fewer; an alias counts as often as it is used")
+            raise InputError(what, where=str(path), hint="Write fewer; an alias counts as often as it is used")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, set, tuple)) else ()
         waiting += [(each, depth + 1) for each in inner]
     return data
 
 
 def shortened(found: Any) -> str:
-    """A value for a message, as one would write it, in at most 120 characters.
-
-    Args:
-        found: what to show.
-    """
+    """A value for a message, as one would write it, in at most 120 characters."""
     text = repr(found)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -122,7 +115,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     key, sign, value = override.partition("=")
     if not sign or not key.strip():
         raise InputError(
-            f"{masked_override(override)!r} is not key=value", where="--set", mend="Write e.g. --set search.trials=20"
+            f"{masked_override(override)!r} is not key=value", where="--set", hint="Write e.g. --set search.trials=20"
         )
     *parents, leaf = key.strip().split(".")
     target = data
@@ -131,12 +124,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         if isinstance(inner, str) and parents == ["experts", parent]:
             inner = {"model": inner}
         if not isinstance(inner, dict):
-            raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", mend="Correct the key")
+            raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", hint="Correct the key")
         target[parent] = dict(inner)  # a copy: a YAML alias may share it with other fields
         target = target[parent]
     try:
         target[leaf] = yaml.load(value, Loader=_Loader)
     except Exception:
         raise InputError(
-            f"the value of {masked_override(override)!r} is not valid YAML", where="--set", mend="Quote it"
+            f"the value of {masked_override(override)!r} is not valid YAML", where="--set", hint="Quote it"
         ) from None  # its text shows the value

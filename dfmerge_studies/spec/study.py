@@ -155,8 +155,8 @@ class StudySpec(Settings):
         except ValidationError as error:
             raise explain(error, self._file, _FIELDS_AT)[0].problem from error
         copy._file, copy._workdir = self._file, self._workdir
-        for field, what, mend in labels_lacking(copy):
-            raise InputError(what, where=copy.where(field), mend=mend)
+        for field, what, hint in labels_lacking(copy):
+            raise InputError(what, where=copy.where(field), hint=hint)
         for _, problem in odd_parameters(copy):
             raise problem
         return copy
@@ -294,7 +294,7 @@ def _the_first(problems: Sequence[InputError]) -> InputError:
     return InputError(
         first.what,
         where=first.where,
-        mend=f"{first.mend}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
+        hint=f"{first.hint}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
     )
 
 

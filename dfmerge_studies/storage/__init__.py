@@ -25,7 +25,7 @@ from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat,
 from dfmerge_studies.storage.read_only import is_read_only
 from dfmerge_studies.storage.studies import (
     check_name,
-    found_study,
+    create_study,
     join_study,
     load_study,
     load_study_if_any,
@@ -42,7 +42,7 @@ __all__ = [
     "check_constraints",
     "check_name",
     "check_url",
-    "found_study",
+    "create_study",
     "id_of",
     "is_damaged",
     "is_read_only",

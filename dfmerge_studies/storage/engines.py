@@ -56,10 +56,6 @@ def open_storage(url: str, *, create: bool = True, heartbeat: int = 30, grace: i
 def check_url(url: str, *, create: bool = True) -> None:
     """Refuse, without opening it, a URL that is none or whose file cannot become or is not a storage.
 
-    Args:
-        url: as for `open_storage`.
-        create: whether the file may be missing.
-
     Raises:
         InputError: the URL or what it points to cannot be used.
     """
@@ -103,14 +99,14 @@ def first_start(build: Callable[[], _T], where: str) -> _T:
             raise InputError(
                 "the database was written by another version of Optuna",
                 where=where,
-                mend="Run `optuna storage upgrade` on a copy of it, or name another storage",
+                hint="Run `optuna storage upgrade` on a copy of it, or name another storage",
             ) from error
     raise AssertionError("unreachable")
 
 
 def _open_sqlite(url: URL, create: bool, heartbeat: int, grace: int) -> BaseStorage:
     if not url.database or url.database == ":memory:":
-        raise InputError("a study kept in memory could not be resumed", where=safe_url(str(url)), mend="Name a file")
+        raise InputError("a study kept in memory could not be resumed", where=safe_url(str(url)), hint="Name a file")
     path = Path(url.database)
     check_file(path, create)
     check_sqlite_file(path)
@@ -155,7 +151,7 @@ def _open_postgres(url: URL, heartbeat: int, grace: int) -> BaseStorage:
         raise InputError(
             "Postgres needs the package psycopg, which is not installed",
             where=safe_url(str(url)),
-            mend="Install the extra: pip install 'dfmerge-studies[postgres]'",
+            hint="Install the extra: pip install 'dfmerge-studies[postgres]'",
         )
     engine = {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 3, "connect_args": {"connect_timeout": 10}}
     with storage_errors(write_url(url)):
@@ -172,10 +168,10 @@ def _open_grpc(url: URL) -> BaseStorage:
         raise InputError(
             "the storage proxy needs the packages grpcio and protobuf, which are not installed",
             where=safe_url(str(url)),
-            mend="Install the extra: pip install 'dfmerge-studies[grpc]'",
+            hint="Install the extra: pip install 'dfmerge-studies[grpc]'",
         )
     if not url.host or not url.port:
-        raise InputError("the URL names no host and port", where=safe_url(str(url)), mend="Use grpc://HOST:PORT")
+        raise InputError("the URL names no host and port", where=safe_url(str(url)), hint="Use grpc://HOST:PORT")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         storage = optuna.storages.GrpcStorageProxy(host=url.host, port=url.port)

@@ -62,8 +62,8 @@ def _translated(error: Exception, url: str | None) -> InputError | RunError:
             password = read_url(url).password
             text = text.replace(str(password), "***") if password else text
     if is_damaged(error):
-        return InputError(f"the database is damaged ({text})", where=where, mend="Restore a copy, or name another file")
-    return RunError(f"the study's storage failed: {text}", where=where, mend="Run the same command again to go on")
+        return InputError(f"the database is damaged ({text})", where=where, hint="Restore a copy, or name another file")
+    return RunError(f"the study's storage failed: {text}", where=where, hint="Run the same command again to go on")
 
 
 def is_damaged(error: BaseException) -> bool:

@@ -31,15 +31,15 @@ def check_file(path: Path, create: bool) -> None:
     check_regular(local_path(path, Path.cwd(), where), where, "Name a file in it")
     if not path.parent.is_dir():
         raise InputError(
-            f"the folder {path.parent} does not exist", where=where, mend="Create it, or name another file"
+            f"the folder {path.parent} does not exist", where=where, hint="Create it, or name another file"
         )
     if not path.exists() and not create:
-        raise InputError("there is no such storage", where=where, mend="Check the path, or start the study with `run`")
+        raise InputError("there is no such storage", where=where, hint="Check the path, or start the study with `run`")
     # SQLite also writes its log beside the file, so the folder matters even when the file exists.
     if path.exists() and not os.access(path, os.R_OK):
-        raise InputError("the file cannot be read", where=where, mend="Change its permissions")
+        raise InputError("the file cannot be read", where=where, hint="Change its permissions")
     if create and (not os.access(path.parent, os.W_OK | os.X_OK) or cannot_write(path)):
-        raise InputError("the file or its folder cannot be written to", where=where, mend="Change its permissions")
+        raise InputError("the file or its folder cannot be written to", where=where, hint="Change its permissions")
 
 
 def check_sqlite_file(path: Path) -> None:
@@ -58,11 +58,11 @@ def check_sqlite_file(path: Path) -> None:
         raise InputError(
             f"SQLite cannot share a file safely on a network file system ({kind})",
             where=where,
-            mend="Use a local folder, a journal:///FILE storage, or Postgres",
+            hint="Use a local folder, a journal:///FILE storage, or Postgres",
         )
     if not path.exists() or path.stat().st_size == 0:
         return
-    damaged = InputError("this file is not an SQLite database", where=where, mend="Name another file")
+    damaged = InputError("this file is not an SQLite database", where=where, hint="Name another file")
     if path.stat().st_size < _SMALLEST_DATABASE:
         raise damaged
     # SQLite alone may open the file: closing it elsewhere drops this process's locks on it, whereupon another process
@@ -77,13 +77,13 @@ def check_sqlite_file(path: Path) -> None:
         raise damaged from error
     if health != "ok":
         text = " ".join(str(health).replace("*", "").split())
-        raise InputError(f"the database is damaged: {text}", where=where, mend="Restore a copy, or name another file")
+        raise InputError(f"the database is damaged: {text}", where=where, hint="Restore a copy, or name another file")
     # Another process may be creating the tables one by one: any of Optuna's will do.
     if tables and not tables & {"studies", "version_info", "alembic_version", "trials"}:
         raise InputError(
             f"this database belongs to other software (it has a table named {min(tables)})",
             where=where,
-            mend="Name another file",
+            hint="Name another file",
         )
 
 

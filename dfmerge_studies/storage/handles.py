@@ -8,11 +8,7 @@ from optuna.trial import FrozenTrial
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:
-    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id.
-
-    Args:
-        study: a study.
-    """
+    """Return the storage behind a study; Optuna has no public way to set attributes of a trial by its id."""
     return study._storage
 
 
@@ -26,18 +22,10 @@ def backend_of(storage: BaseStorage) -> BaseStorage:
 
 
 def study_id_of(study: optuna.Study) -> int:
-    """Return the storage's id of a study.
-
-    Args:
-        study: a study.
-    """
+    """Return the storage's id of a study."""
     return study._study_id
 
 
 def id_of(trial: FrozenTrial) -> int:
-    """Return the storage's id of a trial.
-
-    Args:
-        trial: a trial in any state.
-    """
+    """Return the storage's id of a trial."""
     return trial._trial_id

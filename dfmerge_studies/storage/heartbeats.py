@@ -16,10 +16,6 @@ from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
 def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
     """Record that a trial is alive.
 
-    Args:
-        study: the trial's study.
-        trial_id: the storage's id of a running trial.
-
     Returns:
         Seconds until the next is due; None, and nothing recorded, where the storage has no heartbeats.
     """
@@ -31,22 +27,13 @@ def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
 
 
 def stale_ids(study: optuna.Study) -> set[int]:
-    """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats.
-
-    Args:
-        study: the study to look at.
-    """
+    """Storage ids of running trials whose heartbeat is older than the grace; none where there are no heartbeats."""
     storage: Any = storage_of(study)
     return set() if _interval(storage) is None else set(storage._get_stale_trial_ids(study_id_of(study)))
 
 
 def last_heartbeat(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
-    """When a running trial's last heartbeat was, in the local time of the storage; None if there is none.
-
-    Args:
-        study: the trial's study.
-        trial: a running trial.
-    """
+    """When a running trial's last heartbeat was, in the local time of the storage; None if there is none."""
     engine = getattr(getattr(storage_of(study), "_backend", None), "engine", None)
     if engine is None:
         return None

@@ -21,15 +21,11 @@ from dfmerge_studies.storage.watch import JournalWatch, set_watch
 def open_journal(url: URL, create: bool) -> BaseStorage:
     """Open a journal file; a last line that a dying process wrote in part is cut off.
 
-    Args:
-        url: `journal:///FILE`.
-        create: whether the file may be missing.
-
     Raises:
         InputError: the file is something else, or cannot be written.
     """
     if not url.database:
-        raise InputError("the URL names no file", where=str(url), mend="Use journal:///FILE")
+        raise InputError("the URL names no file", where=str(url), hint="Use journal:///FILE")
     path = Path(url.database).absolute()
     check_file(path, create)
     lock = JournalFileSymlinkLock(str(path))
@@ -58,9 +54,6 @@ class _WholeLines(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write entries at the end.
-
-        Args:
-            logs: the entries.
 
         Raises:
             StorageInternalError: the file cannot be written; it is as it was.
@@ -114,7 +107,7 @@ def _check_journal(path: Path) -> None:
     except (ValueError, TypeError):
         known = False
     if not known:
-        raise InputError("this file is not an Optuna journal", where=str(path), mend="Name another file")
+        raise InputError("this file is not an Optuna journal", where=str(path), hint="Name another file")
 
 
 def _cut_partial_line(path: Path, lock: Any) -> None:

@@ -25,11 +25,7 @@ def is_read_only(storage: BaseStorage) -> bool:
 
 
 def cannot_write(path: Path) -> bool:
-    """Tell whether SQLite could not write to an existing file; it needs the folder too, for its log.
-
-    Args:
-        path: the file.
-    """
+    """Tell whether SQLite could not write to an existing file; it needs the folder too, for its log."""
     return path.exists() and not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK | os.X_OK))
 
 
@@ -38,9 +34,6 @@ def uri_of(path: Path) -> str:
 
     A log beside the file can be read only together with an index that SQLite would have to create; where the folder
     forbids that and there is no index, the file is taken as it is.
-
-    Args:
-        path: the file.
     """
     index = path.with_name(f"{path.name}-shm")
     fixed = "&immutable=1" if not os.access(path.parent, os.W_OK) and not index.exists() else ""

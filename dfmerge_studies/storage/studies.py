@@ -22,20 +22,17 @@ from dfmerge_studies.storage.urls import storage_file
 def check_name(name: str) -> None:
     """Refuse a study name that could not safely appear in paths and pages.
 
-    Args:
-        name: the study's name.
-
     Raises:
         InputError: it is empty, longer than 100 characters, starts with a dot, or has other than `A-Za-z0-9._-`.
     """
     if not NAME.fullmatch(name):
         raise InputError(
             f"{name[:120]!r} cannot be a study's name",
-            mend="Use up to 100 of the characters A-Z a-z 0-9 . _ - and no dot in front",
+            hint="Use up to 100 of the characters A-Z a-z 0-9 . _ - and no dot in front",
         )
 
 
-def found_study(storage: BaseStorage, name: str, *, directions: Sequence[str]) -> bool:
+def create_study(storage: BaseStorage, name: str, *, directions: Sequence[str]) -> bool:
     """Create a study; of several processes that do so at once, one alone is told True.
 
     Args:
@@ -80,7 +77,7 @@ def join_study(
         raise InputError(
             f"the stored study has the directions {[d.name.lower() for d in stored]}, this one {list(directions)}",
             where=name,
-            mend="Give the new study another name",
+            hint="Give the new study another name",
         )
     return study
 
@@ -118,16 +115,12 @@ def load_study(storage: BaseStorage, name: str, *, sampler: BaseSampler | None =
         names = study_names(storage)
         if name not in names:
             known = ", ".join(sorted(names)[:20]) or "none"
-            raise InputError(f"there is no study named {name!r}", mend=f"Studies of this storage: {known}")
+            raise InputError(f"there is no study named {name!r}", hint=f"Studies of this storage: {known}")
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
 
 
 def load_study_if_any(url: str, name: str) -> optuna.Study | None:
     """Load a study if its storage and the study exist; nothing is created.
-
-    Args:
-        url: of the storage, resolved.
-        name: the study's name.
 
     Raises:
         InputError: what the URL points to is no storage.

@@ -65,11 +65,7 @@ def resolve_url(url: str, folder: Path) -> str:
 
 
 def storage_file(url: str) -> Path | None:
-    """The file that a sqlite or journal URL names; None for a server.
-
-    Args:
-        url: a storage URL, resolved.
-    """
+    """The file that a sqlite or journal URL names; None for a server."""
     try:
         parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
@@ -124,9 +120,6 @@ def storage_identity(url: str) -> str:
     """A text that is the same for every way to name one storage, without its password; never to be shown.
 
     All spellings of Postgres are one storage, and it stays that one after a change of the password.
-
-    Args:
-        url: a storage URL, resolved.
     """
     try:
         parsed = read_url(url)
@@ -153,7 +146,7 @@ def check_constraints(url: str, number: int, *, where: str | None = None) -> Non
         raise InputError(
             "Optuna's gRPC proxy does not keep several constraints in order, and the sampler would mix them up",
             where=where,
-            mend="Name the database itself as the storage, or leave max_drop out",
+            hint="Name the database itself as the storage, or leave max_drop out",
         )
 
 
@@ -165,15 +158,12 @@ def unsupported(parsed: URL, url: str) -> InputError:
         url: the URL as it was given; its password is masked in the message.
     """
     return InputError(
-        f"storages of kind {parsed.drivername}:// are not supported", where=safe_url(url), mend=f"Use {_SCHEMES}"
+        f"storages of kind {parsed.drivername}:// are not supported", where=safe_url(url), hint=f"Use {_SCHEMES}"
     )
 
 
 def parse_url(url: str) -> URL:
     """The parts of a storage URL.
-
-    Args:
-        url: as the user gave it.
 
     Raises:
         InputError: it is none, or it holds a password or something unknown among its parameters.
@@ -181,31 +171,27 @@ def parse_url(url: str) -> URL:
     try:
         parsed = read_url(url)
     except (exc.ArgumentError, ValueError):
-        raise InputError("this is not a storage URL", where=safe_url(url), mend=f"Use {_SCHEMES}") from None
+        raise InputError("this is not a storage URL", where=safe_url(url), hint=f"Use {_SCHEMES}") from None
     if _is_misread(parsed):
         raise InputError(
             "the user or the password has a character that means something else in a URL",
             where=safe_url(url),
-            mend="Write @ as %40, / as %2F, : as %3A and % as %25",
+            hint="Write @ as %40, / as %2F, : as %3A and % as %25",
         )
     if any(is_secret(key) and key.lower() != "passfile" for key in parsed.query):
         raise InputError(
             "a password among the URL's parameters would show in logs",
             where=safe_url(url),
-            mend="Write it as //user:password@host, or leave it to a password file",
+            hint="Write it as //user:password@host, or leave it to a password file",
         )
     odd = [key for key in parsed.query if parsed.drivername in _FILES and key not in _SQLITE_PARAMETERS]
     if odd:
-        raise InputError(f"unknown parameter {odd[0]!r}", where=safe_url(url), mend="Write a ? in a path as %3F")
+        raise InputError(f"unknown parameter {odd[0]!r}", where=safe_url(url), hint="Write a ? in a path as %3F")
     return parsed
 
 
 def optuna_url(url: URL) -> str:
-    """Render a URL for Optuna, which passes it through `str.format`.
-
-    Args:
-        url: the parts of a URL.
-    """
+    """Render a URL for Optuna, which passes it through `str.format`."""
     text = url.render_as_string(hide_password=False)
     if is_file(url) and make_url(text).database != url.database:  # SQLAlchemy before 2.1 escapes no path: SQLite does
         path = f"file:{quote(str(url.database))}"

@@ -74,9 +74,6 @@ class Watch(ABC):
     def restore(self, whole: Path) -> Path:
         """Move a whole copy to where it is found: to the file's own place if that is free, else beside it.
 
-        Args:
-            whole: the copy, in the same folder.
-
         Returns:
             Where it is now, or an equal one of another process.
         """
@@ -160,21 +157,13 @@ class JournalWatch(Watch):
             self.look(file)
 
     def look(self, file: io.BufferedReader | io.FileIO) -> None:
-        """Remember the end of the file.
-
-        Args:
-            file: the open file.
-        """
+        """Remember the end of the file."""
         size = self._whole_size(file)
         file.seek(max(0, size - _TAIL))
         self._seen, self._tail = size, file.read(min(size, _TAIL)) or b""
 
     def is_same(self, file: io.BufferedReader | io.FileIO) -> bool:
-        """Whether an open file is the one that was opened before, and has what it had.
-
-        Args:
-            file: the open file.
-        """
+        """Whether an open file is the one that was opened before, and has what it had."""
         found = os.fstat(file.fileno())
         file.seek(self._seen - len(self._tail))
         return (found.st_dev, found.st_ino) == self._identity and (file.read(len(self._tail)) or b"") == self._tail
@@ -204,22 +193,12 @@ def set_watch(storage: BaseStorage, watch: Watch) -> None:
 
 
 def watch_of(study: optuna.Study) -> Watch | None:
-    """Who looks after the file behind a study; None for a server.
-
-    Args:
-        study: the study.
-    """
+    """Who looks after the file behind a study; None for a server."""
     return _WATCHES.get(_backend(storage_of(study)))
 
 
 def holds(file: Path, study: str, numbers: Collection[int]) -> bool:
-    """Whether an SQLite file has completed trials.
-
-    Args:
-        file: the file.
-        study: name of the study.
-        numbers: of the trials.
-    """
+    """Whether an SQLite file has completed trials."""
     try:
         with _newcomer(file) as database:
             return set(numbers) <= _completed(database, study)
@@ -271,9 +250,5 @@ def _damage(database: sqlite3.Connection) -> bool:
 
 
 def beside(path: Path) -> Path:
-    """A temporary name beside a file.
-
-    Args:
-        path: the file.
-    """
+    """A temporary name beside a file."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")

@@ -32,7 +32,7 @@ Scores = Mapping[Split, Mapping[str, float]]  # split -> task -> score
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparedStudy:
     """One variant at one seed: the best trial by validation of one study.
 
     Attributes:
@@ -112,11 +112,11 @@ class Comparison:
     seeds: tuple[int, ...]
     splits: tuple[Split, ...]
     metrics: Mapping[Split, Metrics]
-    entries: tuple[Entry, ...]
+    entries: tuple[ComparedStudy, ...]
     references: Mapping[str, Mapping[int, Scores]]
     interrupted: bool = False
 
-    def of(self, variant: str) -> list[Entry]:
+    def of(self, variant: str) -> list[ComparedStudy]:
         """The entries of one variant that have scores, in the order of the seeds.
 
         Args:
@@ -125,7 +125,7 @@ class Comparison:
         return [entry for entry in self.entries if entry.variant == variant and entry.error is None]
 
     @property
-    def failed(self) -> list[Entry]:
+    def failed(self) -> list[ComparedStudy]:
         """The entries without scores."""
         return [entry for entry in self.entries if entry.error is not None]
 
@@ -155,11 +155,6 @@ Work = Callable[[Session, int, Planned], Summary]
 def quietly(session: Session, total: int, planned: Planned) -> Summary:
     """Run a study up to its total without showing anything.
 
-    Args:
-        session: the open study.
-        total: of its trials.
-        planned: its place in the comparison.
-
     Raises:
         RunError: three trials in a row failed, or the database is gone for good.
     """
@@ -186,8 +181,8 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
         own = Plan.of(each.spec)
         stored = own.study_if_any()
         if stored is not None:
-            provenance.refuse_other_science(
-                own.spec.name, provenance.stored_science(stored), provenance.stated_science(own.spec), own.place
+            provenance.refuse_other_fingerprint(
+                own.spec.name, provenance.stored_fingerprint(stored), provenance.stated_fingerprint(own.spec), own.place
             )
     return planned
 
@@ -229,7 +224,7 @@ def compare(
     variants = choose_variants(spec, methods, ablation=ablation, split=splits[-1])
     planned = plan(spec, variants, seeds)
     multi_task = find_model(spec, spec.multi_task)[1] if spec.multi_task is not None else None
-    entries: list[Entry] = []
+    entries: list[ComparedStudy] = []
     references: dict[str, dict[int, Scores]] = {}
     interrupted = False
     keepers: list[Keeper] = []
@@ -252,7 +247,7 @@ def compare(
         except StorageLost:
             raise
         except RunError as error:
-            entries.append(Entry(each.variant.name, each.seed, each.spec.name, error=str(error)))
+            entries.append(ComparedStudy(each.variant.name, each.seed, each.spec.name, error=str(error)))
     check_all(keepers)
     return Comparison(
         study=spec.name,
@@ -282,7 +277,7 @@ def check_split(spec: StudySpec, split: str | None) -> tuple[Split, ...]:
     without = [name for name, task in spec.tasks.items() if task.test_split is None]
     if wanted == "test" and without:
         raise InputError(
-            "no test_split", where=spec.where(f"tasks.{without[0]}"), mend="Name one, or use --split validation"
+            "no test_split", where=spec.where(f"tasks.{without[0]}"), hint="Name one, or use --split validation"
         )
     return ("validation",) if wanted == "validation" or without else ("validation", "test")
 
@@ -300,7 +295,7 @@ def _finish(session: Session, planned: Planned, trials: int | None, work: Work) 
     return len(results(session.study)) < total and work(session, total, planned).interrupted
 
 
-def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> Entry:
+def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> ComparedStudy:
     done = results(session.study)
     trial: FrozenTrial | None
     if planned.variant.first:
@@ -311,4 +306,4 @@ def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> Entry
     if trial is None:
         raise RunError("no trial has a result", where=planned.spec.name)
     scores = {split: session.trial_scores(trial, split) for split in splits}
-    return Entry.of(planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores)
+    return ComparedStudy.of(planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores)

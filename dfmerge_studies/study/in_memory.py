@@ -173,7 +173,7 @@ def optimize_merge(
     settings = _settings(SearchSettings, {**search, "trials": trials})
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
-        raise InputError("agreement needs the tasks of a spec", where="objective", mend="Let `score` compute it")
+        raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
     merger = ModelMerger(
         base,
         experts,
@@ -193,7 +193,7 @@ def optimize_merge(
         summary = search_of.run(study, url, on_event)
         best = best_trial(results(study), how)
     if best is None:
-        raise RunError("no trial has completed", where=name, mend="Look at the study's failed trials, and run again")
+        raise RunError("no trial has completed", where=name, hint="Look at the study's failed trials, and run again")
     merger.merge_(search_of.point_of(best))
     return MergeResult(merger.released(), best, study, summary, search_of.base_scores)
 
@@ -233,7 +233,7 @@ class _Search(Generic[Model]):
             self.name,
             directions=directions(self.objective, self.tasks),
             sampler=study_sampler(self.name, method, self.space, settings, goal_of(self.objective, Metrics({}))),
-            science=self._science(),
+            fingerprint=self._science(),
             attributes={
                 **scores_attribute("base", "validation", self.base_scores),
                 **scores_attribute("experts", "validation", self.expert_scores),
@@ -258,8 +258,8 @@ class _Search(Generic[Model]):
                 self.merger.place.load_scaled_(index, 1.0)
                 self.expert_scores[expert] = self.scored()[expert]
         if not self.expert_scores:
-            mend = f"The tasks are {', '.join(self.tasks)}"
-            raise InputError("no task has the name of an expert", where="max_drop", mend=mend)
+            hint = f"The tasks are {', '.join(self.tasks)}"
+            raise InputError("no task has the name of an expert", where="max_drop", hint=hint)
 
     def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
         """Work until the study has its total."""

@@ -83,13 +83,13 @@ def plane_of(resident: Resident) -> Plane:
     )
     length = _dot(first, first) ** 0.5
     if length == 0:
-        raise InputError("the first expert is the base", where="--pair", mend="Choose other experts")
+        raise InputError("the first expert is the base", where="--pair", hint="Choose other experts")
     u = {name: value / length for name, value in first.items()}
     along = _dot(second, u)
     off = {name: value - along * u[name] for name, value in second.items()}
     height = _dot(off, off) ** 0.5
     if height <= _PARALLEL * max(length, abs(along)):
-        raise InputError("the two task vectors are parallel: there is no plane", where="--pair", mend="Choose others")
+        raise InputError("the two task vectors are parallel: there is no plane", where="--pair", hint="Choose others")
     v = {name: value / height for name, value in off.items()}
     return Plane(u, v, resident.base, ((length, 0.0), (along, height)))
 
@@ -116,19 +116,15 @@ def chosen_pair(experts: Sequence[str], pair: Sequence[str] | None) -> tuple[str
             raise InputError(
                 f"there is no expert {name!r}",
                 where="--pair",
-                mend=did_you_mean(name, experts) or f"Experts: {', '.join(experts)}",
+                hint=did_you_mean(name, experts) or f"Experts: {', '.join(experts)}",
             )
     if len(names) != 2 or names[0] == names[1]:
-        raise InputError("a landscape is that of two experts", where="--pair", mend="Give two, such as a,b")
+        raise InputError("a landscape is that of two experts", where="--pair", hint="Give two, such as a,b")
     return names[0], names[1]
 
 
 def landscape_methods(method: Method) -> list[str]:
-    """GTA, and the study's own method where it weighs coefficients of its own by importance, else DF-Merge.
-
-    Args:
-        method: the study's.
-    """
+    """GTA, and the study's own method where it weighs coefficients of its own by importance, else DF-Merge."""
     searched = method.coefficients is Coefficients.PER_EXPERT and method.importance is not Importance.UNIFORM
     return ["gta", method.name if searched else "df-merge"]
 
@@ -153,7 +149,7 @@ def landscape(
         InputError: the pair or the grid cannot be used.
     """
     if not 2 <= grid <= 101:
-        raise InputError(f"a grid of {grid} cannot be drawn", where="--grid", mend="Give 2 to 101")
+        raise InputError(f"a grid of {grid} cannot be drawn", where="--grid", hint="Give 2 to 101")
     names = chosen_pair(session.problem.experts, pair)
     problem = _of_two(session.problem, names)
     plane = plane_of(problem.resident)
@@ -226,10 +222,5 @@ def _name(session: Session, names: Sequence[str]) -> str:
 
 
 def landscape_name(first: int, second: int) -> str:
-    """Name under which a pair's landscape is kept; by position, since an expert's name may hold anything.
-
-    Args:
-        first: position of the one expert.
-        second: position of the other.
-    """
+    """Name under which a pair's landscape is kept; by position, since an expert's name may hold anything."""
     return f"{LANDSCAPE}:{first}:{second}"

@@ -40,9 +40,6 @@ class Plan:
     def of(cls, spec: StudySpec) -> Plan:
         """The plan of a spec.
 
-        Args:
-            spec: the settings.
-
         Raises:
             InputError: the space cannot be searched.
         """
@@ -95,9 +92,5 @@ class Plan:
 
 
 def storage_url(spec: StudySpec) -> str:
-    """The spec's storage, its relative path made absolute.
-
-    Args:
-        spec: the settings.
-    """
+    """The spec's storage, its relative path made absolute."""
     return resolve_url(spec.storage_url, spec.workdir)

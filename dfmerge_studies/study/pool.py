@@ -90,9 +90,6 @@ def threads_each(workers: int) -> int:
     """Threads that one of several workers of this machine may use: its share of the cores, at least one.
 
     A smaller number that the user has set in OMP_NUM_THREADS stands.
-
-    Args:
-        workers: how many share the machine.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // workers)
@@ -284,13 +281,13 @@ class Pool:
     def _raise(self, good: int) -> None:
         refused = next((error for error in self._errors if error["exit_code"] == InputError.exit_code), None)
         if refused is not None:
-            raise InputError(refused["what"], where=refused["where"], mend=refused["mend"])
+            raise InputError(refused["what"], where=refused["where"], hint=refused["mend"])
         if good:
             return
         if self._errors:
-            raise RunError(self._errors[0]["what"], where=self._errors[0]["where"], mend=self._errors[0]["mend"])
+            raise RunError(self._errors[0]["what"], where=self._errors[0]["where"], hint=self._errors[0]["mend"])
         if self._lost:
             raise RunError(
                 f"no worker is left: they died again and again ({', '.join(self._lost)})",
-                mend="SIGKILL mostly means that memory ran out: try fewer workers. Run again to go on",
+                hint="SIGKILL mostly means that memory ran out: try fewer workers. Run again to go on",
             )

@@ -36,24 +36,13 @@ DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 def stored_probe(study: optuna.Study, name: str) -> dict[str, Any] | None:
-    """What a probe found, if it has been made.
-
-    Args:
-        study: from its storage.
-        name: of the probe.
-    """
+    """What a probe found, if it has been made."""
     found = study.user_attrs.get(f"{PROBE}:{name}")
     return dict(found) if found is not None else None
 
 
 def keep_probe(study: optuna.Study, name: str, found: Mapping[str, Any]) -> None:
-    """Write what a probe found.
-
-    Args:
-        study: the study.
-        name: of the probe.
-        found: JSON values.
-    """
+    """Write what a probe found."""
     study.set_user_attr(f"{PROBE}:{name}", dict(found))
 
 
@@ -72,7 +61,7 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
         InputError: fewer than two points.
     """
     if points < 2:
-        raise InputError(f"{points} points make no line", where="--points", mend="Give at least 2")
+        raise InputError(f"{points} points make no line", where="--points", hint="Give at least 2")
     lambdas = [i / (points - 1) for i in range(points)]
     found = stored_probe(session.study, INTERPOLATION)
     if found is None or found["lambdas"] != lambdas:
@@ -165,12 +154,12 @@ def reselect(
     """
     ratios = sorted({float(ratio) for ratio in ratios})
     if not ratios or not all(0 < ratio <= 1 for ratio in ratios):
-        raise InputError("a ratio must be above 0 and at most 1", where="--ratios", mend="For instance 0.1,0.5,1")
+        raise InputError("a ratio must be above 0 and at most 1", where="--ratios", hint="For instance 0.1,0.5,1")
     trials = results(session.study)
     metrics = session.spec.metrics("validation")
     reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials), metrics)
     if reason is not None:
-        raise InputError(reason, where="--figures", mend="Leave the figure `ratio` out")
+        raise InputError(reason, where="--figures", hint="Leave the figure `ratio` out")
     split: Split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
     rows = {}
     for position, trial in enumerate(trials, start=1):
@@ -189,14 +178,7 @@ def reselect(
 
 
 def why_not_reselect(max_drop: float | None, objective: str, trials: int, metrics: Metrics) -> str | None:
-    """Why a study has no choice to make again, None where it has.
-
-    Args:
-        max_drop: the study's constraint.
-        objective: its kind.
-        trials: how many have completed.
-        metrics: of its validation scores.
-    """
+    """Why a study has no choice to make again, None where it has."""
     if max_drop is not None:
         return "a choice under max_drop depends on more than the rows of the merges"
     if objective not in ("mean", "weighted", "min", "pareto"):

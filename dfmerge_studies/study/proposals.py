@@ -18,12 +18,7 @@ _MEANS = ("mean", "weighted", "agreement")  # objectives that are a mean of task
 
 
 def total_trials(method: Method, search: SearchSettings) -> int:
-    """Trials that a study should reach: what is asked for, or as many as a method without a search has points.
-
-    Args:
-        method: row of the method table.
-        search: the settings.
-    """
+    """Trials that a study should reach: what is asked for, or as many as a method without a search has points."""
     totals = {
         Coefficients.FIXED: 1,
         Coefficients.SHARED_GRID: math.prod(len(values) for values in method.grid.values()),
@@ -33,13 +28,7 @@ def total_trials(method: Method, search: SearchSettings) -> int:
 
 
 def first_points(method: Method, experts: Sequence[str], search: SearchSettings) -> list[Mapping[str, float]]:
-    """What a study tries first: 1/M, then what is asked for; none on a grid.
-
-    Args:
-        method: row of the method table.
-        experts: their names.
-        search: the settings.
-    """
+    """What a study tries first: 1/M, then what is asked for; none on a grid."""
     if method.coefficients is Coefficients.SHARED_GRID:
         return []
     first = fixed_coefficients(experts)
@@ -58,15 +47,7 @@ def _inside(search: SearchSettings, value: float) -> float:
 
 
 def study_sampler(name: str, method: Method, space: Space, search: SearchSettings, goal: Goal) -> BaseSampler:
-    """The sampler that proposes a study's trials.
-
-    Args:
-        name: of the study.
-        method: row of the method table.
-        space: what its trials differ in.
-        search: the settings.
-        goal: what task scores are worth together.
-    """
+    """The sampler that proposes a study's trials."""
     sampler: str = "ucb" if search.acquisition == "ucb" else search.sampler
     if not method.searches:
         sampler = "grid" if method.grid else "random"

@@ -20,15 +20,15 @@ from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import found_study, join_study, safe_url
+from dfmerge_studies.storage import create_study, join_study, safe_url
 from dfmerge_studies.study.totals import TARGET
 
 # User attributes of a study.
-SCIENCE = "dfmerge:science"
+FINGERPRINT = "dfmerge:science"
 SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
-ATTRIBUTES = frozenset({SCIENCE, SPEC, INDICES, VERSIONS, TARGET})
+ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed
 
@@ -54,13 +54,10 @@ _FORMERLY: Mapping[str, Any] = {
 }
 
 
-def stated_science(spec: StudySpec) -> dict[str, Any]:
+def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
     """What decides a study's results, as far as the spec alone says it.
 
     Budget, device, batch sizes, paths and storage are left out: they may change between runs.
-
-    Args:
-        spec: the settings.
     """
     search, importance = spec.search, spec.importance
     classes = {name: task.positive_class() for name, task in spec.tasks.items()}
@@ -100,12 +97,8 @@ def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
     }
 
 
-def measured_science(problem: Problem) -> dict[str, Any]:
-    """What decides a study's results, as far as the files say it: digests of weights, data and Fisher inputs.
-
-    Args:
-        problem: the loaded spec.
-    """
+def measured_fingerprint(problem: Problem) -> dict[str, Any]:
+    """What decides a study's results, as far as the files say it: digests of weights, data and Fisher inputs."""
     return {
         "base digest": problem.base_digest,
         **{f"expert digest of {name}": digest for name, digest in problem.expert_digests.items()},
@@ -114,21 +107,21 @@ def measured_science(problem: Problem) -> dict[str, Any]:
     }
 
 
-def whole_science(spec: StudySpec, problem: Problem) -> dict[str, Any]:
+def whole_fingerprint(spec: StudySpec, problem: Problem) -> dict[str, Any]:
     """Everything that decides a study's results.
 
     Args:
         spec: the settings of the study; a baseline's differ from those that `problem` was loaded with.
         problem: the loaded models and data.
     """
-    return {**stated_science(spec), **measured_science(problem)}
+    return {**stated_fingerprint(spec), **measured_fingerprint(problem)}
 
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Fields on which two sciences disagree, one readable line each; fields that only one states are ignored.
+    """Fields on which two fingerprints disagree, one readable line each; fields that only one states are ignored.
 
     Args:
-        stored: the science of the stored study.
+        stored: the fingerprint of the stored study.
         ours: that of this run.
     """
     stored, ours = {**_FORMERLY, **stored}, {**_FORMERLY, **ours}
@@ -140,24 +133,20 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 
 def is_unfinished(study: optuna.Study) -> bool:
-    """Tell whether a study is what a first start leaves that was killed: empty, without a word of what it is about.
-
-    Args:
-        study: the study to look at.
-    """
+    """Tell whether a study is what a first start leaves that was killed: empty, without a word of what it is about."""
     if study.user_attrs.keys() - ATTRIBUTES or study.get_trials(deepcopy=False):
         return False
-    return stored_science(study) is None
+    return stored_fingerprint(study) is None
 
 
-def refuse_other_science(
+def refuse_other_fingerprint(
     study_name: str, stored: Mapping[str, Any] | None, ours: Mapping[str, Any], where: str
 ) -> None:
     """Refuse to join a study that is about something else.
 
     Args:
         study_name: its name.
-        stored: its science attribute, None if it has none.
+        stored: its fingerprint attribute, None if it has none.
         ours: what this run would do.
         where: the storage, without password.
 
@@ -168,23 +157,19 @@ def refuse_other_science(
         raise InputError(
             f"the name {study_name!r} is taken by a study that this program did not make",
             where=where,
-            mend="Choose another name in the spec, or with --set name=NAME",
+            hint="Choose another name in the spec, or with --set name=NAME",
         )
     odd = differences(stored, ours)
     if odd:
         raise InputError(
             f"the study {study_name!r} is about something else:\n  - " + "\n  - ".join(odd) + "\n",
             where=where,
-            mend="Put the spec back as it was, or give the new study another name with --set name=NAME",
+            hint="Put the spec back as it was, or give the new study another name with --set name=NAME",
         )
 
 
 def describe_spec(spec: StudySpec) -> dict[str, Any]:
-    """The spec as JSON, as it may be stored and exported: without passwords, tokens and keys.
-
-    Args:
-        spec: the settings.
-    """
+    """The spec as JSON, as it may be stored and exported: without passwords, tokens and keys."""
     return without_secrets(spec.model_dump(mode="json"))
 
 
@@ -232,7 +217,7 @@ def join(
     *,
     directions: Sequence[str],
     sampler: BaseSampler,
-    science: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     attributes: Mapping[str, Any],
     metric_names: Sequence[str],
     where: str,
@@ -244,7 +229,7 @@ def join(
         name: the study's name.
         directions: "maximize" or "minimize", one for each objective.
         sampler: what proposes points.
-        science: what it is about.
+        fingerprint: what it is about.
         attributes: what else its founder states.
         metric_names: of the objectives.
         where: the storage, without password.
@@ -252,20 +237,20 @@ def join(
     Raises:
         InputError: the stored study is about something else; with the list of differences.
     """
-    founder = found_study(storage, name, directions=directions)
+    founder = create_study(storage, name, directions=directions)
     study = join_study(storage, name, directions=directions, sampler=sampler)
-    if founder or (awaited_science(study) is None and not study.get_trials(deepcopy=False)):
-        for key, value in {**attributes, VERSIONS: library_versions(), SCIENCE: dict(science)}.items():
+    if founder or (awaited_fingerprint(study) is None and not study.get_trials(deepcopy=False)):
+        for key, value in {**attributes, VERSIONS: library_versions(), FINGERPRINT: dict(fingerprint)}.items():
             study.set_user_attr(key, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(list(metric_names))
-    refuse_other_science(name, stored_science(study), science, where)
+    refuse_other_fingerprint(name, stored_fingerprint(study), fingerprint, where)
     return study
 
 
-def stored_science(study: optuna.Study) -> dict[str, Any] | None:
-    """A study's science attribute; None where it has none.
+def stored_fingerprint(study: optuna.Study) -> dict[str, Any] | None:
+    """A study's fingerprint attribute; None where it has none.
 
     Args:
         study: a study that this program made, or another.
@@ -274,16 +259,16 @@ def stored_science(study: optuna.Study) -> dict[str, Any] | None:
         InputError: it has one of another form than this program writes.
     """
     with reading_study(study.study_name):
-        science = study.user_attrs.get(SCIENCE)
-        if science is not None and not (isinstance(science["method"], str) and science["tasks"]):
-            raise ValueError(science)
-        return science
+        fingerprint = study.user_attrs.get(FINGERPRINT)
+        if fingerprint is not None and not (isinstance(fingerprint["method"], str) and fingerprint["tasks"]):
+            raise ValueError(fingerprint)
+        return fingerprint
 
 
-def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
-    """A study's science attribute, waited for while another process may be about to write it.
+def awaited_fingerprint(study: optuna.Study) -> dict[str, Any] | None:
+    """A study's fingerprint attribute, waited for while another process may be about to write it.
 
-    Who creates a study founds it; two first starts that both wrote would each find its own science there.
+    Who creates a study founds it; two first starts that both wrote would each find its own fingerprint there.
 
     Args:
         study: a study that this process did not create.
@@ -292,11 +277,11 @@ def awaited_science(study: optuna.Study) -> dict[str, Any] | None:
         The attribute; None if other software made the study, or its founder died.
     """
     until = time.monotonic() + _FOUNDING_SECONDS
-    while (science := stored_science(study)) is None and time.monotonic() < until:
+    while (fingerprint := stored_fingerprint(study)) is None and time.monotonic() < until:
         if study.get_trials(deepcopy=False):
-            return stored_science(study)  # a founder writes it before its first trial: there by now, or never
+            return stored_fingerprint(study)  # a founder writes it before its first trial: there by now, or never
         time.sleep(0.1)
-    return science
+    return fingerprint
 
 
 def _short(value: Any) -> str:
@@ -308,9 +293,6 @@ def _short(value: Any) -> str:
 def reading_study(name: str) -> Iterator[None]:
     """Around whatever reads what a stored study says of itself: damage, or another program's words, are named.
 
-    Args:
-        name: of the study.
-
     Raises:
         InputError: an attribute is missing or of another form than this program writes.
     """
@@ -319,5 +301,5 @@ def reading_study(name: str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"the study {name!r} cannot be read: what it stores of itself is damaged, or of another program",
-            mend="Restore a copy of the database, or delete the study",
+            hint="Restore a copy of the database, or delete the study",
         ) from error

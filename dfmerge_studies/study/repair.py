@@ -67,21 +67,12 @@ class Report:
 
 
 def studies_of(storage: BaseStorage, name: str) -> list[str]:
-    """List the study of a name and those made beside it (baselines), as far as they are in the storage.
-
-    Args:
-        storage: an open storage.
-        name: of the spec's study.
-    """
+    """List the study of a name and those made beside it (baselines), as far as they are in the storage."""
     return sorted(n for n in study_names(storage) if n == name or n.startswith(f"{name}."))
 
 
 def look(study: optuna.Study, outbox: Path) -> Report:
     """Find what is stuck in a study; changes nothing.
-
-    Args:
-        study: the study.
-        outbox: its folder.
 
     Returns:
         What was found.
@@ -96,7 +87,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
     )
 
 
-def mend(study: optuna.Study, outbox: Path, *, failures: bool = False) -> dict[str, int]:
+def hint(study: optuna.Study, outbox: Path, *, failures: bool = False) -> dict[str, int]:
     """Apply results, put stale trials back in the queue, and failed ones if asked.
 
     Args:

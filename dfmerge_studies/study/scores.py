@@ -34,12 +34,7 @@ class KeptScores:
     problem: Problem
 
     def stored(self, row: str, split: Split) -> dict[str, float] | None:
-        """Scores that were computed on the data as it is now, None if there are none.
-
-        Args:
-            row: what was scored.
-            split: of the tasks' data.
-        """
+        """Scores that were computed on the data as it is now, None if there are none."""
         kept = self.study.user_attrs.get(f"{_SCORES}:{row}:{split}")
         if kept is None or kept["data"] != self.problem.data_digests(split):
             return None
@@ -97,11 +92,7 @@ def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: Split) -> 
 
 
 def multi_task_row(study: optuna.Study) -> str | None:
-    """Under which name the scores of the multi-task model are kept that a study was last compared with, if any.
-
-    Args:
-        study: from its storage.
-    """
+    """Under which name the scores of the multi-task model are kept that a study was last compared with, if any."""
     return study.user_attrs.get(_MULTI_TASK)
 
 
@@ -117,11 +108,7 @@ def keep_multi_task_row(study: optuna.Study, row: str) -> None:
 
 
 def trial_row(trial: FrozenTrial) -> str:
-    """Under which name a trial's scores are kept.
-
-    Args:
-        trial: a completed trial.
-    """
+    """Under which name a trial's scores are kept."""
     return f"trial {trial.number}"
 
 

@@ -289,8 +289,8 @@ def open_study(
         check_constraints(plan.url, len(spec.tasks), where=spec.where("search.max_drop"))
     cache, stored, where = spec_cache(spec), plan.study_if_any(), plan.place
     if stored is not None:
-        provenance.refuse_other_science(
-            spec.name, provenance.stored_science(stored), provenance.stated_science(spec), where
+        provenance.refuse_other_fingerprint(
+            spec.name, provenance.stored_fingerprint(stored), provenance.stated_fingerprint(spec), where
         )
     indices = None
     if stored is not None and spec.importance.indices is None:
@@ -302,19 +302,16 @@ def open_study(
     for split in splits:
         for task in spec.tasks:
             problem.examples(task, split)
-    science = provenance.whole_science(spec, problem)
+    fingerprint = provenance.whole_fingerprint(spec, problem)
     if stored is not None:
-        provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, where)
+        provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     merger = Merger(problem, plan.method, cache, progress=progress)
     rehearse_(problem, plan.method)
-    return Session(plan, problem, _join(plan, science, problem), merger)
+    return Session(plan, problem, _join(plan, fingerprint, problem), merger)
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:
     """The study of a spec as it is in its storage, without loading any model.
-
-    Args:
-        spec: the settings.
 
     Raises:
         InputError: there is none.
@@ -322,7 +319,7 @@ def stored_study(spec: StudySpec) -> optuna.Study:
     return Plan.of(spec).study()
 
 
-def _join(plan: Plan, science: Mapping[str, Any], problem: Problem) -> optuna.Study:
+def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem) -> optuna.Study:
     spec = plan.spec
     with storage_errors(plan.url):
         study = provenance.join(
@@ -330,7 +327,7 @@ def _join(plan: Plan, science: Mapping[str, Any], problem: Problem) -> optuna.St
             spec.name,
             directions=directions(spec.objective, list(spec.tasks)),
             sampler=plan.sampler(),
-            science=science,
+            fingerprint=fingerprint,
             attributes={
                 provenance.SPEC: provenance.describe_spec(spec),
                 provenance.INDICES: problem.fisher_indices(),
@@ -360,19 +357,19 @@ def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> Froz
     if number is None:
         best = best_trial(completed, spec.objective)
         if best is None:
-            raise RunError(f"the study {spec.name!r} has no completed trial yet", mend="Run it first")
+            raise RunError(f"the study {spec.name!r} has no completed trial yet", hint="Run it first")
         return best
     for trial in completed:
         if trial.number == number:
             return trial
     known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
-    raise InputError(f"no completed trial {number}", where="--trial", mend=f"Completed trials: {known}")
+    raise InputError(f"no completed trial {number}", where="--trial", hint=f"Completed trials: {known}")
 
 
 def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
     """The objective that a stored study was made with."""
-    science = provenance.stored_science(study) or {}
-    return ObjectiveSettings.model_validate(science.get("objective", {}))
+    fingerprint = provenance.stored_fingerprint(study) or {}
+    return ObjectiveSettings.model_validate(fingerprint.get("objective", {}))
 
 
 def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
@@ -382,8 +379,8 @@ def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
         study: one that this program made.
         split: of the tasks' data.
     """
-    science, spec = provenance.stored_science(study) or {}, study.user_attrs.get(provenance.SPEC, {})
-    names = {task: science.get("metrics", {}).get(task, "accuracy") for task in science.get("tasks", ())}
+    fingerprint, spec = provenance.stored_fingerprint(study) or {}, study.user_attrs.get(provenance.SPEC, {})
+    names = {task: fingerprint.get("metrics", {}).get(task, "accuracy") for task in fingerprint.get("tasks", ())}
     if stored_spec_objective(study).kind == AGREEMENT:
         targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
         names = {task: AGREEMENT if agrees(split, targets[task]) else name for task, name in names.items()}

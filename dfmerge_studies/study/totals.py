@@ -17,11 +17,7 @@ ADDED = "dfmerge:added:"
 
 
 def stored_total(study: optuna.Study) -> int:
-    """The total that a study was last asked to reach, 0 for a new one.
-
-    Args:
-        study: the study.
-    """
+    """The total that a study was last asked to reach, 0 for a new one."""
     attributes = study.user_attrs
     return int(attributes.get(TARGET, 0)) + _added(attributes)
 

@@ -77,12 +77,7 @@ class Validation:
 
 
 def validate(spec: StudySpec, *, progress: Progress = silent) -> Validation:
-    """Check files, shapes, tokenizers, data, storage, and estimate the memory that a run needs.
-
-    Args:
-        spec: what to check.
-        progress: told how far it is.
-    """
+    """Check files, shapes, tokenizers, data, storage, and estimate the memory that a run needs."""
     return validate_examined(Examined(spec=spec), progress=progress)
 
 
@@ -121,9 +116,6 @@ def memory_estimate(problem: Problem) -> Estimate:
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
     sums of the merge and one importance with its workspace, in float32; what the transform keeps.
-
-    Args:
-        problem: the loaded spec.
     """
     resident = problem.resident
     parameters = sum(p.numel() for p in resident.model.parameters())
@@ -207,5 +199,5 @@ def _check_storage(spec: StudySpec, problem: Problem) -> None:
     plan = Plan.of(spec)
     stored = plan.study_if_any()
     if stored is not None:
-        science = provenance.whole_science(spec, problem)
-        provenance.refuse_other_science(spec.name, provenance.stored_science(stored), science, plan.place)
+        fingerprint = provenance.whole_fingerprint(spec, problem)
+        provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, plan.place)

@@ -21,22 +21,12 @@ DROPS = "drops"
 
 
 def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
-    """Optuna directions: one, or one per task for `pareto`.
-
-    Args:
-        objective: the spec's objective.
-        tasks: names of the tasks.
-    """
+    """Optuna directions: one, or one per task for `pareto`."""
     return ["maximize"] * (len(tasks) if objective.kind == "pareto" else 1)
 
 
 def metric_names(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
-    """What the values of a trial are called in Optuna.
-
-    Args:
-        objective: the spec's objective.
-        tasks: names of the tasks.
-    """
+    """What the values of a trial are called in Optuna."""
     return list(tasks) if objective.kind == "pareto" else [f"{objective.kind} score"]
 
 
@@ -125,29 +115,17 @@ def trial_result(
 
 
 def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase, as they are stored.
-
-    Args:
-        seconds: by phase.
-    """
+    """Seconds by phase, as they are stored."""
     return {phase: round(value, 4) for phase, value in seconds.items()}
 
 
 def trial_value(trial: FrozenTrial) -> float:
-    """What a completed trial is worth as one number.
-
-    Args:
-        trial: a completed trial.
-    """
+    """What a completed trial is worth as one number."""
     return float(one_value(trial.values))
 
 
 def violation(trial: FrozenTrial) -> float:
-    """Points by which a trial misses its constraints, summed; 0 where it keeps them all.
-
-    Args:
-        trial: a completed trial.
-    """
+    """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
     return sum(max(0.0, value) for value in trial.constraints.values())
 
 
@@ -157,10 +135,6 @@ def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> F
     Among the trials that keep all constraints (or, where none does, those that miss them least) the one of the
     highest value; for `pareto` the member of the front with the highest mean score, then the highest minimum.  Among
     equals the earliest.
-
-    Args:
-        trials: completed trials, in their order.
-        objective: the spec's objective.
     """
     if not trials:
         return None

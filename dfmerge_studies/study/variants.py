@@ -93,21 +93,21 @@ def choose_variants(
         ]
     for name in names:
         if name not in known:
-            mend = did_you_mean(name, known) or f"The methods are {', '.join(known)}"
-            raise InputError(f"unknown method {name!r}", where="--methods", mend=mend)
+            hint = did_you_mean(name, known) or f"The methods are {', '.join(known)}"
+            raise InputError(f"unknown method {name!r}", where="--methods", hint=hint)
         if names.count(name) > 1:
-            raise InputError(f"{name!r} is named twice", where="--methods", mend="Name it once")
+            raise InputError(f"{name!r} is named twice", where="--methods", hint="Name it once")
         if not known[name].installed:
             missing = ", ".join(known[name].needs)
-            raise InputError(f"{name!r} needs {missing}", where="--methods", mend="Install it, or leave the method out")
+            raise InputError(f"{name!r} needs {missing}", where="--methods", hint="Install it, or leave the method out")
         if not _is_comparable(spec, known[name], split):
             raise InputError(
                 f"{name!r} has agreement and not {spec.metrics(split).short} on the validation split",
                 where="--methods",
-                mend="Use --split test, or leave the method out",
+                hint="Use --split test, or leave the method out",
             )
     if not names:
-        raise InputError("no method is named", where="--methods", mend=f"The methods are {', '.join(known)}")
+        raise InputError("no method is named", where="--methods", hint=f"The methods are {', '.join(known)}")
     return [known[name] for name in names]
 
 
@@ -166,4 +166,4 @@ def _adds_a_row(spec: StudySpec, variant: Variant) -> bool:
 
 
 def _same(one: StudySpec, other: StudySpec) -> bool:
-    return provenance.stated_science(one) == provenance.stated_science(other)
+    return provenance.stated_fingerprint(one) == provenance.stated_fingerprint(other)

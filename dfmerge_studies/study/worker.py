@@ -26,11 +26,7 @@ _PHASE_SECONDS = 0.25  # between two reports of how far a phase is
 
 
 def read_orders(line: str) -> Orders:
-    """Orders as the parent sent them.
-
-    Args:
-        line: the first line of standard input.
-    """
+    """Orders as the parent sent them."""
     return Orders(**json.loads(line))
 
 

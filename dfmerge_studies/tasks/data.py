@@ -102,7 +102,7 @@ def _in_order_of(classes: Sequence[str], row: Row, task: ChoiceTask | Classifica
         raise InputError(
             f"class {positive} is {row.choices[positive]!r} in the data and {classes[positive]!r} in the expert's head",
             where=f"{where}.positive",
-            mend="Name the classes in doc_to_choice and give positive as one of these texts",
+            hint="Name the classes in doc_to_choice and give positive as one of these texts",
         )
     return replace(
         row,
@@ -159,27 +159,27 @@ def _choice_renderer(
 
 def _checked_choices(value: Any, where: str, index: int) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
-        raise InputError(f"row {index}: {value!r} is no list of choices", where=where, mend="Give a list of texts")
+        raise InputError(f"row {index}: {value!r} is no list of choices", where=where, hint="Give a list of texts")
     odd = next((choice for choice in value if is_missing(choice) or isinstance(choice, (Mapping, list, tuple))), "")
     if odd != "":
         raise InputError(
             f"row {index} has {'an empty cell' if is_missing(odd) else repr(odd)} among its choices: {list(value)}",
             where=where,
-            mend="Give every choice a text",
+            hint="Give every choice a text",
         )
     choices = tuple(str(choice) for choice in value)
     if len(choices) < 2:
         raise InputError(
             f"row {index} has only {len(choices)} choice{'s' * (not choices)}",
             where=where,
-            mend="Give at least two choices",
+            hint="Give at least two choices",
         )
     if len(set(choices)) < len(choices):
         raise InputError(
-            f"row {index} has the same choice twice: {list(choices)}", where=where, mend="Make them differ"
+            f"row {index} has the same choice twice: {list(choices)}", where=where, hint="Make them differ"
         )
     if not all(choice.strip() for choice in choices):
-        raise InputError(f"row {index} has an empty choice", where=where, mend="Give every choice a text")
+        raise InputError(f"row {index} has an empty choice", where=where, hint="Give every choice a text")
     return choices
 
 
@@ -187,5 +187,5 @@ def _text(value: Any, source: str, where: str, index: int) -> str:
     if is_missing(value):
         raise empty_cell(source, index, where)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"row {index}: {value!r} is no text", where=where, mend="Name a column with text in every row")
+        raise InputError(f"row {index}: {value!r} is no text", where=where, hint="Name a column with text in every row")
     return value

@@ -38,12 +38,7 @@ def row_length(example: Encoded, kind: Kind) -> int:
 
 
 def token_cost(example: Encoded, kind: Kind) -> int:
-    """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts.
-
-    Args:
-        example: one input.
-        kind: how the model answers.
-    """
+    """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts."""
     choices = sum(map(len, example.choices))
     if kind is Kind.CAUSAL:
         return len(example.input_ids) * len(example.choices) + choices
@@ -115,7 +110,7 @@ def choice_losses(
     results: list[list[float]] = [[] for _ in examples]
     for share, part in zip(shares, found, strict=True):
         if len(share) != len(part):
-            raise GroupError("the processes do not have the same number of inputs", mend="Give all the same data")
+            raise GroupError("the processes do not have the same number of inputs", hint="Give all the same data")
         for i, losses in zip(share, part, strict=True):
             results[i] = losses
     return results
@@ -161,7 +156,7 @@ def _checked(example: Encoded, losses: list[float]) -> list[float]:
         raise RunError(
             f"the model's loss is not finite: {present}",
             where=f"row {example.index}",
-            mend="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
+            hint="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
         )
     return present
 
@@ -205,13 +200,10 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def labels_of(examples: Sequence[Encoded]) -> list[int]:
     """Index of every input's right choice or class.
 
-    Args:
-        examples: the inputs.
-
     Raises:
         InputError: an input has no label.
     """
     for example in examples:
         if example.label is None:
-            raise InputError("the row has no label", where=f"row {example.index}", mend="Give doc_to_target")
+            raise InputError("the row has no label", where=f"row {example.index}", hint="Give doc_to_target")
     return [example.label for example in examples if example.label is not None]

@@ -45,7 +45,7 @@ def _check_split(files: Any, split: str, where: str) -> None:
     for part in _split_names(split):
         if isinstance(files, dict) and part not in files:
             known = ", ".join(sorted(files))
-            raise InputError(f"no split {part!r} among data_files ({known})", where=where, mend="Name one of them")
+            raise InputError(f"no split {part!r} among data_files ({known})", where=where, hint="Name one of them")
 
 
 def _split_names(split: str) -> list[str]:
@@ -84,7 +84,7 @@ def opened_split(arguments: Mapping[str, Any], split: str, root: Path, where: st
                 raise InputError(
                     f"there is no room to read the data set: {error.strerror}: {error.filename}",
                     where=f"{where}.dataset",
-                    mend="Set TMPDIR to a folder that can be written",
+                    hint="Set TMPDIR to a folder that can be written",
                 ) from error
             resolved |= _without_cache(resolved, scratch)
         yield _load(resolved, split, where, _describe_files(files, split))
@@ -111,9 +111,9 @@ def _load(resolved: Mapping[str, Any], split: str, where: str, files: str) -> Da
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
-    mend = "Check the files, the format named in 'path', and the split"
+    hint = "Check the files, the format named in 'path', and the split"
     with (
-        reading(f"{where}.dataset ({files})", "the data set cannot be read", mend),
+        reading(f"{where}.dataset ({files})", "the data set cannot be read", hint),
         _silent_datasets(counted=str(resolved["path"]) not in _LOCAL_BUILDERS),
     ):
         try:
@@ -122,7 +122,7 @@ def _load(resolved: Mapping[str, Any], split: str, where: str, files: str) -> Da
             raise InputError(
                 f"the data set {resolved['path']!r} cannot be found: {first_line(error)}",
                 where=f"{where}.dataset",
-                mend="Correct the path or the Hub id, or check the connection",
+                hint="Correct the path or the Hub id, or check the connection",
             ) from error
         except (DatasetGenerationError, ValueError) as error:
             if "corresponds to no data" in str(error):  # how the loader reports a file with a header alone
@@ -150,13 +150,8 @@ def documents(dataset: Dataset, where: str) -> Iterator[Mapping[str, Any]]:
 
 
 def empty_split(split: str, where: str) -> InputError:
-    """The error of a split without rows.
-
-    Args:
-        split: its name.
-        where: file and task, for the message.
-    """
-    return InputError(f"the split {split!r} is empty", where=f"{where}.dataset", mend="Give it at least one row")
+    """The error of a split without rows."""
+    return InputError(f"the split {split!r} is empty", where=f"{where}.dataset", hint="Give it at least one row")
 
 
 @contextmanager
@@ -185,7 +180,7 @@ def _resolve_files(arguments: Mapping[str, Any], root: Path, where: str) -> dict
         resolved["data_files"] = _absolute(arguments["data_files"], root, f"{where}.dataset.data_files")
     elif path in _LOCAL_BUILDERS and "data_dir" not in arguments:
         raise InputError(
-            f"'path: {path}' needs data_files", where=f"{where}.dataset", mend="Add data_files: {validation: FILE}"
+            f"'path: {path}' needs data_files", where=f"{where}.dataset", hint="Add data_files: {validation: FILE}"
         )
     field = f"{where}.dataset.data_dir"
     if "data_dir" in arguments and local_path(str(arguments["data_dir"]), root, field).is_dir():
@@ -200,7 +195,7 @@ def _plain_folder(text: str, root: Path, where: str) -> str:
         raise InputError(
             f"{folder} has one of the signs *?[ in its name, which the loader of data sets takes for a pattern",
             where=where,
-            mend="Name the files with data_files, or move the folder",
+            hint="Name the files with data_files, or move the folder",
         )
     return folder
 
@@ -210,7 +205,7 @@ def _absolute(files: Any, root: Path, where: str) -> Any:
     if isinstance(files, dict) and files:
         return {str(split): _absolute(value, root, f"{where}.{split}") for split, value in files.items()}
     if files in ([], {}, "", None):
-        raise InputError("it names no file", where=where, mend="Name at least one")
+        raise InputError("it names no file", where=where, hint="Name at least one")
     if isinstance(files, list):
         found = [_absolute(value, root, where) for value in files]
         return [path for one in found for path in (one if isinstance(one, list) else [one])]
@@ -221,13 +216,13 @@ def _absolute(files: Any, root: Path, where: str) -> Any:
         pattern = str(Path(glob.escape(str(root))) / Path(str(files)).expanduser())
         matched = [local_path(one, root, where) for one in glob.glob(pattern, recursive=True)]  # noqa: PTH207
         if not any(one.is_file() for one in matched):
-            raise InputError(f"no file matches {root / str(files)}", where=where, mend="Correct the pattern")
+            raise InputError(f"no file matches {root / str(files)}", where=where, hint="Correct the pattern")
         return sorted(str(one) for one in matched if one.is_file())
     check_regular(path, where, "Correct the path; it is relative to the spec")
     if not path.exists():
-        raise InputError(f"no such file: {path}", where=where, mend="Correct the path; it is relative to the spec")
+        raise InputError(f"no such file: {path}", where=where, hint="Correct the path; it is relative to the spec")
     if path.stat().st_size == 0:
-        raise InputError(f"the data set is empty: {path} has no bytes", where=where, mend="Give it at least one row")
+        raise InputError(f"the data set is empty: {path} has no bytes", where=where, hint="Give it at least one row")
     return str(path)
 
 

@@ -60,12 +60,6 @@ def read_labels(
 def read_index(value: int, choices: Sequence[tuple[str, ...]], *, where: str, split: str) -> list[int]:
     """One index that the spec gives for all rows.
 
-    Args:
-        value: the index.
-        choices: the choices of each row.
-        where: file and field, for messages.
-        split: name of the split, for messages.
-
     Raises:
         InputError: a row has no such choice.
     """
@@ -97,12 +91,12 @@ def class_order(ours: tuple[str, ...], head: tuple[str, ...], where: str) -> lis
     Raises:
         InputError: they differ in number, or not every name has the same name on the other side.
     """
-    mend = "Name the head's classes, in any order, or the expert that was trained on these classes"
+    hint = "Name the head's classes, in any order, or the expert that was trained on these classes"
     if len(ours) != len(head):
         raise InputError(
             f"{len(ours)} classes {list(ours)}, but the expert's head has {len(head)}: {list(head)}",
             where=where,
-            mend=mend,
+            hint=hint,
         )
     if not known_names(ours) or not known_names(head):
         return list(range(len(ours)))
@@ -113,7 +107,7 @@ def class_order(ours: tuple[str, ...], head: tuple[str, ...], where: str) -> lis
     raise InputError(
         f"the classes {list(ours)} are not those of the expert's head: {list(head)} (id2label of its config.json)",
         where=where,
-        mend=mend,
+        hint=hint,
     )
 
 
@@ -160,11 +154,7 @@ def _number(value: Any) -> float | int | None:
 
 
 def plain_name(name: str) -> str:
-    """A class's name without what differs between writers of one name: case, blanks, underscores, hyphens.
-
-    Args:
-        name: the name.
-    """
+    """A class's name without what differs between writers of one name: case, blanks, underscores, hyphens."""
     return "".join(sign for sign in name.casefold() if sign not in " _-")
 
 
@@ -212,7 +202,7 @@ def _check_names(
                 f"the data's class {value} is {names[value]!r}, which is choice {text} of {list(choices[0])}, while "
                 f"other classes of {list(names)} are no choices",
                 where=where,
-                mend="Give the choices in the order of the data's classes, or name all of its classes among them",
+                hint="Give the choices in the order of the data's classes, or name all of its classes among them",
             )
 
 
@@ -233,7 +223,7 @@ def _refused(
                 + ("there is no label" if is_missing(value) else f"label {value!r} is not among the choices")
                 + f", expected {some}",
                 where=where,
-                mend=f"Correct the data or doc_to_target{CSV_HINT if is_missing(value) else ''}",
+                hint=f"Correct the data or doc_to_target{CSV_HINT if is_missing(value) else ''}",
             )
     text = next(row for row, number in enumerate(numbers) if number is None)
     number = next(row for row, index in enumerate(texts) if index is None)
@@ -241,5 +231,5 @@ def _refused(
         f"labels of the split {split!r} are mixed: {values[text]!r} of row {text} is the text of a choice and no "
         f"index, {values[number]!r} of row {number} is an index and the text of no choice",
         where=where,
-        mend=_MIXED,
+        hint=_MIXED,
     )

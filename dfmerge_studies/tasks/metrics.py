@@ -108,7 +108,7 @@ class Metric:
         if len(answers.losses) != len(answers.wanted):
             raise ValueError(f"{len(answers.losses)} answers to {len(answers.wanted)} inputs")
         if not answers.wanted:
-            raise InputError("there are no examples to score", mend="Check the split and its limit")
+            raise InputError("there are no examples to score", hint="Check the split and its limit")
         if self.of_rows is not None:
             rows = self.of_rows(answers)
             return sum(rows) / len(rows)
@@ -116,21 +116,13 @@ class Metric:
         return float(self.of_all(answers))
 
     def worth(self, score: float) -> float:
-        """A score such that higher is better; applied to that it gives the score again.
-
-        Args:
-            score: of this metric.
-        """
+        """A score such that higher is better; applied to that it gives the score again."""
         return score if self.higher_is_better else -score
 
     def drop(self, score: float, reference: float) -> float:
         """Points by which a score is worse than another one: hundredths of the range from `low` to `high`.
 
         A range without an end has no hundredths; there a point is 0.01 of the metric's own unit.
-
-        Args:
-            score: of a merged model.
-            reference: what it is compared with.
         """
         return 100.0 * (self.worth(reference) - self.worth(score)) / self.span
 
@@ -278,12 +270,7 @@ class Metrics(Mapping[str, Metric]):
         return self.mean.unit
 
     def value_text(self, values: Sequence[float], digits: int = 1) -> str:
-        """What a trial is worth, as its numbers are shown: one, or for `pareto` one per task.
-
-        Args:
-            values: of the trial.
-            digits: see `Metric.shown`.
-        """
+        """What a trial is worth, as its numbers are shown: one, or for `pareto` one per task."""
         kinds = [self.mean] if len(values) == 1 else list(self.values())
         return " ".join(kind.shown(kind.worth(value), digits) for kind, value in zip(kinds, values, strict=True))
 
@@ -296,12 +283,7 @@ class Metrics(Mapping[str, Metric]):
 
 
 def agrees(split: Split, doc_to_target: object) -> bool:
-    """Whether `objective: agreement` scores a split by agreement: what is searched on, and what has no labels.
-
-    Args:
-        split: of the tasks' data.
-        doc_to_target: of the task.
-    """
+    """Whether `objective: agreement` scores a split by agreement: what is searched on, and what has no labels."""
     return split == "validation" or doc_to_target is None
 
 

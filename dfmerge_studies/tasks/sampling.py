@@ -20,12 +20,7 @@ def seeded_generator(seed: int, *labels: str) -> np.random.Generator:
 
 
 def torch_generator(seed: int, *labels: str) -> torch.Generator:
-    """The same for torch, on the CPU.
-
-    Args:
-        seed: the study's seed.
-        labels: purpose of the draw.
-    """
+    """The same for torch, on the CPU."""
     return torch.Generator().manual_seed(int(seeded_generator(seed, *labels).integers(2**62)))
 
 

@@ -64,9 +64,6 @@ class BoundedEnvironment(SandboxedEnvironment):
     def template(self, source: str) -> Template:
         """Compile a template.
 
-        Args:
-            source: its text.
-
         Raises:
             TemplateError: it is none, or it is too long.
         """
@@ -88,10 +85,6 @@ class BoundedEnvironment(SandboxedEnvironment):
 
     def render(self, template: Template, values: Mapping[str, Any]) -> str:
         """Render a template within the budget.
-
-        Args:
-            template: of `template`.
-            values: its variables.
 
         Raises:
             TemplateError: it fails, or takes more than its budget.

@@ -125,7 +125,7 @@ def make_rows(batch: Sequence[Encoded], device: torch.device) -> Rows:
             raise InputError(
                 "an input has no choices, or a choice has no tokens",
                 where=f"row {example.index}",
-                mend="Check doc_to_choice for this row",
+                hint="Check doc_to_choice for this row",
             )
     owner = [i for i, example in enumerate(batch) for _ in example.choices]
     choice = [c for example in batch for c in range(len(example.choices))]
@@ -154,13 +154,7 @@ def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S).
-
-    Args:
-        model: text-to-text model.
-        batch: B inputs.
-        pad_id: token id to pad inputs with.
-    """
+    """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S)."""
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     mask = pad_mask(texts, device)
@@ -213,7 +207,7 @@ def _shifted_by_config(model: nn.Module, targets: Tensor) -> Tensor:
     if start is None:
         raise InputError(
             f"{type(model).__name__} cannot make decoder inputs from targets: no decoder_start_token_id",
-            mend="Use an encoder-decoder class with a language modelling head, and set it in config.json",
+            hint="Use an encoder-decoder class with a language modelling head, and set it in config.json",
         )
     ids = torch.cat([torch.full_like(targets[:, :1], start), targets[:, :-1]], dim=1)
     blank = getattr(config, "pad_token_id", None)
@@ -254,12 +248,6 @@ def _additive(seen: Tensor, model: nn.Module) -> Tensor:
 def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
     """Losses (R,) of continuations: one sequence per row, prompt and then choice, scored on the choice's tokens.
 
-    Args:
-        model: causal model.
-        batch: B inputs.
-        rows: of `make_rows`, for this batch.
-        pad_id: token id to pad sequences with.
-
     Raises:
         InputError: a prompt has no tokens.
     """
@@ -276,7 +264,7 @@ def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
 def _prompt_lengths(batch: Sequence[Encoded], device: torch.device) -> Tensor:
     for example in batch:
         if not example.input_ids:
-            raise InputError("the prompt has no tokens", where=f"row {example.index}", mend="Check doc_to_text")
+            raise InputError("the prompt has no tokens", where=f"row {example.index}", hint="Check doc_to_text")
     return torch.tensor([len(example.input_ids) for example in batch], device=device)
 
 
@@ -337,13 +325,7 @@ def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
 
 
 def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Tensor:
-    """Logits (B, classes) of a classification head, in float32 at least.
-
-    Args:
-        model: classification model.
-        batch: B inputs.
-        pad_id: token id to pad inputs with.
-    """
+    """Logits (B, classes) of a classification head, in float32 at least."""
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
@@ -358,12 +340,7 @@ def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Ten
 
 
 def can_fold(model: nn.Module, kind: Kind) -> bool:
-    """Whether folded batches may be tried; whether they are right is for a comparison to say (see `evaluate`).
-
-    Args:
-        model: the model.
-        kind: how it answers.
-    """
+    """Whether folded batches may be tried; whether they are right is for a comparison to say (see `evaluate`)."""
     if kind is Kind.CAUSAL:
         return "position_ids" in inspect.signature(model.forward).parameters
     return kind is Kind.TEXT_TO_TEXT

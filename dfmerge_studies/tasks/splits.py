@@ -24,4 +24,4 @@ def as_split(text: str, where: str) -> Split:
     for split in SPLITS:
         if split == text:
             return split
-    raise InputError(f"unknown split {text!r}", where=where, mend=f"Use {' or '.join(SPLITS)}")
+    raise InputError(f"unknown split {text!r}", where=where, hint=f"Use {' or '.join(SPLITS)}")

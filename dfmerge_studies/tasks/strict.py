@@ -39,12 +39,7 @@ class Settings(BaseModel):
 
 
 def one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A check of a text field: it names a row of a table, as the table is when the check is made.
-
-    Args:
-        what: the rows are called, in the plural.
-        names: of the rows.
-    """
+    """A check of a text field: it names a row of a table, as the table is when the check is made."""
 
     def check(name: str) -> str:
         known = list(names())

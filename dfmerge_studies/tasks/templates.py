@@ -72,26 +72,16 @@ _TEMPLATES = _environment()
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell has no value: null, or the number NaN that tables write for it.
-
-    Args:
-        value: of the cell.
-    """
+    """Whether a cell has no value: null, or the number NaN that tables write for it."""
     return value is None or (isinstance(value, float) and value != value)
 
 
 def empty_cell(column: str, index: int, where: str) -> InputError:
-    """The error of a cell without a value where a text is needed.
-
-    Args:
-        column: its column.
-        index: its row.
-        where: file and field, for the message.
-    """
+    """The error of a cell without a value where a text is needed."""
     return InputError(
         f"row {index}: the cell of the column {column!r} is empty",
         where=where,
-        mend=f"Fill it, or write {{{{ {column} or '' }}}} where it may be empty{CSV_HINT}",
+        hint=f"Fill it, or write {{{{ {column} or '' }}}} where it may be empty{CSV_HINT}",
     )
 
 
@@ -125,7 +115,7 @@ def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
         raise InputError(
             f"{source!r} is neither a column ({', '.join(columns)}) nor a template",
             where=where,
-            mend=did_you_mean(source, columns) or "Name a column, or write a template such as '{{text}}'",
+            hint=did_you_mean(source, columns) or "Name a column, or write a template such as '{{text}}'",
         )
     with reading(where, "not a valid Jinja2 template", "Correct the template"):
         template = _TEMPLATES.template(source)
@@ -139,11 +129,11 @@ def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
         except Exception as error:  # whatever the template's operations and filters raise
             empty = [column for column, value in document.items() if is_missing(value)]
             also = f"; empty on this row: {', '.join(empty)}" if empty else ""
-            mend = "Write a simpler one" if isinstance(error, SecurityError) else "Use only columns that the data has"
+            hint = "Write a simpler one" if isinstance(error, SecurityError) else "Use only columns that the data has"
             raise InputError(
                 f"the template fails on row {index}: {first_line(error)} (columns: {', '.join(columns)}{also})",
                 where=where,
-                mend=mend,
+                hint=hint,
             ) from error
 
     return render

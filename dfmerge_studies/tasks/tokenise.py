@@ -78,18 +78,13 @@ def encode_rows(
                 raise InputError(
                     f"the text of row {item.index} is longer than the {limit} tokens that the model takes",
                     where=f"{where}.max_length",
-                    mend=f"Set max_length: {limit} to cut such texts, or remove them",
+                    hint=f"Set max_length: {limit} to cut such texts, or remove them",
                 )
     return encoded
 
 
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that a model takes: the rows of its position table and the limit that its tokenizer names.
-
-    Args:
-        config: the model's configuration.
-        tokenizer: its tokenizer.
-    """
+    """Tokens that a model takes: the rows of its position table and the limit that its tokenizer names."""
     limits = []
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None and not getattr(config, "is_encoder_decoder", False):  # T5 has n_positions, and no such table
@@ -108,7 +103,7 @@ def _limit(wanted: int | None, longest: int | None, where: str) -> int | None:
         raise InputError(
             f"max_length is {wanted} but the model takes {longest} tokens",
             where=f"{where}.max_length",
-            mend=f"Set max_length to {longest} or less",
+            hint=f"Set max_length to {longest} or less",
         )
     return wanted if wanted is not None else longest
 
@@ -130,13 +125,13 @@ def _encode_pair_of_texts(
     for choice, ids in zip(row.choices, choices, strict=True):
         if ids == nothing:
             raise InputError(
-                f"row {row.index}: the choice {choice!r} has no token", where=f"{where}.doc_to_choice", mend="Change it"
+                f"row {row.index}: the choice {choice!r} has no token", where=f"{where}.doc_to_choice", hint="Change it"
             )
         if longest is not None and len(ids) > longest:
             raise InputError(
                 f"row {row.index}: the choice {choice[:60]!r} has {len(ids)} tokens, the model takes {longest}",
                 where=f"{where}.doc_to_choice",
-                mend="Shorten the choice",
+                hint="Shorten the choice",
             )
     _check_different(row, choices, where)
     return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut)
@@ -191,7 +186,7 @@ def _encode_causal(
             raise InputError(
                 f"row {row.index}: the choice {choice!r} adds no token to the prompt",
                 where=f"{where}.doc_to_choice",
-                mend="Change it",
+                hint="Change it",
             )
     # A token may span the join, in writing without blanks above all: then it belongs to the choices, not to the prompt.
     columns = zip(context, *wholes, strict=False)
@@ -201,7 +196,7 @@ def _encode_causal(
         raise InputError(
             f"row {row.index}: the prompt {prompt[:60]!r} {what}",
             where=f"{where}.doc_to_text",
-            mend="Give the prompt more text",
+            hint="Give the prompt more text",
         )
     context, choices = context[:shared], [tuple(whole[shared:]) for whole in wholes]
     _check_different(row, choices, where)
@@ -212,7 +207,7 @@ def _encode_causal(
         raise InputError(
             f"row {row.index}: its choices alone fill the {limit} tokens",
             where=f"{where}.max_length",
-            mend="Raise max_length",
+            hint="Raise max_length",
         )
     cut = (*context[:kept], *context[len(context) - (room - kept) :])
     return Encoded(row.index, cut, tuple(choices), row.label, None, True)
@@ -226,7 +221,7 @@ def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -
             raise InputError(
                 f"row {row.index}: the choices {texts[ids]!r} and {text!r} are the same tokens to the base's tokenizer",
                 where=f"{where}.doc_to_choice",
-                mend="Let them differ in what it keeps; it may drop case, accents, blanks or unknown characters",
+                hint="Let them differ in what it keeps; it may drop case, accents, blanks or unknown characters",
             )
         texts[ids] = text
 

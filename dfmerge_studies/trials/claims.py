@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dfmerge_studies.storage import id_of, storage_of, study_id_of
 from dfmerge_studies.trials.guards import Interrupts
-from dfmerge_studies.trials.marks import DROPPED, OWNER, PLACE, mark, place_of
+from dfmerge_studies.trials.marks import DISCARDED, OWNER, PLACE, mark, place_of
 from dfmerge_studies.trials.queue import put_back
 from dfmerge_studies.trials.reading import free_place, holders, started
 from dfmerge_studies.trials.recovery import recover
@@ -61,11 +61,7 @@ class Claims:
         self._answered = answered
 
     def claim(self, owner: Mapping[str, Any]) -> FrozenTrial | None:
-        """Take the next waiting trial or a new one; None when the study has its total, or a signal came.
-
-        Args:
-            owner: who takes it, as `owner.working` describes it.
-        """
+        """Take the next waiting trial or a new one; None when the study has its total, or a signal came."""
         waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
         while not self._interrupts.requested:
             recover(self._study, on_event=self._on_event)
@@ -115,6 +111,6 @@ class Claims:
         lower = [t for t in holders(self._study.get_trials(deepcopy=False)) if t.number < trial.number]
         live = [t for t in lower if t.state != TrialState.FAIL]
         if len(live) >= self.target or any(place_of(t) == place for t in lower):
-            fail(self._study, trial_id, {DROPPED: True})
+            fail(self._study, trial_id, {DISCARDED: True})
             return None
         return trial

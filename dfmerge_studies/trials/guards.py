@@ -76,10 +76,6 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
 
     Storages without a heartbeat of their own get the time of day as an attribute.  A storage that fails is tried again
     at the next beat: what counts is whether it takes the result.
-
-    Args:
-        study: the trial's study.
-        trial_id: the storage's id of a running trial.
     """
     over = threading.Event()
 

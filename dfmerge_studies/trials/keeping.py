@@ -37,12 +37,7 @@ class Keeper:
             self.learn()
 
     def told(self, number: int, kept: Path | None) -> None:
-        """Note that the storage has taken a result.
-
-        Args:
-            number: Optuna's number of the trial.
-            kept: its file in the outbox.
-        """
+        """Note that the storage has taken a result."""
         self._told[number] = kept
         if self._watch is None:
             self._release()
@@ -88,14 +83,14 @@ class Keeper:
         path, copy = self._watch.path, self._copy()
         kept = [file for file in self._told.values() if file is not None and file.exists()]
         if copy == path:
-            mend = "All results that were known have been written there again: run the same command to go on"
+            hint = "All results that were known have been written there again: run the same command to go on"
         elif copy is not None:
-            mend = f"All results that were known are in {copy}: put it in that place, and run again to go on"
+            hint = f"All results that were known are in {copy}: put it in that place, and run again to go on"
         else:
-            mend = "Put a copy of it back and run again"
+            hint = "Put a copy of it back and run again"
         if kept:
-            mend += f". The results of this run are also in {kept[0].parent}"
-        return StorageLost(f"the study's file {how} while it was in use", where=str(path), mend=mend)
+            hint += f". The results of this run are also in {kept[0].parent}"
+        return StorageLost(f"the study's file {how} while it was in use", where=str(path), hint=hint)
 
     def _copy(self) -> Path | None:
         """Write the file again, from what is still open or else from what this process knows."""
@@ -117,9 +112,6 @@ class Keeper:
 
 def check_all(keepers: Iterable[Keeper]) -> None:
     """Look whether the storages still have all that they were told.
-
-    Args:
-        keepers: of the studies.
 
     Raises:
         StorageLost: a file was deleted, replaced or damaged; says where the results are.

@@ -33,7 +33,7 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.trials.claims import Claims
 from dfmerge_studies.trials.guards import Interrupts, signs_of_life
 from dfmerge_studies.trials.keeping import Keeper, StorageLost
-from dfmerge_studies.trials.marks import DRAWN, DROPPED, ERROR, INTERRUPTED, OWNER, mark, place_of
+from dfmerge_studies.trials.marks import DISCARDED, DRAWN, ERROR, INTERRUPTED, OWNER, mark, place_of
 from dfmerge_studies.trials.outbox import Outbox
 from dfmerge_studies.trials.owner import working
 from dfmerge_studies.trials.queue import put_back
@@ -197,7 +197,7 @@ class _Worker:
                 raise RunError(
                     f"{MAX_FAILURES_IN_A_ROW} trials in a row failed: {'; '.join(self.failures)}",
                     where=self.study.study_name,
-                    mend="Mend the cause and run again: the study goes on with new coefficients",
+                    hint="Mend the cause and run again: the study goes on with new coefficients",
                 )
 
     def waits_after(self, error: Exception) -> bool:
@@ -232,7 +232,7 @@ class _Worker:
                 if result is not None:
                     self._deliver(trial, coefficients, result)
             except GridExhausted:
-                fail(self.study, id_of(trial), {DROPPED: True})
+                fail(self.study, id_of(trial), {DISCARDED: True})
                 self.exhausted = True
             except (Superseded, UpdateFinishedTrialError):
                 self._event("superseded", trial, {}, message="another worker has taken this trial meanwhile")
@@ -279,7 +279,7 @@ class _Worker:
             undelivered = _Undelivered(
                 f"the storage did not take the result of trial {trial.number}: {root_text(error)}",
                 where=self.study.study_name,
-                mend=f"It is kept in {kept}: run again to apply it" if kept else "Run again to repeat the trial",
+                hint=f"It is kept in {kept}: run again to apply it" if kept else "Run again to repeat the trial",
             )
             undelivered.passing = may_pass(error)
             raise undelivered from None

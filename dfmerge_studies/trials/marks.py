@@ -29,19 +29,15 @@ DRAWN = "drawn"
 RETRY_OF = "retry_of"
 CRASHES = "crashes"
 INTERRUPTED = "interrupted"
-DROPPED = "dropped"
+DISCARDED = "dropped"
 ERROR = "error"
 BEAT = "beat"
-RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DROPPED, ERROR, BEAT})
+RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DISCARDED, ERROR, BEAT})
 FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
 
 
 def place_of(trial: FrozenTrial) -> int:
-    """Return the place of a trial; a trial that other software added stands at its number.
-
-    Args:
-        trial: a trial in any state.
-    """
+    """Return the place of a trial; a trial that other software added stands at its number."""
     return int(trial.user_attrs.get(PLACE, trial.number))
 
 

@@ -18,16 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.storage import id_of, storage_identity, storage_of
 from dfmerge_studies.temporary import token
-from dfmerge_studies.trials.marks import DROPPED, OWNER, RETRY_OF, mark, place_of
+from dfmerge_studies.trials.marks import DISCARDED, OWNER, RETRY_OF, mark, place_of
 from dfmerge_studies.trials.owner import is_dead
-from dfmerge_studies.trials.reading import owed, point_of
+from dfmerge_studies.trials.reading import pending_retries, point_of
 from dfmerge_studies.trials.results import Event, OnEvent, Superseded, TrialResult, ignore, tell
 
 EntryState = Literal["ready", "its worker is alive", "of another study or storage", "damaged"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class PendingResult:
     """A file of an outbox.
 
     Attributes:
@@ -148,7 +148,7 @@ class Outbox:
             return 0
         return sum(self._apply(path, on_event) for path in sorted(self._folder.glob(f"{self._prefix}-*.json")))
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[PendingResult]:
         """List what is in the folder for this study, files set aside as damaged included."""
         if self._folder is None or not self._folder.is_dir():
             return []
@@ -158,11 +158,11 @@ class Outbox:
                 with contextlib.suppress(FileNotFoundError):
                     try:
                         record = _read(path)
-                        found.append(Entry(path, _state(trials, record), record.number))
+                        found.append(PendingResult(path, _state(trials, record), record.number))
                     except (ValueError, KeyError, TypeError):
-                        found.append(Entry(path, "damaged"))
+                        found.append(PendingResult(path, "damaged"))
             elif path.suffix == ".damaged":
-                found.append(Entry(path, "damaged"))
+                found.append(PendingResult(path, "damaged"))
         return found
 
     def _apply(self, path: Path, on_event: OnEvent) -> bool:
@@ -177,7 +177,7 @@ class Outbox:
         if _state(trials, record) != "ready":
             return False
         trial = _latest(trials, trials[record.number])
-        if trial.state == TrialState.FAIL and owed([*trials]):
+        if trial.state == TrialState.FAIL and pending_retries([*trials]):
             return False  # its successor is not in the queue yet: `retry_vacated` comes first
         if trial.state == TrialState.WAITING and not self._start(trial, owner):
             return False  # another worker was faster
@@ -230,7 +230,7 @@ def _state(trials: Sequence[FrozenTrial], record: _Record) -> EntryState:
 
 def _latest(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> FrozenTrial:
     """Follow the retries of a trial to the last one."""
-    after = {t.user_attrs[RETRY_OF]: t for t in trials if RETRY_OF in t.user_attrs and DROPPED not in t.user_attrs}
+    after = {t.user_attrs[RETRY_OF]: t for t in trials if RETRY_OF in t.user_attrs and DISCARDED not in t.user_attrs}
     while trial.number in after:
         trial = after[trial.number]
     return trial

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import optuna
 
 from dfmerge_studies.storage import id_of, storage_errors
-from dfmerge_studies.trials.marks import CRASHES, DROPPED, INTERRUPTED, PLACE, RETRY_OF, place_of
-from dfmerge_studies.trials.reading import crashes_of, duplicates, failures, free_place, owed, point_of
+from dfmerge_studies.trials.marks import CRASHES, DISCARDED, INTERRUPTED, PLACE, RETRY_OF, place_of
+from dfmerge_studies.trials.reading import crashes_of, duplicates, failures, free_place, pending_retries, point_of
 from dfmerge_studies.trials.results import Event, OnEvent, fail
 from dfmerge_studies.trials.space import Space
 
@@ -34,7 +34,7 @@ def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, flo
         for point in points:
             wanted = {name: float(point[name]) for name in space.names}
             trials = study.get_trials(deepcopy=False)
-            if any(DROPPED not in trial.user_attrs and point_of(trial) == wanted for trial in trials):
+            if any(DISCARDED not in trial.user_attrs and point_of(trial) == wanted for trial in trials):
                 continue
             study.enqueue_trial(wanted, user_attrs={PLACE: free_place(trials)})
             added += 1
@@ -55,7 +55,7 @@ def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
         The number of trials put back.
     """
     trials = study.get_trials(deepcopy=False)
-    back = owed(trials)
+    back = pending_retries(trials)
     for trial in back:
         point = point_of(trial) or {}
         study.enqueue_trial(
@@ -65,17 +65,12 @@ def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
         if on_event is not None:
             on_event(Event("recovered", trial.number, place_of(trial), point))
     for trial in duplicates(study.get_trials(deepcopy=False) if back else trials):
-        fail(study, id_of(trial), {DROPPED: True})
+        fail(study, id_of(trial), {DISCARDED: True})
     return len(back)
 
 
 def put_back(study: optuna.Study, trial_id: int) -> None:
-    """End a running trial that is not at fault, and put its coefficients back in the queue.
-
-    Args:
-        study: the trial's study.
-        trial_id: the storage's id of the trial.
-    """
+    """End a running trial that is not at fault, and put its coefficients back in the queue."""
     fail(study, trial_id, {INTERRUPTED: True})
     retry_vacated(study)
 

@@ -12,8 +12,8 @@ from dfmerge_studies.storage import last_heartbeat
 from dfmerge_studies.trials.marks import (
     BEAT,
     CRASHES,
+    DISCARDED,
     DRAWN,
-    DROPPED,
     ERROR,
     FIXED,
     INTERRUPTED,
@@ -28,11 +28,7 @@ _STARTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 def point_of(trial: FrozenTrial) -> dict[str, float] | None:
-    """Return the coefficients of a trial, or None while not all of them are stored.
-
-    Args:
-        trial: a trial in any state.
-    """
+    """Return the coefficients of a trial, or None while not all of them are stored."""
     if FIXED in trial.system_attrs:
         return dict(trial.system_attrs[FIXED])
     if trial.user_attrs.get(DRAWN) or trial.state == TrialState.COMPLETE:
@@ -50,22 +46,14 @@ def crashes_of(trial: FrozenTrial) -> int:
 
 
 def is_failure(trial: FrozenTrial) -> bool:
-    """Tell whether a trial failed for good: it keeps its place and is not repeated.
-
-    Args:
-        trial: a trial in any state.
-    """
-    if trial.state != TrialState.FAIL or DROPPED in trial.user_attrs:
+    """Tell whether a trial failed for good: it keeps its place and is not repeated."""
+    if trial.state != TrialState.FAIL or DISCARDED in trial.user_attrs:
         return False
     return ERROR in trial.user_attrs or (PLACE in trial.user_attrs and crashes_of(trial) > MAX_RETRIES)
 
 
 def is_vacated(trial: FrozenTrial) -> bool:
-    """Tell whether a trial ended without a result and without a failure.
-
-    Args:
-        trial: a trial in any state.
-    """
+    """Tell whether a trial ended without a result and without a failure."""
     return trial.state == TrialState.FAIL and not is_failure(trial)
 
 
@@ -105,11 +93,7 @@ def holders(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def failures(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the failures that nobody has put back in the queue.
-
-    Args:
-        trials: all trials of a study.
-    """
+    """List the failures that nobody has put back in the queue."""
     trials = list(trials)
     repeated = _repeated(trials)
     return [trial for trial in trials if is_failure(trial) and trial.number not in repeated]
@@ -121,7 +105,7 @@ def _repeated(trials: Iterable[FrozenTrial]) -> set[int]:
 
 
 def _dropped(trial: FrozenTrial) -> bool:
-    return DROPPED in trial.user_attrs
+    return DISCARDED in trial.user_attrs
 
 
 def free_place(trials: Iterable[FrozenTrial]) -> int:
@@ -134,12 +118,8 @@ def free_place(trials: Iterable[FrozenTrial]) -> int:
     return next(place for place in range(len(taken) + 1) if place not in taken)
 
 
-def owed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the vacated trials whose coefficients must still be put back in the queue.
-
-    Args:
-        trials: all trials of a study.
-    """
+def pending_retries(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """List the vacated trials whose coefficients must still be put back in the queue."""
     trials = list(trials)
     repeated = {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
     return [
@@ -147,27 +127,19 @@ def owed(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
         for trial in trials
         if is_vacated(trial)
         and PLACE in trial.user_attrs
-        and DROPPED not in trial.user_attrs
+        and DISCARDED not in trial.user_attrs
         and trial.number not in repeated
         and point_of(trial) is not None
     ]
 
 
 def started(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """List the trials that count towards a study's total: those with a result, and those running.
-
-    Args:
-        trials: trials, of `holders` usually.
-    """
+    """List the trials that count towards a study's total: those with a result, and those running."""
     return [trial for trial in trials if trial.state in _STARTED]
 
 
 def counts(study: optuna.Study) -> dict[str, int]:
-    """Count a study's trials; those merely put back in the queue, or given back, are not failures.
-
-    Args:
-        study: the study to look at.
-    """
+    """Count a study's trials; those merely put back in the queue, or given back, are not failures."""
     return counts_of(study.get_trials(deepcopy=False))
 
 
@@ -185,37 +157,24 @@ def counts_of(trials: Sequence[FrozenTrial]) -> dict[str, int]:
     return {
         "complete": count(TrialState.COMPLETE),
         "running": count(TrialState.RUNNING),
-        "waiting": count(TrialState.WAITING) + len(owed(trials)),
+        "waiting": count(TrialState.WAITING) + len(pending_retries(trials)),
         "failed": count(TrialState.FAIL),
         "pruned": count(TrialState.PRUNED),
     }
 
 
 def results(study: optuna.Study) -> list[FrozenTrial]:
-    """List the completed trials in the order of their places, which is that of an uninterrupted run.
-
-    Args:
-        study: the study to look at.
-    """
+    """List the completed trials in the order of their places, which is that of an uninterrupted run."""
     return results_of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
 
 def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Pick the completed trials, in the order of their places.
-
-    Args:
-        trials: trials of a study.
-    """
+    """Pick the completed trials, in the order of their places."""
     return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
 
 
 def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
-    """When a running trial last gave a sign of life, None if that is not known; in the local time of the storage.
-
-    Args:
-        study: the trial's study.
-        trial: a running trial.
-    """
+    """When a running trial last gave a sign of life, None if that is not known; in the local time of the storage."""
     if BEAT in trial.user_attrs:
         return datetime.fromtimestamp(float(trial.user_attrs[BEAT]))
     return last_heartbeat(study, trial) or trial.datetime_start

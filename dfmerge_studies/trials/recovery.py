@@ -45,11 +45,7 @@ def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:
 
 
 def stale_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """List the running trials whose worker is gone.
-
-    Args:
-        study: the study to look at.
-    """
+    """List the running trials whose worker is gone."""
     silent = stale_ids(study)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [trial for trial in running if id_of(trial) in silent or _is_stale(trial)]

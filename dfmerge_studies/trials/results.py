@@ -47,11 +47,7 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Do nothing with an event.
-
-    Args:
-        event: what happened.
-    """
+    """Do nothing with an event."""
 
 
 class Superseded(Exception):
@@ -125,9 +121,6 @@ def fail(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> bool:
 
 def refuse_reserved(result: TrialResult) -> None:
     """Check that a result's attributes can be stored.
-
-    Args:
-        result: what evaluating gave.
 
     Raises:
         RunError: one has a reserved name.

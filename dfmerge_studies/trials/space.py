@@ -58,11 +58,7 @@ class Space:
         return {name: FloatDistribution(*self.range_of(name), step=self._step(name)) for name in self.names}
 
     def range_of(self, name: str) -> tuple[float, float]:
-        """Smallest and largest value of one name.
-
-        Args:
-            name: one of `names`.
-        """
+        """Smallest and largest value of one name."""
         return self.own.get(name, (self.low, self.high))
 
     def _step(self, name: str) -> float | None:
@@ -83,12 +79,12 @@ class Space:
                 raise InputError(
                     f"unknown name {name!r}",
                     where=where,
-                    mend=did_you_mean(name, self.names) or f"The names are {', '.join(self.names)}",
+                    hint=did_you_mean(name, self.names) or f"The names are {', '.join(self.names)}",
                 )
         for name in self.names:
             if name not in point:
                 raise InputError(
-                    f"no coefficient for {name!r}", where=where, mend=f"Give one for each of {', '.join(self.names)}"
+                    f"no coefficient for {name!r}", where=where, hint=f"Give one for each of {', '.join(self.names)}"
                 )
             self._check_value(name, point[name], where)
 
@@ -100,13 +96,13 @@ class Space:
             raise InputError(
                 f"the coefficient of {name!r} is {value}, outside the bounds [{low:g}, {high:g}]",
                 where=where,
-                mend="Choose a value inside, or widen search.bounds",
+                hint="Choose a value inside, or widen search.bounds",
             )
         if step is not None and not is_multiple(value - low, step):
             raise InputError(
                 f"the coefficient of {name!r} is {value}, not {low:g} plus a multiple of the step {step:g}",
                 where=where,
-                mend="Choose a value on the step, or leave search.step out",
+                hint="Choose a value on the step, or leave search.step out",
             )
 
 

@@ -32,11 +32,7 @@ class Turns:
         self._overdue: set[int] = set()  # numbers of trials whose turn has been waited for long enough
 
     def wait(self, trial: FrozenTrial) -> None:
-        """Wait until it is a trial's turn, or for as long as that is worth; not at all if its point is given.
-
-        Args:
-            trial: a running trial of this process.
-        """
+        """Wait until it is a trial's turn, or for as long as that is worth; not at all if its point is given."""
         if point_of(trial) is not None:
             return
         until = time.monotonic() + _TURN_SECONDS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dfmerge_studies.boundary import kind_of, local_path
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.importance.cache.base import Copied, Entry, FisherCache, copy_entries
+from dfmerge_studies.importance.cache.base import CacheEntry, Copied, FisherCache, copy_entries
 from dfmerge_studies.importance.cache.file import load_fisher, save_fisher
 from dfmerge_studies.importance.cache.key import FORMAT_VERSION, FisherKey, key_metadata
 from dfmerge_studies.importance.cache.local import LocalCache
@@ -15,8 +15,8 @@ from dfmerge_studies.importance.cache.remote import RemoteCache
 
 __all__ = [
     "FORMAT_VERSION",
+    "CacheEntry",
     "Copied",
-    "Entry",
     "FisherCache",
     "FisherKey",
     "LocalCache",
@@ -50,10 +50,10 @@ def open_cache(
             raise InputError(
                 "the URL holds a user name or a password",
                 where=where,
-                mend="Leave them out; put credentials into the environment or into fsspec's configuration",
+                hint="Leave them out; put credentials into the environment or into fsspec's configuration",
             )
         return RemoteCache(location, limit=limit)
     path = local_path(location.removeprefix("file://"), folder, where)
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a {kind_of(path) or 'file'}", where=where, mend="Name a folder")
+        raise InputError(f"{path} is a {kind_of(path) or 'file'}", where=where, hint="Name a folder")
     return LocalCache(path, limit=limit)

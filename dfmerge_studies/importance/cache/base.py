@@ -24,7 +24,7 @@ PAUSE = 60.0  # seconds that a cache which failed is left alone: a dead server m
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """A Fisher in a cache.
 
     Attributes:
@@ -43,11 +43,7 @@ class Entry:
 
 
 def is_digest(name: str) -> bool:
-    """Tell whether a file's name, without its ending, is that of an entry.
-
-    Args:
-        name: the name.
-    """
+    """Tell whether a file's name, without its ending, is that of an entry."""
     return re.fullmatch(r"[0-9a-f]{64}", name) is not None
 
 
@@ -65,11 +61,7 @@ class FisherCache(ABC):
         self._away_until = 0.0
 
     def get(self, key: FisherKey) -> dict[str, Tensor] | None:
-        """The values of a key, or None where they are absent, damaged or out of reach.
-
-        Args:
-            key: what is asked for.
-        """
+        """The values of a key, or None where they are absent, damaged or out of reach."""
         if time.monotonic() < self._away_until:
             return None
         try:
@@ -122,9 +114,6 @@ class FisherCache(ABC):
     def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Values and metadata of an entry, verified, and its use noted.
 
-        Args:
-            digest: of its key.
-
         Raises:
             FileNotFoundError: there is none.
             ValueError: it is damaged; says how.
@@ -148,15 +137,12 @@ class FisherCache(ABC):
     def set_aside(self, digest: str) -> str | None:
         """Take an entry out of use without deleting it.
 
-        Args:
-            digest: of its key.
-
         Returns:
             Its new name; None where it was not there.
         """
 
     @abstractmethod
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[CacheEntry]:
         """All entries, the least recently used first.
 
         Raises:

@@ -69,9 +69,6 @@ def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     The bytes are read, not mapped: a mapped file on a file system that goes away ends the process.
 
-    Args:
-        data: the whole file.
-
     Raises:
         ValueError: it is damaged; says how.
     """
@@ -87,9 +84,6 @@ def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def parse_metadata(data: bytes) -> dict[str, str]:
     """The metadata of a file, from its bytes or from so many of them that the header is whole.
-
-    Args:
-        data: how the file begins.
 
     Raises:
         ValueError: that is no header.
@@ -121,11 +115,7 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def checksum(values: Mapping[str, Tensor]) -> str:
-    """sha256 over names and values, in the order of the names.
-
-    Args:
-        values: contiguous tensors on the CPU.
-    """
+    """sha256 over names and values, in the order of the names."""
     total = hashlib.sha256()
     for name in sorted(values):
         total.update(name.encode())

@@ -16,7 +16,7 @@ from typing import IO
 
 from torch import Tensor
 
-from dfmerge_studies.importance.cache.base import Entry, FisherCache, is_digest
+from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import parse_fisher, read_metadata, save_fisher
 
 try:
@@ -40,11 +40,7 @@ class LocalCache(FisherCache):
         self.folder = folder
 
     def file_of(self, digest: str) -> Path:
-        """Path of an entry, whether it exists or not.
-
-        Args:
-            digest: of its key.
-        """
+        """Path of an entry, whether it exists or not."""
         return self.folder / f"{digest}{_SUFFIX}"
 
     def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -72,14 +68,14 @@ class LocalCache(FisherCache):
             return None
         return str(aside)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[CacheEntry]:
         """See `FisherCache.entries`."""
         for file, state in self._files():
             try:
                 metadata = read_metadata(file)
             except (ValueError, OSError):
                 metadata = {}
-            yield Entry(file.name.removesuffix(_SUFFIX), str(file), state.st_size, state.st_mtime, metadata)
+            yield CacheEntry(file.name.removesuffix(_SUFFIX), str(file), state.st_size, state.st_mtime, metadata)
 
     def digests(self) -> set[str]:
         """See `FisherCache.digests`."""

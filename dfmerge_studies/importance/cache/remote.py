@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dfmerge_studies.errors import InputError, first_line
-from dfmerge_studies.importance.cache.base import Entry, FisherCache, is_digest
+from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import checksum, parse_fisher
 
 GRACE = 600.0  # seconds: an entry used in the last so many is in use; data without a manifest so old is left over
@@ -86,7 +86,7 @@ class RemoteCache(FisherCache):
             return None
         return aside
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[CacheEntry]:
         """See `FisherCache.entries`."""
         listing = self._listing()
         for digest, used in sorted(self._uses(listing).items(), key=lambda item: item[1]):
@@ -98,7 +98,7 @@ class RemoteCache(FisherCache):
                 continue  # pruned by another process
             except ValueError:
                 manifest = {"metadata": {}, "data": "", "size": 0}
-            yield Entry(digest, self._path(manifest["data"]), manifest["size"], used, manifest["metadata"])
+            yield CacheEntry(digest, self._path(manifest["data"]), manifest["size"], used, manifest["metadata"])
 
     def digests(self) -> set[str]:
         """See `FisherCache.digests`."""
@@ -196,12 +196,12 @@ def _open(url: str) -> tuple[Any, str]:
         files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         extra = "pip install 'dfmerge-studies[s3]'" if protocol == "s3" else first_line(error)
-        raise InputError(f"a package for {protocol}:// is not installed", where="cache", mend=extra) from error
+        raise InputError(f"a package for {protocol}:// is not installed", where="cache", hint=extra) from error
     except ValueError as error:
         raise InputError(
             f"{url!r}: {first_line(error)}",
             where="cache",
-            mend="Name a folder, or a URL that fsspec knows, such as s3://bucket/x",
+            hint="Name a folder, or a URL that fsspec knows, such as s3://bucket/x",
         ) from error
     return files, root.rstrip("/")
 

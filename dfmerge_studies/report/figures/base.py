@@ -83,12 +83,7 @@ class Missing:
 
 
 def shorten(name: str, length: int = LABEL) -> str:
-    """A name cut to what a legend has room for.
-
-    Args:
-        name: any text.
-        length: characters.
-    """
+    """A name cut to what a legend has room for."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
@@ -130,20 +125,12 @@ def marker(position: int) -> str:
 
 
 def static_dash(name: str) -> str:
-    """Matplotlib's word for plotly's dash.
-
-    Args:
-        name: plotly's word.
-    """
+    """Matplotlib's word for plotly's dash."""
     return _STATIC_DASHES[name]
 
 
 def static_marker(name: str) -> str:
-    """Matplotlib's word for plotly's marker.
-
-    Args:
-        name: plotly's word.
-    """
+    """Matplotlib's word for plotly's marker."""
     return _STATIC_MARKERS[name]
 
 
@@ -158,12 +145,7 @@ def scaled(values: Sequence[float], unit: str) -> list[float]:
 
 
 def scaled_or_none(values: Sequence[float | None], unit: str) -> list[float | None]:
-    """The same where some are missing.
-
-    Args:
-        values: scores.
-        unit: of the shown numbers.
-    """
+    """The same where some are missing."""
     return [None if value is None else _factor(unit) * value for value in values]
 
 
@@ -172,22 +154,12 @@ def _factor(unit: str) -> float:
 
 
 def digits(unit: str, more: int = 0) -> str:
-    """Format of a shown number, for plotly.
-
-    Args:
-        unit: of the number.
-        more: digits than usual.
-    """
+    """Format of a shown number, for plotly."""
     return f".{(1 if unit == '%' else 3) + more}f"
 
 
 def axis_label(words: str, unit: str) -> str:
-    """Label of an axis: `accuracy, %`, or `log_likelihood` alone.
-
-    Args:
-        words: what the numbers are.
-        unit: of the numbers.
-    """
+    """Label of an axis: `accuracy, %`, or `log_likelihood` alone."""
     return f"{words}, {unit}" if unit else words
 
 
@@ -220,27 +192,13 @@ def canvas() -> Iterator[None]:
 
 
 def blank(rows: int = 1, columns: int = 1, *, size: tuple[float, float], **more: Any) -> tuple[Figure, Any]:
-    """An empty matplotlib figure, of no global state, and its axes.
-
-    Args:
-        rows: of axes.
-        columns: of axes.
-        size: width and height in inches.
-        **more: for `Figure.subplots`.
-    """
+    """An empty matplotlib figure, of no global state, and its axes."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, **more)
 
 
 def tidy_(axes: Axes, *, x: str | None = None, y: str | None = None, grid: bool = True) -> None:
-    """Labels, light grid lines, and no frame above and at the right.
-
-    Args:
-        axes: what to change.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        grid: whether lines are drawn.
-    """
+    """Labels, light grid lines, and no frame above and at the right."""
     if x is not None:
         axes.set_xlabel(x)
     if y is not None:
@@ -269,20 +227,12 @@ def columns_(axes: Axes, names: Sequence[str], length: int = 18) -> None:
 
 
 def label(name: str) -> str:
-    """A name as matplotlib's legend should show it: it would hide one that starts with an underscore.
-
-    Args:
-        name: any text.
-    """
+    """A name as matplotlib's legend should show it: it would hide one that starts with an underscore."""
     cut = shorten(name)
     return f" {cut}" if cut.startswith("_") else cut
 
 
 def legend_(axes: Axes) -> None:
-    """A legend at the right of the axes, if they have anything to name.
-
-    Args:
-        axes: whose lines.
-    """
+    """A legend at the right of the axes, if they have anything to name."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small")

@@ -173,11 +173,7 @@ class SeedScores(Drawing):
 
 
 def comparison(view: StudyView) -> SeedScores | Missing:
-    """The methods of `compare --seeds`, on the test split where all of them have been scored on it.
-
-    Args:
-        view: the stored study.
-    """
+    """The methods of `compare --seeds`, on the test split where all of them have been scored on it."""
     found = stored_comparison(view)
     if found is None:
         return Missing(NAME, TITLE, "It needs a method at several seeds in the storage, as compare --seeds makes them.")

@@ -59,11 +59,7 @@ class CoefficientImportance(Drawing):
 
 
 def importance(view: StudyView) -> CoefficientImportance | Missing:
-    """Importance by Optuna's own evaluator.
-
-    Args:
-        view: the stored study.
-    """
+    """Importance by Optuna's own evaluator."""
     names = view.dimensions
     if len(names) < 2 and view.policy is not Coefficients.PER_EXPERT:
         reason = "one coefficient that all experts share" if names else "fixed ones"

@@ -99,11 +99,7 @@ class Interpolation(Drawing):
 
 
 def interpolation(view: StudyView) -> Interpolation | Missing:
-    """The figure, if its scores have been computed.
-
-    Args:
-        view: the stored study.
-    """
+    """The figure, if its scores have been computed."""
     found = stored_probe(view.study, INTERPOLATION)
     if found is None or set(found["scores"]) != set(view.experts):
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")

@@ -74,11 +74,7 @@ class Landscape(Drawing):
         return np.array([scaled(row, self.unit) for row in self.scores[method]])
 
     def surface(self, method: str) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Scores as they are shown on a regular grid of the plane, linear between merges, NaN outside of them.
-
-        Args:
-            method: whose merges.
-        """
+        """Scores as they are shown on a regular grid of the plane, linear between merges, NaN outside of them."""
         x, y = np.ravel(self.x[method]), np.ravel(self.y[method])
         across, up = np.linspace(x.min(), x.max(), _FINE), np.linspace(y.min(), y.max(), _FINE)
         between = LinearNDInterpolator(np.column_stack([x, y]), np.ravel(self._z(method)))
@@ -221,11 +217,7 @@ def _mark(name: str, position: int) -> dict[str, Any]:
 
 
 def landscapes(view: StudyView) -> list[Landscape | Missing]:
-    """One figure per pair of experts that has been computed.
-
-    Args:
-        view: the stored study.
-    """
+    """One figure per pair of experts that has been computed."""
     if len(view.experts) < 2:
         return [Missing(NAME, TITLE, "A landscape needs two experts.")]
     found = [

@@ -117,13 +117,9 @@ class Ratio(Drawing):
 
 
 def ratio(view: StudyView) -> Ratio | Missing:
-    """The figure, if it has been computed for the trials that there are.
-
-    Args:
-        view: the stored study.
-    """
+    """The figure, if it has been computed for the trials that there are."""
     metrics = view.metrics("validation")
-    reason = why_not_reselect(view.science.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
+    reason = why_not_reselect(view.fingerprint.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
     if reason is not None:
         return Missing(NAME, TITLE, f"{reason[0].upper()}{reason[1:]}.")
     found = stored_probe(view.study, RATIOS)

@@ -151,22 +151,14 @@ class Scores(Drawing):
 
 
 def row_colours(rows: list[str]) -> dict[str, str]:
-    """Colour per row: greys for references, blue for the last, which is the study's own.
-
-    Args:
-        rows: what was scored.
-    """
+    """Colour per row: greys for references, blue for the last, which is the study's own."""
     others = [row for row in rows if row not in REFERENCES]
     shades = {row: _COLOURS[(len(others) - 1 - i) % len(_COLOURS)] for i, row in enumerate(others)}
     return {row: REFERENCES.get(row) or shades[row] for row in rows}
 
 
 def scores(view: StudyView) -> Scores | Missing:
-    """Bars of everything that was scored.
-
-    Args:
-        view: the stored study.
-    """
+    """Bars of everything that was scored."""
     if view.best is None:
         return Missing(NAME, TITLE, "No trial has completed yet.")
     tables = stored_standings(view)

@@ -131,11 +131,7 @@ class Slices(Drawing):
 
 
 def slices(view: StudyView) -> Slices | Missing:
-    """Slices through the space of coefficients.
-
-    Args:
-        view: the stored study.
-    """
+    """Slices through the space of coefficients."""
     if view.policy is Coefficients.FIXED:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients.")
     if len(view.trials) < 2 or view.best is None:

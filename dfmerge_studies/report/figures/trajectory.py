@@ -209,11 +209,7 @@ def _level_looks(position: int) -> tuple[str, str]:
 
 
 def trajectory(view: StudyView) -> Trajectory | Missing:
-    """The trajectory of a study.
-
-    Args:
-        view: the stored study.
-    """
+    """The trajectory of a study."""
     if view.policy is Coefficients.FIXED:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients, so there is one merge and no search.")
     if len(view.trials) < 2:
@@ -260,8 +256,8 @@ def _kind(view: StudyView, trial: FrozenTrial) -> str:
         return "known"
     if view.policy is Coefficients.SHARED_GRID:
         return "grid"
-    random = view.science["search.sampler"] == "random"
-    return "startup" if random or place_of(trial) < max(1, int(view.science["search.startup_trials"])) else "search"
+    random = view.fingerprint["search.sampler"] == "random"
+    return "startup" if random or place_of(trial) < max(1, int(view.fingerprint["search.startup_trials"])) else "search"
 
 
 def _caption(view: StudyView) -> str:
@@ -270,6 +266,6 @@ def _caption(view: StudyView) -> str:
         "have been chosen so far; level lines are the best merges of other methods in the same storage. Bottom: the "
         "coefficients that the trial used."
     )
-    if view.science.get("search.max_drop") is not None:
-        what += f" Hollow markers lose more than {view.science['search.max_drop']:g} points on some task."
+    if view.fingerprint.get("search.max_drop") is not None:
+        what += f" Hollow markers lose more than {view.fingerprint['search.max_drop']:g} points on some task."
     return what
