@@ -502,7 +502,7 @@ HEAVY_CASES = [
         "run SPEC",
         "/red",
         "encoder.final_layer_norm.weight",
-        "missing",
+        "not in the weights",
         spoil=weights(lambda t: t.pop("encoder.final_layer_norm.weight")),
     ),
     case(
@@ -517,7 +517,13 @@ HEAVY_CASES = [
     case("other-words", "run SPEC", "/red", "/base", "tokenizer", "train the expert again", spoil=other_words),
     case("other-special-tokens", "run SPEC", "/red", "/base", "splits text otherwise", spoil=no_end_of_sequence),
     case(
-        "no-head", "run SPEC", "/red", "classifier.bias", "classification head", spoil=the_base_as_expert, family="bert"
+        "no-head",
+        "run SPEC",
+        "/red",
+        "classifier.bias",
+        "is not in the weights",
+        spoil=the_base_as_expert,
+        family="bert",
     ),
     case(
         "class-beyond-the-head",

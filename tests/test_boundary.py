@@ -161,6 +161,8 @@ def test_weights_without_a_header_are_refused_by_file(project: Project, content:
 def test_an_index_of_shards_that_is_none_is_refused_by_file(project: Project, content: str) -> None:
     file = project.folder / "red" / "model.safetensors.index.json"
     file.write_text(content)
+    whole = project.folder / "red" / "model.safetensors"  # which would be read instead, as transformers does
+    whole.rename(whole.with_name("model-00001-of-00001.safetensors"))
     assert str(file) in refusal(project, "run", "spec.yaml")
 
 

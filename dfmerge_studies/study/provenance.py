@@ -260,7 +260,7 @@ def stored_fingerprint(study: optuna.Study) -> dict[str, Any] | None:
     """
     with reading_study(study.study_name):
         fingerprint = study.user_attrs.get(FINGERPRINT)
-        if fingerprint is not None and not (isinstance(fingerprint["method"], str) and fingerprint["tasks"]):
+        if fingerprint is not None and not (isinstance(fingerprint["method"], str) and "experts" in fingerprint):
             raise ValueError(fingerprint)
         return fingerprint
 
