@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import InputError, RunError, out_of_memory
 from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.scoring import can_fold, forward_losses
+from dfmerge_studies.tasks.scoring import can_fold, forward_losses, precision_of
 
 TOKEN_BUDGET = 16384
 SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
@@ -79,7 +79,6 @@ def choice_losses(
     *,
     pad_id: int,
     token_budget: int = TOKEN_BUDGET,
-    autocast: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> list[list[float]]:
@@ -91,7 +90,6 @@ def choice_losses(
         examples: tokenised inputs.
         pad_id: token id to pad inputs with.
         token_budget: tokens of one batch, the bound on memory.
-        autocast: run the model in mixed precision of this dtype.
         progress: called with the number of inputs done since the last call.
         ranks: processes that share the inputs; every one of them gets all losses.
 
@@ -103,7 +101,7 @@ def choice_losses(
     """
 
     def compute(share: Sequence[int]) -> list[list[float]]:
-        return _own_losses(model, kind, examples, share, pad_id, token_budget, autocast, progress, ranks)
+        return _own_losses(model, kind, examples, share, pad_id, token_budget, progress, ranks)
 
     shares = ranks.shares([token_cost(example, kind) for example in examples])
     found = ranks.agreed(lambda: compute(shares[ranks.rank]))
@@ -123,7 +121,6 @@ def _own_losses(
     share: Sequence[int],
     pad_id: int,
     token_budget: int,
-    autocast: torch.dtype | None,
     progress: Callable[[int], None] | None,
     ranks: Ranks,
 ) -> list[list[float]]:
@@ -134,11 +131,11 @@ def _own_losses(
     model.eval()
     try:
         with torch.inference_mode():
-            folded = _folding_is_right(model, kind, examples, pad_id, autocast)  # of all: ranks must do the same
+            folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
             for batch in length_batches(mine, kind, token_budget):
                 ranks.check()
                 chosen = [mine[i] for i in batch]
-                table = forward_losses(model, kind, chosen, pad_id=pad_id, autocast=autocast, folded=folded)
+                table = forward_losses(model, kind, chosen, pad_id=pad_id, folded=folded)
                 for i, losses in zip(batch, table.tolist(), strict=True):
                     results[i] = _checked(mine[i], losses)
                 if progress is not None:
@@ -161,9 +158,7 @@ def _checked(example: Encoded, losses: list[float]) -> list[float]:
     return present
 
 
-def _folding_is_right(
-    model: nn.Module, kind: Kind, examples: Sequence[Encoded], pad_id: int, autocast: torch.dtype | None
-) -> bool:
+def _folding_is_right(model: nn.Module, kind: Kind, examples: Sequence[Encoded], pad_id: int) -> bool:
     """Whether this model gives the same losses for choices folded into one sequence as for rows of their own.
 
     It does unless it has absolute decoder positions, a sliding window or the like.  Rather than a list of
@@ -178,12 +173,11 @@ def _folding_is_right(
         lambda example: sum(map(len, example.choices)),
     )
     probes = list({id(probe): probe for probe in (max(several, key=length) for length in lengths)}.values())
-    dtype = autocast or next(model.parameters()).dtype
-    tolerance = FOLD_TOLERANCE.get(dtype, FOLD_TOLERANCE_16_BIT)
+    tolerance = FOLD_TOLERANCE.get(precision_of(model), FOLD_TOLERANCE_16_BIT)
     for probe in probes:
-        plain = forward_losses(model, kind, [probe], pad_id=pad_id, autocast=autocast)
+        plain = forward_losses(model, kind, [probe], pad_id=pad_id)
         try:
-            folded = forward_losses(model, kind, [probe], pad_id=pad_id, autocast=autocast, folded=True)
+            folded = forward_losses(model, kind, [probe], pad_id=pad_id, folded=True)
         except Exception as error:
             if out_of_memory(error) is not None:
                 raise

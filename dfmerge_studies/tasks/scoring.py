@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +65,6 @@ def device_of(model: nn.Module) -> torch.device:
         model: a model with at least one parameter.
     """
     return next(model.parameters()).device
-
-
-def autocasting(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Mixed precision in `dtype` on the model's device, or nothing for `None`.
-
-    Args:
-        model: whose device counts.
-        dtype: of the mixed precision, or `None`.
-    """
-    return nullcontext() if dtype is None else torch.autocast(device_of(model).type, dtype=dtype)
 
 
 def probabilities(losses: Tensor) -> Tensor:
@@ -233,12 +222,15 @@ def _fold(model: nn.Module, hidden: Tensor, mask: Tensor, rows: Rows) -> Tensor:
     return mean_token_loss(logits.view(inputs * most, width, -1).index_select(0, place), rows.targets)
 
 
+def precision_of(model: nn.Module) -> torch.dtype:
+    """The precision that the model's products run in: its own, or that of the autocast around this call."""
+    device = device_of(model).type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else next(model.parameters()).dtype
+
+
 def _additive(seen: Tensor, model: nn.Module) -> Tensor:
     """Boolean mask as the one that is added to attention scores, in the precision the kernels will run in."""
-    device = seen.device.type
-    dtype = next(model.parameters()).dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = precision_of(model)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
@@ -352,7 +344,6 @@ def forward_losses(
     batch: Sequence[Encoded],
     *,
     pad_id: int,
-    autocast: torch.dtype | None = None,
     folded: bool = False,
 ) -> Tensor:
     """Losses of all choices of a batch.
@@ -362,21 +353,19 @@ def forward_losses(
         kind: how the model answers.
         batch: B inputs, with any numbers and lengths of choices.
         pad_id: token id to pad inputs with.
-        autocast: run the model in mixed precision of this dtype.
         folded: lay the choices of an input in one sequence; right for most models, and cheaper.
 
     Returns:
         (B, C) losses in float32 at least, infinite where an input has fewer than C choices.
     """
-    with autocasting(model, autocast):
-        if kind is Kind.CLASSIFICATION:
-            return -torch.log_softmax(class_logits(model, batch, pad_id), dim=-1)
-        rows = make_rows(batch, device_of(model))
-        if kind is Kind.CAUSAL:
-            way = _fold_continuations if folded else continuation_losses
-            return rows.grid(way(model, batch, rows, pad_id), len(batch))
-        hidden, mask = encode(model, batch, pad_id)
-        if folded:
-            return rows.grid(_fold(model, hidden, mask, rows), len(batch))
-        losses = decode(model, hidden[rows.owner], mask[rows.owner], rows.targets)
-        return rows.grid(losses, len(batch))
+    if kind is Kind.CLASSIFICATION:
+        return -torch.log_softmax(class_logits(model, batch, pad_id), dim=-1)
+    rows = make_rows(batch, device_of(model))
+    if kind is Kind.CAUSAL:
+        way = _fold_continuations if folded else continuation_losses
+        return rows.grid(way(model, batch, rows, pad_id), len(batch))
+    hidden, mask = encode(model, batch, pad_id)
+    if folded:
+        return rows.grid(_fold(model, hidden, mask, rows), len(batch))
+    losses = decode(model, hidden[rows.owner], mask[rows.owner], rows.targets)
+    return rows.grid(losses, len(batch))
