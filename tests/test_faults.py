@@ -179,7 +179,7 @@ def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored
     assert process.returncode in (1, 2), (output, errors)
     kind, message = json.loads(output.splitlines()[-1])
     assert kind == "error"
-    assert "run again to apply it" in message
+    assert "run again to go on" in message
     assert "Traceback" not in errors
     assert json.loads(place.start().communicate(timeout=60)[0])[0] == "error"  # refused while it is garbage
     assert path.read_bytes().startswith(b"garbage")

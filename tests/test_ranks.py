@@ -117,7 +117,7 @@ def test_all_ranks_end_with_the_same_weights_bit_by_bit(two: tuple[Path, dict[st
 def test_an_error_on_one_rank_is_raised_on_all_with_its_message(two: tuple[Path, dict[str, Any]]) -> None:
     found = two[1]["faults"]
     assert "rank 1 has another red than rank 0" in found["other"]
-    assert "rank 1: KeyError: 'a defect'" in found["defect"]
+    assert "rank 1: 'a defect' is missing" in found["defect"]
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ class Notice:
         pid: its process.
         kind: "joined" with `threads` and `device`; "study" with `name` and `total` when it starts on a study; "trial"
             with the fields of an `Event` and `study`; "phase" with `what`, `done`, `total`; "log" with `text`, a line
-            of its standard error; "error" with `what`, `where`, `mend`, `exit_code`; "died" with `how` when it is
+            of its standard error; "error" with `what`, `where`, `hint`, `exit_code`; "died" with `how` when it is
             started again, "given up" with `how` when it is not; "stopped" when somebody else ended it.
         content: the fields.
     """
@@ -281,11 +281,11 @@ class Pool:
     def _raise(self, good: int) -> None:
         refused = next((error for error in self._errors if error["exit_code"] == InputError.exit_code), None)
         if refused is not None:
-            raise InputError(refused["what"], where=refused["where"], hint=refused["mend"])
+            raise InputError(refused["what"], where=refused["where"], hint=refused["hint"])
         if good:
             return
         if self._errors:
-            raise RunError(self._errors[0]["what"], where=self._errors[0]["where"], hint=self._errors[0]["mend"])
+            raise RunError(self._errors[0]["what"], where=self._errors[0]["where"], hint=self._errors[0]["hint"])
         if self._lost:
             raise RunError(
                 f"no worker is left: they died again and again ({', '.join(self._lost)})",
