@@ -91,7 +91,8 @@ def run(
         session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
     if add is not None:
         session.add_trials(add)
-    finished = _work(session, trials)
+    # Workers were told the total already: what somebody has added since must not be undone.
+    finished = _work(session, trials, lower=workers == 1)
     tables: dict[Split, Standings] = {}
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)
@@ -105,7 +106,7 @@ def run(
         raise typer.Exit(130)
 
 
-def _work(session: Session, total: int | None) -> bool:
+def _work(session: Session, total: int | None, *, lower: bool = True) -> bool:
     """Run trials under a bar.
 
     Returns:
@@ -114,7 +115,7 @@ def _work(session: Session, total: int | None) -> bool:
     with TrialBars() as bars:
         bars.follow(session.study, session.spec, session.total(total))
         session.merger.progress = bars.phase
-        summary = session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
+        summary = session.run(target=total, lower=lower, on_event=lambda event: bars.event(session.spec.name, event))
     return not summary.interrupted
 
 
