@@ -16,6 +16,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.trials.marks import place_of
+from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def _next_point(
     else:
         weights = None if goal.weights is None else [goal.weights.get(task, 0.0) for task in tasks]
         worth = surrogate.utility(goal.kind, weights)
-        merits = list(zip([-_violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
+        merits = list(zip([-violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
     width = space.high - space.low
     steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
@@ -162,10 +163,6 @@ def _unit(trial: FrozenTrial, space: Space) -> list[float]:
     """A trial's point in the unit cube."""
     ranges = {name: space.range_of(name) for name in space.names}
     return [(float(trial.params[name]) - low) / (high - low) for name, (low, high) in ranges.items()]
-
-
-def _violation(trial: FrozenTrial) -> float:
-    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def _thresholds(trial: FrozenTrial, tasks: Sequence[str], goal: Goal) -> Tensor | None:

@@ -11,9 +11,9 @@ from dfmerge_studies.study.value import (
     constraint_values,
     directions,
     objective_values,
-    violation,
 )
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.reading import violation
 
 SCORES = {"a": 0.9, "b": 0.4, "c": 0.5}
 ACCURACY = Metrics.named(dict.fromkeys(SCORES, "accuracy"))

@@ -21,9 +21,8 @@ from dfmerge_studies.study.value import (
     TASKS,
     best_trial,
     trial_value,
-    violation,
 )
-from dfmerge_studies.trials.reading import counts, counts_of, results, results_of
+from dfmerge_studies.trials.reading import counts, counts_of, results, results_of, violation
 
 
 def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:

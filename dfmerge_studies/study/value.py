@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.methods import Point
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.results import TrialResult
 
 # User attributes of a trial; each of its method's parameters is another, under the parameter's own name.
@@ -122,11 +123,6 @@ def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
 def trial_value(trial: FrozenTrial) -> float:
     """What a completed trial is worth as one number."""
     return float(one_value(trial.values))
-
-
-def violation(trial: FrozenTrial) -> float:
-    """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
-    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> FrozenTrial | None:

@@ -178,3 +178,8 @@ def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
     if BEAT in trial.user_attrs:
         return datetime.fromtimestamp(float(trial.user_attrs[BEAT]))
     return last_heartbeat(study, trial) or trial.datetime_start
+
+
+def violation(trial: FrozenTrial) -> float:
+    """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
+    return sum(max(0.0, value) for value in trial.constraints.values())

@@ -33,8 +33,9 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.value import best_trial, violation
+from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.trials.marks import FIXED, place_of
+from dfmerge_studies.trials.reading import violation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
