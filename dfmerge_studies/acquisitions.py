@@ -31,18 +31,18 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from gpytorch.utils.warnings import GPInputWarning, NumericalWarning
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from optuna_integration import BoTorchSampler
 from torch import Tensor
 
+from dfmerge_studies.joint import JointSampler
 from dfmerge_studies.lattice import Steps, free_points
 
 _QUIET = (ExperimentalWarning, BotorchWarning, GPInputWarning, NumericalWarning)  # of numerics that are provided for
 
 
-class UCBSampler(BaseSampler):
+class UCBSampler(JointSampler):
     """Proposes one trial where the upper confidence bound is largest; nothing is proposed in the startup trials.
 
     Args:
@@ -57,15 +57,6 @@ class UCBSampler(BaseSampler):
         self._startup_trials = startup_trials
         self._seed = seed
         self._steps = steps
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return nothing: whoever calls `sample_relative` says what is searched.
-
-        Args:
-            study: not looked at.
-            trial: not looked at.
-        """
-        return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -90,12 +81,6 @@ class UCBSampler(BaseSampler):
             )
             proposed: dict[str, Any] = sampler.sample_relative(study, trial, search_space)
             return proposed
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Propose one coefficient uniformly."""
-        return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
 
 
 Candidates = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]

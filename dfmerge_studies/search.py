@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.joint import JointSampler
 from dfmerge_studies.trials.marks import DISCARDED, FIXED, RETRY_OF, place_of
 from dfmerge_studies.trials.space import GridExhausted, Space
 from dfmerge_studies.trust_region import PLAIN_MEAN, Goal, TrustRegionSampler
@@ -120,7 +121,7 @@ class StatelessSampler(BaseSampler):
         return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
 
-class _Grid(BaseSampler):
+class _Grid(JointSampler):
     """Proposes the rows of a grid in order, each once.
 
     Optuna's GridSampler chooses by trial number and by a process's own random state, so a failed or enqueued trial
@@ -130,9 +131,6 @@ class _Grid(BaseSampler):
 
     def __init__(self, rows: Sequence[dict[str, float]]) -> None:
         self._rows = rows
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -156,11 +154,6 @@ class _Grid(BaseSampler):
             if row not in taken:
                 return dict(row)
         raise GridExhausted
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        raise AssertionError(f"the grid has no values for {param_name}")
 
 
 def _is_retry(trial: FrozenTrial) -> bool:

@@ -12,21 +12,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.trials.marks import place_of
+from dfmerge_studies.joint import JointSampler
+from dfmerge_studies.trials.marks import DROPS, TASKS, place_of
 from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from torch import Tensor
-
-
-# Attributes of a trial.
-TASKS = "tasks"  # score per task
-DROPS = "drops"  # points of 100 that each task loses against its expert
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Goal:
 PLAIN_MEAN = Goal()
 
 
-class TrustRegionSampler(BaseSampler):
+class TrustRegionSampler(JointSampler):
     """Proposes one trial where the per-task processes expect most; nothing is proposed in the startup trials.
 
     Args:
@@ -71,15 +66,6 @@ class TrustRegionSampler(BaseSampler):
         self._goal = goal
         self._startup_trials = max(2, startup_trials)
         self._seed = seed
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return nothing: whoever calls `sample_relative` says what is searched.
-
-        Args:
-            study: not looked at.
-            trial: not looked at.
-        """
-        return {}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -99,12 +85,6 @@ class TrustRegionSampler(BaseSampler):
             return {}
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number and _has(t, names)]
         return _next_point(whole, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Propose one coefficient uniformly."""
-        return RandomSampler(seed=self._seed).sample_independent(study, trial, param_name, param_distribution)
 
 
 def _has(trial: FrozenTrial, names: Sequence[str]) -> bool:

@@ -21,7 +21,8 @@ from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import stored_fingerprint
-from dfmerge_studies.study.value import COEFFICIENTS, DROPS, TASKS, best_trial
+from dfmerge_studies.study.value import best_trial
+from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
 from dfmerge_studies.trials.reading import results, violation
 
 BEST = 3  # trials that get a note

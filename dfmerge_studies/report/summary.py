@@ -13,15 +13,8 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.totals import stored_total
-from dfmerge_studies.study.value import (
-    COEFFICIENTS,
-    DROPS,
-    FISHERS,
-    SECONDS,
-    TASKS,
-    best_trial,
-    trial_value,
-)
+from dfmerge_studies.study.value import best_trial, trial_value
+from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS
 from dfmerge_studies.trials.reading import counts, counts_of, results, results_of, violation
 
 

@@ -19,10 +19,11 @@ from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
-from dfmerge_studies.study.value import COEFFICIENTS, TASKS, best_trial, objective_values, one_value, trial_value
+from dfmerge_studies.study.value import best_trial, objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
 from dfmerge_studies.trials.reading import results
 
 

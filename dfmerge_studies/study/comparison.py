@@ -17,13 +17,12 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row
 from dfmerge_studies.study.session import Session, open_study
-from dfmerge_studies.study.value import COEFFICIENTS, FISHERS, SECONDS
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split, as_split
 from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
 from dfmerge_studies.trials.loop import Summary
-from dfmerge_studies.trials.marks import place_of
+from dfmerge_studies.trials.marks import COEFFICIENTS, FISHERS, SECONDS, place_of
 from dfmerge_studies.trials.reading import results
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"

@@ -48,19 +48,10 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.totals import state_total
-from dfmerge_studies.study.value import (
-    COEFFICIENTS,
-    SECONDS,
-    TASKS,
-    best_trial,
-    directions,
-    metric_names,
-    rounded_seconds,
-    trial_result,
-    trial_value,
-)
+from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result, trial_value
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.loop import Summary, work
+from dfmerge_studies.trials.marks import COEFFICIENTS, SECONDS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
 from dfmerge_studies.trials.reading import results

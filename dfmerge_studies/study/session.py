@@ -33,21 +33,12 @@ from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.totals import add_trials, state_total, stored_total
-from dfmerge_studies.study.value import (
-    COEFFICIENTS,
-    FISHERS,
-    SECONDS,
-    TASKS,
-    best_trial,
-    directions,
-    metric_names,
-    rounded_seconds,
-    trial_result,
-)
+from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
 from dfmerge_studies.trials.loop import Summary, work
+from dfmerge_studies.trials.marks import COEFFICIENTS, FISHERS, SECONDS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
 from dfmerge_studies.trials.reading import results

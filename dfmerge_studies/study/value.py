@@ -10,15 +10,9 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.methods import Point
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
 from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.results import TrialResult
-
-# User attributes of a trial; each of its method's parameters is another, under the parameter's own name.
-COEFFICIENTS = "coefficients"
-TASKS = "tasks"
-SECONDS = "seconds"
-FISHERS = "fishers"
-DROPS = "drops"
 
 
 def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:

@@ -1,4 +1,6 @@
-"""What the loop writes on a trial beside its result: the names of its attributes.
+"""Names of a trial's attributes.
+
+What the loop writes beside the result, which may not use these names:
 
     place         ordinal of the trial's coefficients in the study; a retry keeps it
     owner         which process runs the trial (see `owner.py`)
@@ -10,7 +12,13 @@
     error         why the trial failed for good
     beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
 
-A result may not use these names.
+What a result has; each of its method's parameters is another, under the parameter's own name:
+
+    coefficients  lambda per expert
+    tasks         score per task
+    seconds       wall-clock time per phase
+    fishers       how many were computed, how many came from the cache
+    drops         points that each task loses against its expert
 """
 
 from __future__ import annotations
@@ -33,6 +41,11 @@ DISCARDED = "dropped"
 ERROR = "error"
 BEAT = "beat"
 RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DISCARDED, ERROR, BEAT})
+COEFFICIENTS = "coefficients"
+TASKS = "tasks"
+SECONDS = "seconds"
+FISHERS = "fishers"
+DROPS = "drops"
 FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
 
 
