@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
@@ -100,70 +101,45 @@ def merge_models(
         InputError: models, names, shapes, coefficients or importance do not fit each other.
         RunError: an importance or a merged weight is not finite.
     """
-    merger = ModelMerger(
-        base,
-        experts,
-        importance=importance,
-        method=method,
-        parameters=parameters,
-        exclude=exclude,
-        floor=floor,
-        normalise=normalise,
-        power=power,
-        seed=seed,
-    )
+    how = MergeSettings(importance, method, parameters, exclude, floor, normalise, power, seed)
+    merger = ModelMerger(base, experts, how)
     merger.merge_(Point(merger.coefficients(coefficients), merger.method.complete({}, "parameters")))
     return merger.released()
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How models are merged: see `merge_models`; for a search, `parameters` may have lists."""
+
+    importance: ImportanceOf | Fishers | None = None
+    method: str | None = None
+    parameters: Mapping[str, float | Sequence[float]] | None = None
+    exclude: Sequence[str] = ()
+    floor: float = FLOOR
+    normalise: Normalise = "none"
+    power: float = 1.0
+    seed: int = 0
 
 
 class ModelMerger(Generic[Model]):
     """Merges the same models again and again, into one copy of the base.
 
-    Args:
-        base: see `merge_models`, like all others.
-        experts: ditto.
-        importance: ditto.
-        method: ditto.
-        parameters: ditto; for a search also lists of values.
-        exclude: ditto.
-        floor: ditto.
-        normalise: ditto.
-        power: ditto.
-        seed: ditto.
-
     Raises:
         InputError: models, names, shapes or importance do not fit each other.
     """
 
-    def __init__(
-        self,
-        base: Model,
-        experts: Experts,
-        *,
-        importance: ImportanceOf | Fishers | None,
-        method: str | None,
-        parameters: Mapping[str, float | Sequence[float]] | None,
-        exclude: Sequence[str],
-        floor: float,
-        normalise: Normalise,
-        power: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, base: Model, experts: Experts, how: MergeSettings) -> None:
         if not experts:
             raise InputError("there are no experts to merge", where="experts")
         self.experts = list(experts)
-        self.method = _method(method, importance).adjusted(parameters or {}, "parameters")
+        self.method = _method(how.method, how.importance).adjusted(how.parameters or {}, "parameters")
         self.model: Model = copy.deepcopy(base).eval()
         self._trainable = {name: p.requires_grad for name, p in base.named_parameters()}
-        self.place = _in_place(base, self.model, experts, exclude)
-        self._importance = importance
+        self.place = _in_place(base, self.model, experts, how.exclude)
+        self.how = how
         self._kept: dict[int, Mapping[str, Tensor]] = {}  # what is the same at every point
-        self.scale = {"importance.floor": floor, "importance.normalise": normalise, "importance.power": power}
-        self._scaled = partial(scaled, normalise=normalise, power=power)
-        self._floor = floor
-        self._seed = seed
-        if not callable(importance):
-            self._kept = dict(enumerate(self._given(importance or {})))
+        if not callable(how.importance):
+            self._kept = dict(enumerate(self._given(how.importance or {})))
 
     def _given(self, importance: Fishers) -> list[Mapping[str, Tensor]]:
         for expert in self.experts if importance else ():
@@ -207,7 +183,7 @@ class ModelMerger(Generic[Model]):
         vectors = self._transformed(point.parameters)
         importance = partial(self._importance_at, point)
         place = self.place
-        seconds = merge_into_(place.model, place.base, vectors, point.coefficients, importance, floor=self._floor)
+        seconds = merge_into_(place.model, place.base, vectors, point.coefficients, importance, floor=self.how.floor)
         self.model.eval()
         return seconds
 
@@ -231,13 +207,13 @@ class ModelMerger(Generic[Model]):
 
     def _computed(self, expert: str) -> Mapping[str, Tensor]:
         """What the importance function gives, with gradients required of what is merged, and of nothing else."""
-        assert callable(self._importance)
+        assert callable(self.how.importance)
         parameters = dict(self.model.named_parameters())
         try:
             for name in self.place.names:
                 parameters[name].requires_grad_(True)
             with torch.enable_grad():
-                return self._importance(self.model, expert)
+                return self.how.importance(self.model, expert)
         finally:
             for name in self.place.names:
                 parameters[name].requires_grad_(False)
@@ -260,13 +236,13 @@ class ModelMerger(Generic[Model]):
             if bool((value < 0).any()):
                 raise InputError(f"a negative value for the parameter {name}", where=where)
             found[name] = value.detach().to(self.place.device).float()
-        return self._scaled(found)
+        return scaled(found, normalise=self.how.normalise, power=self.how.power)
 
     @cached_property
     def _transformed(self) -> Prepared:
         """Phi, with what is the same at every point computed once."""
         transform = TRANSFORMS[self.method.transform]
-        return transform.prepare(self.place.task_vectors, partial(torch_generator, self._seed))
+        return transform.prepare(self.place.task_vectors, partial(torch_generator, self.how.seed))
 
 
 def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Method:

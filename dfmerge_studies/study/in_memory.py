@@ -26,6 +26,7 @@ from dfmerge_studies.objective.in_memory import (
     Experts,
     Fishers,
     ImportanceOf,
+    MergeSettings,
     Model,
     ModelMerger,
     finite_scores,
@@ -165,18 +166,8 @@ def optimize_merge(
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
         raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
-    merger = ModelMerger(
-        base,
-        experts,
-        importance=importance,
-        method=method,
-        parameters=parameters,
-        exclude=exclude,
-        floor=floor,
-        normalise=normalise,
-        power=power,
-        seed=settings.seed,
-    )
+    merging = MergeSettings(importance, method, parameters, exclude, floor, normalise, power, settings.seed)
+    merger = ModelMerger(base, experts, merging)
     search_of = _Search(merger, score, settings, how, name)
     url = resolve_url(storage, Path.cwd()) if isinstance(storage, str) else None
     with storage_errors(url):
@@ -314,7 +305,7 @@ class _Search(Generic[Model]):
             "metrics": dict.fromkeys(self.tasks, _METRIC),
             **{f"search.{field}": value for field, value in searched.items()},
             "objective": self.objective.model_dump(),
-            **merger.scale,
+            **{f"importance.{field}": getattr(merger.how, field) for field in ("floor", "normalise", "power")},
             "base digest": checksum({name: place.base.get(name, p).detach().cpu() for name, p in unmerged.items()}),
             **{
                 f"expert digest of {vector.expert}": checksum({n: d.cpu() for n, d in vector.deltas.items()})
