@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -85,12 +85,14 @@ class Outcome:
 
     Attributes:
         tasks: score per task.
+        rows: score per validation input, by task, where the task's score is their mean.
         seconds: wall-clock time per phase: fisher, merge, evaluate.
         computed: Fishers that were computed.
         cached: Fishers that came from the cache.
     """
 
     tasks: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     computed: int = 0
     cached: int = 0
@@ -130,9 +132,12 @@ class Merger:
         self.ask_experts_("validation")
         merged = self.merge_(point)
         start = time.perf_counter()
-        tasks = self.scores("validation")
+        metrics = self.problem.spec.metrics("validation")
+        answers = {task: self._answers(task, "validation") for task in self.problem.tasks}
+        tasks = {task: metrics[task].score(each) for task, each in answers.items()}
+        rows = {task: list(of_rows(answers[task])) for task, m in metrics.items() if (of_rows := m.of_rows) is not None}
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
-        return Outcome(tasks, seconds, merged.computed, merged.cached)
+        return replace(merged, tasks=tasks, rows=rows, seconds=seconds)
 
     @_everywhere
     @memory_errors()
@@ -163,7 +168,7 @@ class Merger:
         preparing = time.perf_counter() - start
         seconds = merge_into_(resident.model, resident.base, vectors, at, importance, floor=spec.importance.floor)
         seconds["merge"] += preparing
-        return Outcome({}, seconds, computed=hits.count(False), cached=hits.count(True))
+        return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
     @_everywhere
     @memory_errors()

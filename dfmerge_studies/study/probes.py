@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
+from dfmerge_studies.study.rows import packed, trial_rows, unpacked
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import objective_values, one_value
@@ -82,35 +83,24 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
 
 
 def row_scores(session: Session, trial: FrozenTrial) -> dict[str, list[float]]:
-    """The score of a trial's merge on each validation row; merged again once and then kept in the study.
+    """The score of a trial's merge on each validation row.
+
+    Where the trial itself does not keep them, it is merged again once, and they are kept in the study.
 
     Args:
         session: an open study, whose metrics are means over rows.
         trial: a completed trial.
     """
+    if (own := trial_rows(trial)).keys() == session.problem.tasks.keys():
+        return own
     name = f"rows:{trial_row(trial)}"
     found = stored_probe(session.study, name)
     if found is None:
         session.merger.ask_experts_("validation")
         session.merge_(trial)
-        scores = {task: session.merger.row_scores(task, "validation") for task in session.problem.tasks}
-        found = {task: _pack(row) for task, row in scores.items()}
+        found = packed({task: session.merger.row_scores(task, "validation") for task in session.problem.tasks})
         keep_probe(session.study, name, found)
-    return {task: _unpack(kept) for task, kept in found.items()}
-
-
-def _pack(row: Sequence[float]) -> dict[str, Any]:
-    """A bit per row where every score is 0 or 1, otherwise a float64."""
-    if set(row) <= {0.0, 1.0}:
-        return {"rows": len(row), "bits": np.packbits(np.array(row, dtype=bool)).tobytes().hex()}
-    return {"rows": len(row), "values": np.array(row, dtype="<f8").tobytes().hex()}
-
-
-def _unpack(kept: Mapping[str, Any]) -> list[float]:
-    if "values" in kept:
-        return [float(value) for value in np.frombuffer(bytes.fromhex(kept["values"]), dtype="<f8")]
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(kept["bits"]), dtype=np.uint8), count=kept["rows"])
-    return [float(bit) for bit in bits]
+    return unpacked(found)
 
 
 def nested_rows(total: int, ratios: Sequence[float], generator: np.random.Generator) -> list[list[int]]:

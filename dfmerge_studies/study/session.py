@@ -31,6 +31,7 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.repair import sweep_unfinished
+from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result
@@ -242,6 +243,7 @@ class Session:
             attributes={
                 SECONDS: rounded_seconds(outcome.seconds),
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
+                **rows_attribute(outcome.rows),
             },
         )
 

@@ -1,0 +1,62 @@
+"""What a trial keeps of its validation rows."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.probes import row_scores
+from dfmerge_studies.study.rows import LONGEST, ROWS, packed, rows_attribute, trial_rows, unpacked
+from dfmerge_studies.study.session import open_study
+from tests.project import Project
+
+
+def test_rows_that_are_right_or_wrong_take_a_bit_each_and_come_back_exactly() -> None:
+    scores = {"a": [float(random.Random(1).random() < 0.5) for _ in range(403)], "b": [1.0], "c": []}
+    kept = packed(scores)
+    assert unpacked(kept) == scores
+    assert len(kept["a"]["bits"]) == 2 * 51
+
+
+def test_other_rows_come_back_to_the_precision_of_a_float32() -> None:
+    scores = {"a": [-0.1, -2.75, -1e-9, -80.0]}
+    assert unpacked(packed(scores))["a"] == pytest.approx(scores["a"], rel=1e-7)
+
+
+def test_rows_that_an_earlier_version_kept_in_double_precision_are_read() -> None:
+    import numpy as np
+
+    kept = {"a": {"rows": 2, "values": np.array([0.1, -3.0], dtype="<f8").tobytes().hex()}}
+    assert unpacked(kept) == {"a": [0.1, -3.0]}
+
+
+def test_rows_that_would_swell_the_study_are_not_kept() -> None:
+    assert rows_attribute({"a": [0.5] * (LONGEST // 8)})
+    assert rows_attribute({"a": [0.5] * (LONGEST // 8), "b": [0.5]}) == {}
+    assert rows_attribute({}) == {}
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "log_likelihood"])
+def test_every_trial_keeps_its_rows_and_their_mean_is_its_score(project: Project, metric: str) -> None:
+    tasks = {name: {**task, "metric": metric} for name, task in project.spec["tasks"].items()}
+    project.write(tasks=tasks)
+    project.cli("run", "spec.yaml", "--set", "search.trials=2", "--no-test")
+    session = open_study(StudySpec.from_yaml(project.file))
+    for trial in session.study.trials:
+        rows = trial_rows(trial)
+        assert {task: len(row) for task, row in rows.items()} == {"red": 24, "blue": 24}
+        means = {task: sum(row) / len(row) for task, row in rows.items()}
+        assert means == pytest.approx(trial.user_attrs["tasks"], rel=1e-6)
+        assert row_scores(session, trial) == rows
+
+
+def test_a_score_that_is_no_mean_over_rows_keeps_none(project_of: object) -> None:
+    project = project_of("bert")  # type: ignore[operator]
+    tasks = {name: dict(task) for name, task in project.spec["tasks"].items()}
+    tasks["red"]["metric"] = "mcc"
+    project.write(tasks=tasks)
+    project.cli("run", "spec.yaml", "--set", "search.trials=1", "--no-test")
+    (trial,) = open_study(StudySpec.from_yaml(project.file)).study.trials
+    assert list(trial.user_attrs[ROWS]) == ["blue"]
