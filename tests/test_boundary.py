@@ -595,7 +595,7 @@ def at_a_terminal(folder: Path, command: str, *redirections: str, **environment:
         ("list gone.yaml", ">&-", 2, "gone.yaml"),
         ("list gone.yaml", "2>&-", 2, ""),
         ("--version", ">/dev/full", 1, "standard output"),
-        ("validate gone.yaml --json", ">/dev/full", 1, "standard output"),
+        ("list gone.yaml --json", ">/dev/full", 1, "standard output"),
         ("list gone.yaml", "2>/dev/full", 2, ""),
         ("list gone.yaml", ">/dev/full 2>/dev/full", 2, ""),
     ],
@@ -612,9 +612,18 @@ def test_a_stream_that_is_closed_or_full_ends_with_a_code_and_one_message(
         assert not message
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["--help", "cache ls -h"])
+def test_help_that_cannot_be_written_is_a_failure(tmp_path: Path, command: str, unbuffered: str) -> None:
+    returned, _, message = at_a_terminal(tmp_path, command, ">/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert returned == 1
+    assert "standard output" in message
+    check_told(Done(returned, "", message))
+
+
 def test_a_reader_that_has_enough_gets_no_message(tmp_path: Path) -> None:
-    assert at_a_terminal(tmp_path, "validate gone.yaml --json 2>/dev/null", "| true")[0] in (0, 1, 2)
-    assert at_a_terminal(tmp_path, "validate gone.yaml --json", "2>&1 >/dev/null | head -c 1")[2] == ""
+    assert at_a_terminal(tmp_path, "list gone.yaml --json 2>/dev/null", "| true")[0] in (0, 1, 2)
+    assert at_a_terminal(tmp_path, "list gone.yaml --json", "2>&1 >/dev/null | head -c 1")[2] == ""
 
 
 def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:

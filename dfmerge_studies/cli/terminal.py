@@ -63,6 +63,8 @@ class _Guarded:
 
     def write(self, text: str) -> int:
         """Write a text."""
+        if text == "":  # with which click looks what kind of stream this is; it would swallow the failure
+            return 0
         with self._guard():
             self._stream.write(text)
         return len(text)
