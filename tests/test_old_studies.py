@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.storage import load_study, open_storage
+from dfmerge_studies.study.provenance import FINGERPRINT, SAMPLER, SPEC
 from dfmerge_studies.trials.marks import RETRY_OF, place_of
 from dfmerge_studies.trials.reading import results
 from tests.project import Project
@@ -76,6 +78,42 @@ def test_a_cut_study_of_an_earlier_version_ends_as_the_uncut_one_did(project: Pr
         assert place_of(ours) == place_of(theirs)
         assert ours.params == pytest.approx(theirs.params)
         assert ours.user_attrs["tasks"] == pytest.approx(theirs.user_attrs["tasks"])
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["stored", "of a version before the field"])
+def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(
+    project: Project, monkeypatch: pytest.MonkeyPatch, stated: bool
+) -> None:
+    monkeypatch.setattr("dfmerge_studies.study.plan.DEFAULT_SAMPLER", "auto")
+    study = load_study(open_storage(f"sqlite:///{project.folder}/done.db"), "colours")
+    about = dict(study.user_attrs[FINGERPRINT])
+    assert about[SAMPLER] == "gp"
+    if not stated:
+        del about[SAMPLER]
+        study.set_user_attr(FINGERPRINT, about)
+    assert project.json("status", "spec.yaml")["search"]["sampler"] == "gp"
+    assert project.json("validate", "spec.yaml")["search"]["sampler"] == "gp"
+    run = project.cli("run", "spec.yaml", "--add", "1", "--json")
+    assert "goes on with the sampler gp" in run.stderr
+    assert json.loads(run.stdout)["search"]["sampler"] == "gp"
+    proposed = completed(project, "done")[-1]
+    refused = project.cli("run", "spec.yaml", "--set", "search.sampler=auto", check=2)
+    assert "search.sampler: the study has 'gp', this run has 'auto'" in refused.stderr
+    project.cli("run", "spec.yaml", "--add", "1", "--set", "search.sampler=gp", *CUT, "--json")
+    assert completed(project, "cut")[5].params == pytest.approx(proposed.params)
+
+
+def test_a_new_study_states_the_sampler_that_a_spec_leaves_open(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfmerge_studies.study.plan.DEFAULT_SAMPLER", "auto")
+    new = ("spec.yaml", "--set", "name=new")
+    assert project.json("validate", *new)["search"]["sampler"] == "auto"
+    project.json("run", *new, "--trials", "1")
+    study = load_study(open_storage(f"sqlite:///{project.folder}/done.db"), "new")
+    assert study.user_attrs[FINGERPRINT][SAMPLER] == study.user_attrs[SPEC]["search"]["sampler"] == "auto"
+    monkeypatch.setattr("dfmerge_studies.study.plan.DEFAULT_SAMPLER", "gp")
+    assert project.json("status", *new)["search"]["sampler"] == "auto"
 
 
 def test_a_study_of_an_earlier_version_is_not_joined_by_a_spec_about_something_else(project: Project) -> None:

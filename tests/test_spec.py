@@ -100,6 +100,29 @@ def test_short_and_long_forms_mean_the_same(tmp_path: Path) -> None:
     assert read(tmp_path, short).model_dump() == read(tmp_path, long).model_dump()
 
 
+def test_a_search_may_be_named_instead_of_written_out(tmp_path: Path) -> None:
+    paper = {"sampler": "gp", "acquisition": "ei", "trials": 60, "startup_trials": 10, "bounds": [0, 1]}
+    long = read(tmp_path, {**SHORT, "search": paper})
+    assert read(tmp_path, {**SHORT, "search": "paper"}).model_dump() == long.model_dump()
+    assert read(tmp_path, SHORT, "search=paper").search == long.search
+
+
+def test_fields_of_a_named_search_can_be_overridden_one_by_one(tmp_path: Path) -> None:
+    search = read(tmp_path, {**SHORT, "search": "paper"}, "search.trials=5", "search.acquisition=ucb").search
+    assert (search.sampler, search.acquisition, search.trials) == ("gp", "ucb", 5)
+    assert read(tmp_path, {**SHORT, "search": "paper"}).search.trials == 60  # the name means what it did
+
+
+def test_a_search_of_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    assert "paper" in refused(tmp_path, {**SHORT, "search": "papre"}).what
+    assert "paper" in refused(tmp_path, {**SHORT, "search": "quick"}).what
+
+
+def test_confidence_bounds_need_no_word_on_the_sampler(tmp_path: Path) -> None:
+    assert read(tmp_path, SHORT, "search.acquisition=ucb").search.stated_sampler == "gp"
+    assert "needs sampler: gp" in str(refused(tmp_path, SHORT, "search.acquisition=ucb", "search.sampler=auto"))
+
+
 def test_an_expert_may_have_no_task_when_the_spec_says_so(tmp_path: Path) -> None:
     spec = read(tmp_path, {**SHORT, "experts": {**SHORT["experts"], "grey": {"model": "grey", "task": None}}})
     assert spec.experts["grey"].task is None

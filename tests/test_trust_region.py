@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import optuna
 import pytest
@@ -176,6 +178,19 @@ def test_a_pareto_study_spreads_along_the_front() -> None:
     off = (proposed - CENTRES[0] - share[:, None] * along).norm(dim=1)
     assert off.median() < 0.1
     assert share.max() - share.min() > 0.3
+
+
+def test_botorch_is_imported_where_a_trial_is_proposed_and_not_before() -> None:
+    code = """
+import sys
+import dfmerge_studies.report.summary, dfmerge_studies.study.session
+from dfmerge_studies.search import make_sampler
+from dfmerge_studies.trials.space import Space
+make_sampler("auto", seed=0, study_name="s", space=Space(("a", "b")))
+print(sorted({"botorch", "gpytorch", "dfmerge_studies.surrogate"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_trials_of_other_software_without_task_scores_are_left_out() -> None:

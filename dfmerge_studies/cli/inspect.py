@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from math import isnan
@@ -129,18 +129,21 @@ def validate(
     if json:
         estimate = asdict(result.estimate) if result.estimate is not None else {}
         problems = problems_json(result.problems)
-        common.print_json({"ok": result.ok, "problems": problems, "notes": result.notes, "estimate": estimate})
+        found_out = {"notes": result.notes, "estimate": estimate, "search": result.search}
+        common.print_json({"ok": result.ok, "problems": problems, **found_out})
     for problem in result.problems:
         common.warn(f"error: {problem}")
     for note in result.notes:
         common.warn(f"note: {note['where']}: {note['what']}")
     if found.spec is not None and result.estimate is not None and not json:
-        _show_estimate(found.spec.file.name, result.estimate)
+        _show_estimate(found.spec.file.name, result.estimate, result.search)
     if not result.ok:
         raise typer.Exit(2)
 
 
-def _show_estimate(name: str, estimate: Estimate) -> None:
+def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | None) -> None:
+    from dfmerge_studies.report.tables import search_text
+
     out = common.output()
     out.print(f"{name} is valid")
     out.print(
@@ -152,6 +155,8 @@ def _show_estimate(name: str, estimate: Estimate) -> None:
         out.print(
             f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
         )
+    if search is not None:
+        out.print(f"  search: {search_text(search)}")
     peak, free = estimate.peak_bytes / 1e9, estimate.available_bytes / 1e9
     out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
     if peak > free:

@@ -89,6 +89,7 @@ def run(
 
         ranks = common.join_ranks(settings)
         session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
+    _say_kept_sampler(session)
     if add is not None:
         session.add_trials(add)
     # Workers were told the total already: what somebody has added since must not be undone.
@@ -104,6 +105,15 @@ def run(
     )
     if not finished:
         raise typer.Exit(130)
+
+
+def _say_kept_sampler(session: Session) -> None:
+    """Say which sampler a study goes on with, where the spec names none and a new study would have another."""
+    from dfmerge_studies.study.plan import Plan
+
+    plan = session.plan
+    if plan.search is not None and plan.proposer != Plan.of(plan.spec).proposer:
+        common.warn(f"note: {plan.spec.name} goes on with the sampler {plan.proposer}, which it was begun with")
 
 
 def _work(session: Session, total: int | None, *, lower: bool = True) -> bool:

@@ -35,6 +35,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     return {
         "study": study.study_name,
         "method": spec.method,
+        "search": plan.joined(study).search,
         "trials": {"target": target, **counted},
         "metric": metrics.text,
         "task_metrics": metrics.names,

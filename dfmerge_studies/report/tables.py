@@ -28,6 +28,24 @@ def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, fl
     return {each.name: described[each.name] for each in METHODS[method].parameters if each.name in described}
 
 
+_SAMPLERS = {
+    "auto": "one Gaussian process per task in a trust region",
+    "gp": "Optuna's Gaussian process of the objective",
+    "random": "uniform draws",
+}
+
+
+def search_text(search: Mapping[str, Any]) -> str:
+    """How trials are proposed, in a few words.
+
+    Args:
+        search: from `Plan.search`.
+    """
+    sampler, acquisition = search["sampler"], search["acquisition"]
+    how = ", ".join(each for each in (_SAMPLERS.get(sampler), acquisition) if each)
+    return f"{sampler} ({how})" if how else sampler
+
+
 def status_table(summary: Mapping[str, Any]) -> Table:
     """A study at a glance.
 
@@ -42,6 +60,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
+    if summary["search"] is not None:
+        table.add_row("search", search_text(summary["search"]))
     for worker in summary["workers_alive"]:
         now = f"at trial {worker['current']}" if worker["current"] is not None else "between trials"
         text = f"process {worker['pid']} on {worker['host']} since {worker['since'].replace('T', ' ')}"

@@ -6,6 +6,7 @@ Unknown keys are refused.  Relative paths are relative to the spec's own folder.
 from dfmerge_studies.spec.checks import check_coefficients
 from dfmerge_studies.spec.examine import Examined
 from dfmerge_studies.spec.fields import (
+    DEFAULT_SAMPLER,
     ExpertSettings,
     ImportanceSettings,
     ObjectiveSettings,
@@ -15,6 +16,7 @@ from dfmerge_studies.spec.fields import (
 from dfmerge_studies.spec.study import StudySpec
 
 __all__ = [
+    "DEFAULT_SAMPLER",
     "Examined",
     "ExpertSettings",
     "ImportanceSettings",

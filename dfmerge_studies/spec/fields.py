@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dfmerge_studies import limits
+from dfmerge_studies.errors import did_you_mean
 from dfmerge_studies.methods import METHODS, Estimator
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
 
 KnownMethod = Annotated[str, one_of("methods", lambda: METHODS)]
+
+DEFAULT_SAMPLER = "gp"  # of a new study whose spec names none; one that is there keeps its own
+
+# Searches that a spec may name instead of writing their fields.
+SEARCHES: Mapping[str, Mapping[str, Any]] = {
+    # arXiv 2504.18992, section 5: 10 uniform trials, then 50 by expected improvement of the mean under one process.
+    "paper": {"sampler": "gp", "acquisition": "ei", "trials": 60, "startup_trials": 10, "bounds": [0.0, 1.0]},
+}
+
+
+def search_of(name: str) -> dict[str, Any]:
+    """The fields of a search that has a name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if name not in SEARCHES:
+        raise ValueError(did_you_mean(name, SEARCHES) or f"expected a mapping of fields, or {', '.join(SEARCHES)}")
+    return dict(SEARCHES[name])
 
 
 class ExpertSettings(Settings):
@@ -54,8 +75,10 @@ class ImportanceSettings(Settings):
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
-    sampler: Literal["auto", "gp", "random"] = Field(
-        "gp", description="auto: one Gaussian process per task in a trust region; gp: Optuna's; random: uniform draws"
+    sampler: Literal["auto", "gp", "random"] | None = Field(
+        None,
+        description="auto: one Gaussian process per task in a trust region; gp: Optuna's; random: uniform draws; "
+        f"null: what the study has, of a new one {DEFAULT_SAMPLER}",
     )
     acquisition: Literal["ei", "ucb"] = Field(
         "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
@@ -88,9 +111,14 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _ucb_has_a_model(self) -> SearchSettings:
-        if self.acquisition == "ucb" and self.sampler != "gp":
+        if self.acquisition == "ucb" and self.sampler not in (None, "gp"):
             raise ValueError("acquisition: ucb needs sampler: gp")
         return self
+
+    @property
+    def stated_sampler(self) -> str | None:
+        """The sampler, as far as these settings say: confidence bounds are those of one process of the objective."""
+        return "gp" if self.acquisition == "ucb" else self.sampler
 
     @model_validator(mode="after")
     def _step_divides_the_range(self) -> SearchSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dfmerge_studies import limits
 from dfmerge_studies.boundary import kind_of, read_text, reading
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.redact import masked_override
+from dfmerge_studies.spec.fields import SEARCHES
 
 _HINT = "Name a YAML file"
 _SHOWN = 120  # characters of a value in a message
@@ -123,7 +124,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         inner = target.get(parent, {})
         if isinstance(inner, str) and parents == ["experts", parent]:
             inner = {"model": inner}
-        if not isinstance(inner, dict):
+        if isinstance(inner, str) and parents == ["search"] and inner in SEARCHES:
+            inner = SEARCHES[inner]
+        if not isinstance(inner, Mapping):
             raise InputError(f"{parent!r} in {key!r} holds no fields", where="--set", hint="Correct the key")
         target[parent] = dict(inner)  # a copy: a YAML alias may share it with other fields
         target = target[parent]

@@ -23,6 +23,7 @@ from dfmerge_studies.spec.fields import (
     ObjectiveSettings,
     SearchSettings,
     parse_size,
+    search_of,
 )
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
@@ -264,6 +265,11 @@ class StudySpec(Settings):
     @classmethod
     def _short_objective(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _short_search(cls, value: Any) -> Any:
+        return search_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _ucb_has_one_objective(self) -> StudySpec:

@@ -14,6 +14,7 @@ from typing import Any, Generic
 
 import optuna
 import torch
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
 from pydantic import ValidationError
@@ -33,7 +34,7 @@ from dfmerge_studies.objective.in_memory import (
     not_finite,
 )
 from dfmerge_studies.objective.merger import memory_errors
-from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
+from dfmerge_studies.spec import DEFAULT_SAMPLER, ObjectiveSettings, SearchSettings
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.storage import (
     check_constraints,
@@ -209,13 +210,12 @@ class _Search(Generic[Model]):
         self._score_references(former)
         if self.settings.max_drop is not None and url is not None:
             check_constraints(url, len(self.expert_scores), where="max_drop")
-        method, settings = self.merger.method, self.settings
-        return provenance.join(
+        study = provenance.join(
             store,
             self.name,
             directions=directions(self.objective, self.tasks),
-            sampler=study_sampler(self.name, method, self.space, settings, goal_of(self.objective, Metrics({}))),
             fingerprint=self._science(),
+            sampler=DEFAULT_SAMPLER,
             attributes={
                 **scores_attribute("base", "validation", self.base_scores),
                 **scores_attribute("experts", "validation", self.expert_scores),
@@ -223,6 +223,13 @@ class _Search(Generic[Model]):
             metric_names=metric_names(self.objective, self.tasks),
             where=safe_url(url) if url is not None else self.name,
         )
+        study.sampler = self._sampler(study)
+        return study
+
+    def _sampler(self, study: optuna.Study) -> BaseSampler:
+        settings, goal = self.settings, goal_of(self.objective, Metrics({}))
+        kept = provenance.sampler_of(provenance.stored_fingerprint(study) or {})
+        return study_sampler(self.name, self.merger.method, self.space, settings, goal, settings.stated_sampler or kept)
 
     def _score_references(self, former: optuna.Study | None) -> None:
         """What the base scores, which also says what the tasks are; with `max_drop` each expert on its own task."""
@@ -295,7 +302,7 @@ class _Search(Generic[Model]):
         """What decides the results, as far as it can be compared."""
         merger, place = self.merger, self.merger.place
         unmerged = dict(merger.model.named_parameters())
-        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue"})
+        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue", "sampler"})
         return {
             "made by": "optimize_merge",
             "method": merger.method.name,
@@ -304,6 +311,7 @@ class _Search(Generic[Model]):
             "tasks": self.tasks,
             "metrics": dict.fromkeys(self.tasks, _METRIC),
             **{f"search.{field}": value for field, value in searched.items()},
+            **provenance.stated_sampler(self.settings),
             "objective": self.objective.model_dump(),
             **{f"importance.{field}": getattr(merger.how, field) for field in ("floor", "normalise", "power")},
             "base digest": checksum({name: place.base.get(name, p).detach().cpu() for name, p in unmerged.items()}),

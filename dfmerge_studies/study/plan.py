@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
 
 from dfmerge_studies.methods import Method
-from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
 from dfmerge_studies.storage import load_study, load_study_if_any, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
@@ -27,6 +28,7 @@ class Plan:
         points: those that it tries first: 1/M, then what the spec asks for; none on a grid.
         trials: total that it should reach: the spec's, or as many points as a method without a search has.
         url: of its storage, absolute; it may hold a password: never print it, print `place`.
+        proposer: what proposes its trials, in the words of `search.sampler`: the spec's, or what a new study has.
     """
 
     spec: StudySpec
@@ -35,6 +37,7 @@ class Plan:
     points: tuple[Mapping[str, float], ...]
     trials: int
     url: str
+    proposer: str
 
     @classmethod
     def of(cls, spec: StudySpec) -> Plan:
@@ -51,7 +54,19 @@ class Plan:
             points=tuple(first_points(method, experts, search)),
             trials=total_trials(method, search),
             url=storage_url(spec),
+            proposer=search.stated_sampler or DEFAULT_SAMPLER,
         )
+
+    def joined(self, study: optuna.Study) -> Plan:
+        """The plan as a study has it that is there already: with the sampler that it keeps where the spec names none.
+
+        Args:
+            study: its study.
+        """
+        fingerprint = provenance.stored_fingerprint(study)
+        if fingerprint is None or self.spec.search.stated_sampler is not None:
+            return self
+        return replace(self, proposer=provenance.sampler_of(fingerprint))
 
     @property
     def place(self) -> str:
@@ -73,7 +88,19 @@ class Plan:
         """The sampler that proposes the study's trials."""
         spec = self.spec
         goal = goal_of(spec.objective, spec.metrics("validation"))
-        return study_sampler(spec.name, self.method, self.space, spec.search, goal)
+        return study_sampler(spec.name, self.method, self.space, spec.search, goal, self.proposer)
+
+    @property
+    def search(self) -> dict[str, Any] | None:
+        """How trials are proposed, for who asks: fields of `search`; None for a method that does not search."""
+        if not self.method.searches:
+            return None
+        search = self.spec.search
+        return {
+            "sampler": self.proposer,
+            "acquisition": search.acquisition if self.proposer == "gp" else None,
+            "startup_trials": search.startup_trials,
+        }
 
     def study(self) -> optuna.Study:
         """The study as it is in its storage, without loading any model.

@@ -46,9 +46,21 @@ def _inside(search: SearchSettings, value: float) -> float:
     return moved if step is None else min(low + round((moved - low) / step) * step, high)
 
 
-def study_sampler(name: str, method: Method, space: Space, search: SearchSettings, goal: Goal) -> BaseSampler:
-    """The sampler that proposes a study's trials."""
-    sampler: str = "ucb" if search.acquisition == "ucb" else search.sampler
+def study_sampler(
+    name: str, method: Method, space: Space, search: SearchSettings, goal: Goal, sampler: str
+) -> BaseSampler:
+    """The sampler that proposes a study's trials.
+
+    Args:
+        name: of the study.
+        method: row of the method table.
+        space: what is searched.
+        search: the settings.
+        goal: what task scores are worth together.
+        sampler: what the study has, in the words of `search.sampler`.
+    """
+    if search.acquisition == "ucb":
+        sampler = "ucb"
     if not method.searches:
         sampler = "grid" if method.grid else "random"
     return make_sampler(

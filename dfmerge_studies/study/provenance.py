@@ -12,14 +12,13 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
-from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.spec import SearchSettings, StudySpec
 from dfmerge_studies.storage import create_study, join_study, safe_url
 from dfmerge_studies.study.totals import TARGET
 
@@ -52,6 +51,8 @@ _FORMERLY: Mapping[str, Any] = {
     "positive": {},
     "parameters": {},
 }
+SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
+_FORMER_SAMPLER = "gp"
 
 
 def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "importance.dtype": importance.dtype,
         "importance.normalise": importance.normalise,
         "importance.power": importance.power,
-        "search.sampler": search.sampler,
+        **stated_sampler(search),
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
         "search.startup_trials": search.startup_trials,
@@ -86,6 +87,20 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "objective": spec.objective.model_dump(),
         "dtype": spec.dtype,
     }
+
+
+def stated_sampler(search: SearchSettings) -> dict[str, str]:
+    """What a fingerprint says of the sampler that settings name; nothing of one that they leave to the study."""
+    return {SAMPLER: search.stated_sampler} if search.stated_sampler is not None else {}
+
+
+def sampler_of(fingerprint: Mapping[str, Any]) -> str:
+    """The sampler of a stored study.
+
+    Args:
+        fingerprint: what the study is about.
+    """
+    return str(fingerprint.get(SAMPLER, _FORMER_SAMPLER))
 
 
 def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
@@ -124,7 +139,7 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         stored: the fingerprint of the stored study.
         ours: that of this run.
     """
-    stored, ours = {**_FORMERLY, **stored}, {**_FORMERLY, **ours}
+    stored, ours = {**_FORMERLY, SAMPLER: _FORMER_SAMPLER, **stored}, {**_FORMERLY, **ours}
     return [
         f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
         for field in ours
@@ -216,20 +231,20 @@ def join(
     name: str,
     *,
     directions: Sequence[str],
-    sampler: BaseSampler,
     fingerprint: Mapping[str, Any],
+    sampler: str,
     attributes: Mapping[str, Any],
     metric_names: Sequence[str],
     where: str,
 ) -> optuna.Study:
-    """Create a study and state what it is about, or join one that is about the same.
+    """Create a study and state what it is about, or join one that is about the same; give it its sampler then.
 
     Args:
         storage: open.
         name: the study's name.
         directions: "maximize" or "minimize", one for each objective.
-        sampler: what proposes points.
         fingerprint: what it is about.
+        sampler: what a new study has where the fingerprint leaves it open.
         attributes: what else its founder states.
         metric_names: of the objectives.
         where: the storage, without password.
@@ -238,9 +253,10 @@ def join(
         InputError: the stored study is about something else; with the list of differences.
     """
     founder = create_study(storage, name, directions=directions)
-    study = join_study(storage, name, directions=directions, sampler=sampler)
+    study = join_study(storage, name, directions=directions)
     if founder or (awaited_fingerprint(study) is None and not study.get_trials(deepcopy=False)):
-        for key, value in {**attributes, VERSIONS: library_versions(), FINGERPRINT: dict(fingerprint)}.items():
+        whole = {SAMPLER: sampler, **fingerprint}
+        for key, value in {**attributes, VERSIONS: library_versions(), FINGERPRINT: whole}.items():
             study.set_user_attr(key, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -300,7 +300,10 @@ def open_study(
         provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     merger = Merger(problem, plan.method, cache, progress=progress)
     rehearse_(problem, plan.method)
-    return Session(plan, problem, _join(plan, fingerprint, problem), merger)
+    study = _join(plan, fingerprint, problem)
+    plan = plan.joined(study)
+    study.sampler = plan.sampler()
+    return Session(plan, problem, study, merger)
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:
@@ -319,10 +322,10 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem) -> optun
             open_storage(plan.url),
             spec.name,
             directions=directions(spec.objective, list(spec.tasks)),
-            sampler=plan.sampler(),
             fingerprint=fingerprint,
+            sampler=plan.proposer,
             attributes={
-                provenance.SPEC: provenance.describe_spec(spec),
+                provenance.SPEC: provenance.describe_spec(spec.derive(search={"sampler": plan.proposer})),
                 provenance.INDICES: problem.fisher_indices(),
             },
             metric_names=metric_names(spec.objective, list(spec.tasks)),

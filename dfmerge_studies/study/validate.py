@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -64,11 +65,13 @@ class Validation:
         problems: what is wrong.
         notes: `where` and `what` of that which is valid and may still be meant otherwise.
         estimate: None unless everything could be loaded.
+        search: how trials would be proposed; None where that is not known, or the method does not search.
     """
 
     problems: list[DFMergeError]
     notes: list[dict[str, str]]
     estimate: Estimate | None
+    search: Mapping[str, Any] | None = None
 
     @property
     def ok(self) -> bool:
@@ -92,6 +95,7 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
     spec = found.spec
     notes: list[dict[str, str]] = []
     estimate: Estimate | None = None
+    search: Mapping[str, Any] | None = None
     if spec is not None:
         for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound, notes)):
             if str(each) not in map(str, problems):  # a missing file fails every split
@@ -102,13 +106,13 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
-            _check_storage(spec, problem)
+            search = _plan(spec, problem).search
             rehearse_(problem, spec.row)
             notes += _adapter_notes(spec, problem)
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
-    return Validation(problems, notes, estimate)
+    return Validation(problems, notes, estimate, search)
 
 
 def memory_estimate(problem: Problem) -> Estimate:
@@ -195,9 +199,16 @@ def _adapter_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]
             yield {"where": spec.where(f"experts.{name}"), "what": what}
 
 
-def _check_storage(spec: StudySpec, problem: Problem) -> None:
+def _plan(spec: StudySpec, problem: Problem) -> Plan:
+    """The plan of a spec, and of the study that it would join.
+
+    Raises:
+        InputError: that study is about something else.
+    """
     plan = Plan.of(spec)
     stored = plan.study_if_any()
-    if stored is not None:
-        fingerprint = provenance.whole_fingerprint(spec, problem)
-        provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, plan.place)
+    if stored is None:
+        return plan
+    fingerprint = provenance.whole_fingerprint(spec, problem)
+    provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, plan.place)
+    return plan.joined(stored)

@@ -33,6 +33,7 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.provenance import sampler_of
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.trials.marks import FIXED, place_of
 from dfmerge_studies.trials.reading import violation
@@ -257,7 +258,7 @@ def _kind(view: StudyView, trial: FrozenTrial) -> str:
         return "known"
     if view.policy is Coefficients.SHARED_GRID:
         return "grid"
-    random = view.fingerprint["search.sampler"] == "random"
+    random = sampler_of(view.fingerprint) == "random"
     return "startup" if random or place_of(trial) < max(1, int(view.fingerprint["search.startup_trials"])) else "search"
 
 
