@@ -89,7 +89,7 @@ def run(
 
         ranks = common.join_ranks(settings)
         session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
-    _say_kept_sampler(session)
+    _say_search(session)
     if add is not None:
         session.add_trials(add)
     # Workers were told the total already: what somebody has added since must not be undone.
@@ -107,11 +107,14 @@ def run(
         raise typer.Exit(130)
 
 
-def _say_kept_sampler(session: Session) -> None:
-    """Say which sampler a study goes on with, where the spec names none and a new study would have another."""
+def _say_search(session: Session) -> None:
+    """Say what a study starts from, and which sampler it goes on with where a new study would have another."""
     from dfmerge_studies.study.plan import Plan
+    from dfmerge_studies.study.warm_start import origin_text
 
     plan = session.plan
+    if session.warm is not None:
+        common.warn(f"note: {plan.spec.name} tries first {origin_text(session.warm)}")
     if plan.search is not None and plan.proposer != Plan.of(plan.spec).proposer:
         common.warn(f"note: {plan.spec.name} goes on with the sampler {plan.proposer}, which it was begun with")
 

@@ -20,8 +20,9 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
-from dfmerge_studies.study.provenance import stored_fingerprint
+from dfmerge_studies.study.provenance import WARM_START, stored_fingerprint
 from dfmerge_studies.study.value import best_trial
+from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
 from dfmerge_studies.trials.reading import results, violation
 
@@ -64,7 +65,7 @@ def study_note(view: StudyView) -> str:
         f"## {escape(view.name)}",
         "",
         f"Merges {len(view.experts)} fine-tuned models into one with **{escape(view.method)}**; "
-        f"{len(view.trials)} completed trials{_feasible(view)}.",
+        f"{len(view.trials)} completed trials{_feasible(view)}.{_first_tried(view)}",
         "",
         *_table(
             ["expert", "model", "task"],
@@ -85,6 +86,11 @@ def study_note(view: StudyView) -> str:
             *_way_to_the_model(view),
         ]
     return "\n".join([*lines, _SIGNED])
+
+
+def _first_tried(view: StudyView) -> str:
+    warm = view.study.user_attrs.get(WARM_START)
+    return f" First tried: {escape(origin_text(warm))}." if warm else ""
 
 
 def _own_best(view: StudyView) -> list[str]:

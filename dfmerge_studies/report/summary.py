@@ -36,6 +36,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
         "study": study.study_name,
         "method": spec.method,
         "search": plan.joined(study).search,
+        "warm_start": study.user_attrs.get(provenance.WARM_START),
         "trials": {"target": target, **counted},
         "metric": metrics.text,
         "task_metrics": metrics.names,

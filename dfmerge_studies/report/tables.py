@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfmerge_studies.methods import METHODS, label
+from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.tasks.metrics import Metrics
 
 
@@ -62,6 +63,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
     if summary["search"] is not None:
         table.add_row("search", search_text(summary["search"]))
+    if summary["warm_start"] is not None:
+        table.add_row("first tried", Text(origin_text(summary["warm_start"])))
     for worker in summary["workers_alive"]:
         now = f"at trial {worker['current']}" if worker["current"] is not None else "between trials"
         text = f"process {worker['pid']} on {worker['host']} since {worker['since'].replace('T', ' ')}"

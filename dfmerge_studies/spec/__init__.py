@@ -11,6 +11,7 @@ from dfmerge_studies.spec.fields import (
     ImportanceSettings,
     ObjectiveSettings,
     SearchSettings,
+    WarmStart,
     parse_size,
 )
 from dfmerge_studies.spec.study import StudySpec
@@ -23,6 +24,7 @@ __all__ = [
     "ObjectiveSettings",
     "SearchSettings",
     "StudySpec",
+    "WarmStart",
     "check_coefficients",
     "parse_size",
 ]

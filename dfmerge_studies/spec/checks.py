@@ -25,6 +25,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_experts_without_task(spec),
         *labels_lacking(spec),
         *_odd_baselines(spec),
+        *_starts_from_itself(spec),
         *_unknown_tasks(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
@@ -82,6 +83,16 @@ def _odd_baselines(spec: StudySpec) -> Iterator[Finding]:
             yield "baselines", f"{baseline!r} is named twice", "Name every other method once"
         if not NAME.fullmatch(f"{spec.name}.{baseline}"):
             yield "name", f"the name is too long for a baseline's study {spec.name}.{baseline}", "Choose a shorter one"
+
+
+def _starts_from_itself(spec: StudySpec) -> Iterator[Finding]:
+    warm = spec.search.warm_start
+    if warm is not None and warm.storage is None and warm.study == spec.name:
+        yield (
+            "search.warm_start",
+            f"{warm.study!r} is this study itself",
+            "Name another one, or give this one a new name",
+        )
 
 
 def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:

@@ -72,6 +72,14 @@ class ImportanceSettings(Settings):
     )
 
 
+class WarmStart(Settings):
+    """Another study, whose best points are tried first."""
+
+    study: str = Field(description="its name")
+    storage: str | None = Field(None, description="its storage, an Optuna URL; null: the storage of this study")
+    points: int = Field(5, gt=0, le=limits.TRIALS, description="how many of its points are tried at most")
+
+
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
@@ -94,11 +102,19 @@ class SearchSettings(Settings):
     enqueue: list[float | dict[str, float]] = Field(
         default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
     )
+    warm_start: WarmStart | None = Field(
+        None, description="another study whose best points are tried first: its name, or {study, storage, points}"
+    )
     max_drop: float | None = Field(
         None,
         ge=0,
         description="no task may lose more points than this against its own expert: hundredths of its metric's range",
     )
+
+    @field_validator("warm_start", mode="before")
+    @classmethod
+    def _short_warm_start(cls, value: Any) -> Any:
+        return {"study": value} if isinstance(value, str) else value
 
     @field_validator("bounds")
     @classmethod

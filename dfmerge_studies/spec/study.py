@@ -22,6 +22,7 @@ from dfmerge_studies.spec.fields import (
     KnownMethod,
     ObjectiveSettings,
     SearchSettings,
+    WarmStart,
     parse_size,
     search_of,
 )
@@ -316,6 +317,6 @@ _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "experts": [ExpertSettings],
     "tasks": [ChoiceTask, ClassificationTask],
     "importance": [ImportanceSettings],
-    "search": [SearchSettings],
+    "search": [SearchSettings, WarmStart],
     "objective": [ObjectiveSettings],
 }

@@ -46,7 +46,7 @@ from dfmerge_studies.storage import (
     storage_errors,
     storage_file,
 )
-from dfmerge_studies.study import provenance
+from dfmerge_studies.study import provenance, warm_start
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.totals import state_total
@@ -156,8 +156,8 @@ def optimize_merge(
         normalise: see `merge_models`.
         power: see `merge_models`.
         on_event: told of everything that happens to a trial.
-        **search: further fields of a spec's `search`: seed, bounds, step, sampler, startup_trials, enqueue, and
-            max_drop, for which each expert is scored on the task of its own name, too.
+        **search: further fields of a spec's `search`: seed, bounds, step, sampler, startup_trials, enqueue,
+            warm_start, and max_drop, for which each expert is scored on the task of its own name, too.
 
     Raises:
         InputError: models, settings or scores do not fit, or the stored study is about something else.
@@ -198,6 +198,7 @@ class _Search(Generic[Model]):
         self.objective = objective
         self.name = name
         self.space = merger.method.space(merger.experts, settings.bounds, settings.step)
+        self.warm: Mapping[str, Any] | None = None  # what is tried first of another study
         self.tasks: list[str] = []
         self.base_scores: dict[str, float] = {}
         self.expert_scores: dict[str, float] = {}
@@ -208,6 +209,7 @@ class _Search(Generic[Model]):
         check_name(self.name)
         former = load_study(store, self.name) if self.name in optuna.get_all_study_names(store) else None
         self._score_references(former)
+        warm = self._taken_over(former, store, url)
         if self.settings.max_drop is not None and url is not None:
             check_constraints(url, len(self.expert_scores), where="max_drop")
         study = provenance.join(
@@ -219,12 +221,22 @@ class _Search(Generic[Model]):
             attributes={
                 **scores_attribute("base", "validation", self.base_scores),
                 **scores_attribute("experts", "validation", self.expert_scores),
+                **({provenance.WARM_START: warm} if warm is not None else {}),
             },
             metric_names=metric_names(self.objective, self.tasks),
             where=safe_url(url) if url is not None else self.name,
         )
         study.sampler = self._sampler(study)
+        self.warm = warm_start.agreed(study, warm)
         return study
+
+    def _taken_over(self, former: optuna.Study | None, store: BaseStorage, url: str | None) -> dict[str, Any] | None:
+        settings = self.settings.warm_start
+        if settings is None or not self.merger.method.searches:
+            return None
+        here: str | BaseStorage = url if url is not None else store
+        source = resolve_url(settings.storage, Path.cwd()) if settings.storage is not None else here
+        return warm_start.chosen(settings, former, self.space, self.merger.experts, source)
 
     def _sampler(self, study: optuna.Study) -> BaseSampler:
         settings, goal = self.settings, goal_of(self.objective, Metrics({}))
@@ -254,7 +266,8 @@ class _Search(Generic[Model]):
         """Work until the study has its total."""
         method, settings = self.merger.method, self.settings
         state_total(study, total_trials(method, settings))
-        enqueue(study, self.space, first_points(method, self.merger.experts, settings))
+        first = first_points(method, self.merger.experts, settings)
+        enqueue(study, self.space, [*first, *warm_start.points_of(self.warm)])
         file = storage_file(url) if url is not None else None
         summary = work(
             study,
@@ -302,7 +315,7 @@ class _Search(Generic[Model]):
         """What decides the results, as far as it can be compared."""
         merger, place = self.merger, self.merger.place
         unmerged = dict(merger.model.named_parameters())
-        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue", "sampler"})
+        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue", "sampler", "warm_start"})
         return {
             "made by": "optimize_merge",
             "method": merger.method.name,

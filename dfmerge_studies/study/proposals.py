@@ -36,12 +36,19 @@ def first_points(method: Method, experts: Sequence[str], search: SearchSettings)
         return [first]
     asked = [dict.fromkeys(experts, p) if isinstance(p, float) else p for p in search.enqueue]
     own = {each.name: each.default for each in method.searched if each.default is not None}
-    return [{**own, **point} for point in ({name: _inside(search, value) for name, value in first.items()}, *asked)]
+    space = method.space(experts, search.bounds, search.step)
+    return [{**own, **point} for point in ({name: inside(space, name, value) for name, value in first.items()}, *asked)]
 
 
-def _inside(search: SearchSettings, value: float) -> float:
-    """A coefficient moved into the bounds and onto the step, where the settings have them so."""
-    (low, high), step = search.bounds, search.step
+def inside(space: Space, name: str, value: float) -> float:
+    """A value moved into the range of its name, and onto the step where it has one.
+
+    Args:
+        space: what is searched.
+        name: one of its names.
+        value: from anywhere.
+    """
+    (low, high), step = space.range_of(name), None if name in space.own else space.step
     moved = min(max(value, low), high)
     return moved if step is None else min(low + round((moved - low) / step) * step, high)
 

@@ -27,7 +27,8 @@ FINGERPRINT = "dfmerge:science"
 SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
-ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET})
+WARM_START = "dfmerge:warm_start"
+ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET, WARM_START})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed
 
@@ -198,6 +199,11 @@ def without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:
     shown.update({name: public(fields[name]) for name in ("base", "multi_task", "cache") if fields.get(name)})
     if fields.get("storage"):
         shown["storage"] = safe_url(str(fields["storage"]))
+    if warm := (fields.get("search") or {}).get("warm_start"):
+        shown["search"] = {
+            **fields["search"],
+            "warm_start": {**warm, "storage": safe_url(warm["storage"])} if warm.get("storage") else warm,
+        }
     for group, field in (("experts", "model"), ("tasks", "dataset")):
         entries = fields.get(group, {})
         shown[group] = {

@@ -35,6 +35,7 @@ from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result
+from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
@@ -64,6 +65,7 @@ class Session:
         study: the Optuna study.
         merger: merges and scores.
         keeper: looks after what a run has told the storage; None before there was one.
+        warm: what it starts from of another study, as `warm_start.taken_over` has it.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Session:
     study: optuna.Study
     merger: Merger
     keeper: Keeper | None = None
+    warm: Mapping[str, Any] | None = None
 
     @property
     def spec(self) -> StudySpec:
@@ -104,7 +107,7 @@ class Session:
         with storage_errors(self.plan.url):
             self._check_total(total)
             state_total(self.study, total, lower=lower)
-            enqueue(self.study, self.plan.space, self.plan.points)
+            enqueue(self.study, self.plan.space, [*self.plan.points, *points_of(self.warm)])
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
             return work(
@@ -285,6 +288,7 @@ def open_study(
         provenance.refuse_other_fingerprint(
             spec.name, provenance.stored_fingerprint(stored), provenance.stated_fingerprint(spec), where
         )
+    warm = taken_over(plan, stored)
     indices = None
     if stored is not None and spec.importance.indices is None:
         indices = stored.user_attrs.get(provenance.INDICES)
@@ -300,10 +304,10 @@ def open_study(
         provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     merger = Merger(problem, plan.method, cache, progress=progress)
     rehearse_(problem, plan.method)
-    study = _join(plan, fingerprint, problem)
+    study = _join(plan, fingerprint, problem, warm)
     plan = plan.joined(study)
     study.sampler = plan.sampler()
-    return Session(plan, problem, study, merger)
+    return Session(plan, problem, study, merger, warm=agreed(study, warm))
 
 
 def stored_study(spec: StudySpec) -> optuna.Study:
@@ -315,7 +319,7 @@ def stored_study(spec: StudySpec) -> optuna.Study:
     return Plan.of(spec).study()
 
 
-def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem) -> optuna.Study:
+def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Mapping[str, Any] | None) -> optuna.Study:
     spec = plan.spec
     with storage_errors(plan.url):
         study = provenance.join(
@@ -327,6 +331,7 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem) -> optun
             attributes={
                 provenance.SPEC: provenance.describe_spec(spec.derive(search={"sampler": plan.proposer})),
                 provenance.INDICES: problem.fisher_indices(),
+                **({provenance.WARM_START: warm} if warm is not None else {}),
             },
             metric_names=metric_names(spec.objective, list(spec.tasks)),
             where=plan.place,

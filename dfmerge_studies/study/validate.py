@@ -26,6 +26,7 @@ from dfmerge_studies.storage import check_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.session import spec_cache
+from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.transforms import TRANSFORMS
 
@@ -157,6 +158,7 @@ def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator
     checks: dict[str, Callable[[StudySpec], object]] = {
         "device": choose_device,
         "search.acquisition": check_extras,
+        "search.warm_start": lambda spec: taken_over(plan := Plan.of(spec), plan.study_if_any()),
         "importance.indices": read_indices,
         "storage": lambda spec: check_url(storage_url(spec)),
         "cache": spec_cache,
