@@ -1,0 +1,227 @@
+"""Surfaces that searches are compared on: what a merge scores at a point, from a recorded grid or by merging.
+
+    point     coefficients by expert                         {name: float}
+    scores    validation score per task, in points of 100    (T,)
+    surface   point -> scores
+
+A recorded surface has the scores of every merge of a grid over [0, 1]; between its points each task's score is
+interpolated linearly along every coefficient.  A real one merges and scores, at points of a step, so that one Fisher
+per expert and step serves all searches.  A variant is a method with settings of its importance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dfmerge_studies import Merger, StudySpec, load_problem
+from dfmerge_studies.importance.cache import open_cache
+from dfmerge_studies.importance.scale import scaled
+from dfmerge_studies.merging import merge_into_
+from dfmerge_studies.methods import METHODS, Importance, importance_coefficient
+from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.tasks.splits import Split
+
+# Method, importance.normalise, importance.power.
+VARIANTS: dict[str, tuple[str, Literal["none", "expert", "tensor"], float]] = {
+    "df-merge": ("df-merge", "none", 1.0),
+    "df-merge-root": ("df-merge", "none", 0.5),
+    "df-merge-expert": ("df-merge", "expert", 1.0),
+    "df-merge-expert-root": ("df-merge", "expert", 0.5),
+    "df-merge-tensor": ("df-merge", "tensor", 1.0),
+    "df-merge-tensor-root": ("df-merge", "tensor", 0.5),
+    "gta": ("gta", "none", 1.0),
+}
+Array = NDArray[np.float64]
+Surface = Callable[[Mapping[str, float]], Array]
+
+
+class Merges:
+    """Merges of one loaded problem, under any variant, with every Fisher computed once and kept as it is stored.
+
+    Args:
+        problem: the loaded spec.
+        cache: folder of Fishers, or None.
+    """
+
+    def __init__(self, problem: Problem, cache: Path | None) -> None:
+        self.problem = problem
+        folder = open_cache(str(cache), Path.cwd()) if cache is not None else None
+        self._mergers = {name: Merger(problem, METHODS[name], folder) for name in ("df-merge", "gta")}
+        self._fishers: dict[tuple[int, float], dict[str, torch.Tensor]] = {}
+        self._dtype = getattr(torch, problem.spec.importance.dtype)
+
+    def fisher(self, index: int, coefficient: float) -> dict[str, torch.Tensor]:
+        """Fisher information of an expert at a coefficient, in float32."""
+        at = (index, coefficient)
+        if at not in self._fishers:
+            values, _ = self._mergers["df-merge"].importance(index, coefficient)
+            self._fishers[at] = {name: value.to(self._dtype) for name, value in values.items()}
+        return {name: value.float() for name, value in self._fishers[at].items()}
+
+    def merge_(self, variant: str, point: Mapping[str, float]) -> None:
+        """Write the merge at a point into the resident model."""
+        method, normalise, power = VARIANTS[variant]
+        row, resident = METHODS[method], self.problem.resident
+
+        def importance(index: int) -> Mapping[str, torch.Tensor] | None:
+            if row.importance is Importance.UNIFORM:
+                return None
+            at = importance_coefficient(row, point[self.problem.experts[index]])
+            return scaled(self.fisher(index, at), normalise=normalise, power=power)
+
+        floor = self.problem.spec.importance.floor
+        merge_into_(resident.model, resident.base, resident.task_vectors, point, importance, floor=floor)
+
+    def scores(self, split: Split, problem: Problem | None = None) -> Array:
+        """Points per task of the model as it stands.
+
+        Args:
+            split: of the tasks' data.
+            problem: one derived from this one, for other rows.
+        """
+        merger = self._mergers["gta"] if problem is None else Merger(problem, METHODS["gta"], None)
+        found = merger.scores(split)
+        return np.array([100.0 * found[task] for task in self.problem.tasks])
+
+
+@dataclass
+class Grid:
+    """A recorded surface.
+
+    Attributes:
+        experts: names, one axis each.
+        tasks: names.
+        validation: scores by variant, shape (K, ..., K, T).
+        test: the same on test.
+    """
+
+    experts: list[str]
+    tasks: list[str]
+    validation: dict[str, Array] = field(default_factory=dict)
+    test: dict[str, Array] = field(default_factory=dict)
+
+    def surface(self, variant: str, split: Literal["validation", "test"] = "validation") -> Surface:
+        """The surface of a variant, linear between grid points along every coefficient."""
+        values = (self.validation if split == "validation" else self.test)[variant]
+        steps = values.shape[0] - 1
+
+        def at(point: Mapping[str, float]) -> Array:
+            place = steps * np.clip([point[name] for name in self.experts], 0.0, 1.0)
+            low = np.minimum(place.astype(int), steps - 1)
+            part, total = place - low, np.zeros(len(self.tasks))
+            for corner in itertools.product((0, 1), repeat=len(self.experts)):
+                weight = np.prod([p if c else 1 - p for p, c in zip(part, corner, strict=True)])
+                total += weight * values[tuple(low + corner)]
+            return total
+
+        return at
+
+    def best(self, variant: str) -> float:
+        """The best mean of validation scores; linear pieces have their largest value at a grid point."""
+        return float(self.validation[variant].mean(-1).max())
+
+    def save(self, file: Path) -> None:
+        """Write it, scores in hundredths of a point."""
+        arrays = {f"{split}.{name}": np.round(100 * values).astype(np.uint16) for split, name, values in self._parts()}
+        names = {"experts": np.array(self.experts), "tasks": np.array(self.tasks)}
+        np.savez_compressed(file, **names, **arrays)
+
+    def _parts(self) -> Iterator[tuple[str, str, Array]]:
+        yield from (("validation", name, values) for name, values in self.validation.items())
+        yield from (("test", name, values) for name, values in self.test.items())
+
+    @classmethod
+    def load(cls, file: Path) -> Grid:
+        """Read it."""
+        with np.load(file) as stored:
+            grid = cls(stored["experts"].tolist(), stored["tasks"].tolist())
+            for key in stored.files:
+                split, _, name = key.partition(".")
+                if name:
+                    (grid.validation if split == "validation" else grid.test)[name] = stored[key] / 100.0
+        return grid
+
+
+def record(
+    spec: StudySpec, variant: str, log: Path, *, split: Split, steps: int = 10, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Score every merge of a grid; what the log has is not done again.
+
+    Args:
+        spec: what is merged.
+        variant: row of `VARIANTS`.
+        log: one JSON line per point is appended; see `gathered`.
+        split: what is scored.
+        steps: of the grid, per coefficient.
+        part: which of how many equal parts, so that several processes can share the work.
+    """
+    every = list(itertools.product(range(steps + 1), repeat=len(spec.experts)))
+    known = {tuple(line["x"]) for line in read_log(log)}
+    missing = [x for number, x in enumerate(every) if number % part[1] == part[0] and x not in known]
+    if not missing:
+        return
+    merges = Merges(load_problem(spec), None)
+    for x in missing:
+        merges.merge_(variant, {name: k / steps for name, k in zip(merges.problem.experts, x, strict=True)})
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"x": x, "scores": merges.scores(split).round(4).tolist()}) + "\n")
+
+
+def gathered(spec: StudySpec, logs: Mapping[tuple[str, Split], Path], steps: int = 10) -> Grid:
+    """The grid of logs, by variant and split; those that lack points are left out."""
+    grid = Grid(list(spec.experts), list(spec.tasks))
+    for (variant, split), log in logs.items():
+        values = np.full((*(steps + 1,) * len(grid.experts), len(grid.tasks)), np.nan)
+        for line in read_log(log):
+            values[tuple(line["x"])] = line["scores"]
+        missing = int(np.isnan(values).any(-1).sum())
+        if missing:
+            print(f"{log} lacks {missing} points of {variant} on {split}")
+            continue
+        (grid.validation if split == "validation" else grid.test)[variant] = values
+    return grid
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log, none where there is no file; a last line that was cut is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@dataclass(frozen=True)
+class RealSurface:
+    """Real merges of one variant, scored on the validation rows of one seed.
+
+    Attributes:
+        merges: of the loaded spec.
+        variant: row of `VARIANTS`.
+        rows: the problem with that seed's rows.
+    """
+
+    merges: Merges
+    variant: str
+    rows: Problem
+
+    @classmethod
+    def of_seed(cls, merges: Merges, variant: str, seed: int) -> RealSurface:
+        """Other validation rows than another seed's; the Fisher inputs are the same."""
+        problem = merges.problem
+        spec = problem.spec.derive(search={"seed": seed})
+        return cls(merges, variant, derive_problem(problem, spec, indices=problem.fisher_indices()))
+
+    def __call__(self, point: Mapping[str, float], split: Split = "validation") -> Array:
+        """Merge at a point and score."""
+        self.merges.merge_(self.variant, point)
+        return self.merges.scores(split, self.rows)
