@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
+from typing import Literal
 
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.trials.space import Space
@@ -39,6 +40,25 @@ class Estimator(StrEnum):
     def draws(self) -> bool:
         """Whether the one choice of an input that counts is drawn, so that a generator is needed."""
         return self in (Estimator.SAMPLED, Estimator.MASK_NODES)
+
+
+Normalise = Literal["none", "expert", "tensor"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How importances are scaled before they are compared across experts; `importance.scale` has the formula.
+
+    Attributes:
+        normalise: over what each expert's mean is taken that its importance is divided by.
+        power: of every entry, before that.
+    """
+
+    normalise: Normalise = "none"
+    power: float = 1.0
+
+
+UNSCALED = Scale()
 
 
 class Coefficients(Enum):
@@ -148,6 +168,7 @@ class Method:
         shared: values of the shared coefficient, for `SHARED_GRID`.
         parameters: what else a merge depends on.
         estimator: of the importance, where the method prescribes one.
+        scale: of the importance, where the method prescribes one.
     """
 
     name: str
@@ -158,6 +179,7 @@ class Method:
     shared: tuple[float, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     estimator: Estimator | None = None
+    scale: Scale | None = None
 
     @property
     def searches(self) -> bool:
@@ -179,6 +201,10 @@ class Method:
     def estimator_for(self, stated: str) -> str:
         """The estimator of the importance: the method's own, or else the spec's."""
         return self.estimator or stated
+
+    def scale_for(self, stated: Scale) -> Scale:
+        """The scale of the importance: the method's own, or else the spec's."""
+        return self.scale or stated
 
     def adjusted(self, given: Mapping[str, float | Sequence[float]], where: str | None = None) -> Method:
         """The same row with a user's values of its parameters.
@@ -350,6 +376,14 @@ METHODS: Mapping[str, Method] = {
         Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER_NODES, estimator=Estimator.MASK_NODES),
         Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
         Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
+        # Ours: df-merge, but for the scale of the importance.
+        Method(
+            "df-merge-scaled",
+            Importance.AT_SCALED_EXPERT,
+            Coefficients.PER_EXPERT,
+            _DF_MERGE,
+            scale=Scale(normalise="expert", power=0.5),
+        ),
     )
 }
 

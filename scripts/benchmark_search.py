@@ -44,9 +44,9 @@ from dfmerge_studies.trials.space import Space
 from dfmerge_studies.trust_region import TASKS
 
 try:
-    from scripts.surfaces import VARIANTS, Array, Grid, Merges, RealSurface, Surface, gathered, read_log, record
+    from scripts.surfaces import VARIANTS, Array, Grid, Merges, RealSurface, Surface, append, gathered, read_log, record
 except ModuleNotFoundError:  # run as a file
-    from surfaces import VARIANTS, Array, Grid, Merges, RealSurface, Surface, gathered, read_log, record
+    from surfaces import VARIANTS, Array, Grid, Merges, RealSurface, Surface, append, gathered, read_log, record
 
 AFTER = (10, 15, 20, 30, 40, 60)  # trials
 EDGE = 0.005
@@ -184,12 +184,6 @@ def run(name: str, setting: Setting, surface: Surface, test: Surface | None) -> 
     }
 
 
-def append(log: Path, line: Mapping[str, Any]) -> None:
-    """Log a search that has ended."""
-    with log.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(line) + "\n")
-
-
 def done(log: Path) -> set[tuple[str, str, int]]:
     """Which searches a log has, by variant, sampler and seed."""
     return {(line["variant"], line["sampler"], line["seed"]) for line in read_log(log)}
@@ -216,6 +210,10 @@ def search_grid(options: argparse.Namespace, log: Path) -> None:
         for sampler in options.samplers
         if (variant, sampler, seed) not in known
     ]
+    if options.jobs == 1:
+        for job in jobs:
+            append(log, on_grid(job))
+        return
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for line in pool.imap(on_grid, jobs):
             append(log, line)

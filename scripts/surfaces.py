@@ -26,20 +26,19 @@ from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.importance.cache import open_cache
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
-from dfmerge_studies.methods import METHODS, Importance, importance_coefficient
+from dfmerge_studies.methods import METHODS, Importance, Scale, importance_coefficient
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.tasks.splits import Split
 
-# Method, importance.normalise, importance.power.
-VARIANTS: dict[str, tuple[str, Literal["none", "expert", "tensor"], float]] = {
-    "df-merge": ("df-merge", "none", 1.0),
-    "df-merge-root": ("df-merge", "none", 0.5),
-    "df-merge-expert": ("df-merge", "expert", 1.0),
-    "df-merge-expert-root": ("df-merge", "expert", 0.5),
-    "df-merge-tensor": ("df-merge", "tensor", 1.0),
-    "df-merge-tensor-root": ("df-merge", "tensor", 0.5),
-    "gta": ("gta", "none", 1.0),
+VARIANTS: dict[str, tuple[str, Scale]] = {
+    "df-merge": ("df-merge", Scale()),
+    "df-merge-root": ("df-merge", Scale("none", 0.5)),
+    "df-merge-expert": ("df-merge", Scale("expert")),
+    "df-merge-expert-root": ("df-merge", Scale("expert", 0.5)),
+    "df-merge-tensor": ("df-merge", Scale("tensor")),
+    "df-merge-tensor-root": ("df-merge", Scale("tensor", 0.5)),
+    "gta": ("gta", Scale()),
 }
 Array = NDArray[np.float64]
 Surface = Callable[[Mapping[str, float]], Array]
@@ -70,14 +69,14 @@ class Merges:
 
     def merge_(self, variant: str, point: Mapping[str, float]) -> None:
         """Write the merge at a point into the resident model."""
-        method, normalise, power = VARIANTS[variant]
+        method, scale = VARIANTS[variant]
         row, resident = METHODS[method], self.problem.resident
 
         def importance(index: int) -> Mapping[str, torch.Tensor] | None:
             if row.importance is Importance.UNIFORM:
                 return None
             at = importance_coefficient(row, point[self.problem.experts[index]])
-            return scaled(self.fisher(index, at), normalise=normalise, power=power)
+            return scaled(self.fisher(index, at), scale)
 
         floor = self.problem.spec.importance.floor
         merge_into_(resident.model, resident.base, resident.task_vectors, point, importance, floor=floor)
@@ -173,8 +172,7 @@ def record(
     merges = Merges(load_problem(spec), None)
     for x in missing:
         merges.merge_(variant, {name: k / steps for name, k in zip(merges.problem.experts, x, strict=True)})
-        with log.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"x": x, "scores": merges.scores(split).round(4).tolist()}) + "\n")
+        append(log, {"x": x, "scores": merges.scores(split).round(4).tolist()})
 
 
 def gathered(spec: StudySpec, logs: Mapping[tuple[str, Split], Path], steps: int = 10) -> Grid:
@@ -198,6 +196,14 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append(file: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a log, in the place of a last one that was cut."""
+    with file.open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write(json.dumps(line).encode() + b"\n")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+import torch
 
 from dfmerge_studies import StudySpec, load_problem, merge
 from dfmerge_studies.errors import InputError
@@ -193,3 +194,15 @@ def test_baselines_have_the_parameters_that_the_spec_gives_their_methods(project
     rows = {row["name"].split()[0]: row for row in project.json("run", "spec.yaml", "--no-test")["rows"]}
     assert rows["ties"]["density"] == 0.9
     assert "density" not in rows["averaging"]
+
+
+def test_the_scaled_method_is_df_merge_with_the_root_of_every_importance_over_its_mean(project):
+    def weights(method, **importance):
+        problem = load_problem(StudySpec.from_yaml(project.file).derive(importance=importance))
+        merge(problem, {"red": 0.4, "blue": 0.9}, method=method)
+        return torch.cat([value.detach().flatten() for value in problem.resident.model.parameters()])
+
+    scaled = weights("df-merge-scaled")
+    assert torch.equal(scaled, weights("df-merge", normalise="expert", power=0.5))
+    assert torch.equal(scaled, weights("df-merge-scaled", normalise="tensor"))
+    assert not torch.allclose(scaled, weights("df-merge"))

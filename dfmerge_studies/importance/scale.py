@@ -16,27 +16,25 @@ the mean leaves it the first only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
-Normalise = Literal["none", "expert", "tensor"]
+from dfmerge_studies.methods import UNSCALED, Scale
 
 
-def scaled(values: Mapping[str, Tensor], *, normalise: Normalise, power: float) -> Mapping[str, Tensor]:
+def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
     """The importance of one expert, scaled; the same object where there is nothing to do.
 
     Args:
         values: F[i], float32 at least.
-        normalise: over what the mean is taken.
-        power: p.
+        scale: p, and over what the mean is taken.
     """
-    if normalise == "none" and power == 1.0:
+    if scale == UNSCALED:
         return values
-    raised = {name: value if power == 1.0 else value.pow(power) for name, value in values.items()}
-    if normalise == "none":
+    raised = {name: value if scale.power == 1.0 else value.pow(scale.power) for name, value in values.items()}
+    if scale.normalise == "none":
         return raised
-    if normalise == "tensor":
+    if scale.normalise == "tensor":
         return {name: _divided(value, float(value.double().mean())) for name, value in raised.items()}
     entries = sum(value.numel() for value in raised.values())
     mean = sum(float(value.double().sum()) for value in raised.values()) / max(1, entries)

@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from dfmerge_studies import limits
 from dfmerge_studies.checkpoints.in_place import InPlace
 from dfmerge_studies.errors import InputError, did_you_mean
-from dfmerge_studies.importance.scale import Normalise, scaled
+from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
 from dfmerge_studies.methods import (
     METHODS,
+    UNSCALED,
     Coefficients,
     Importance,
     Method,
+    Normalise,
     Point,
+    Scale,
     fixed_coefficients,
     importance_coefficient,
 )
@@ -101,7 +104,7 @@ def merge_models(
         InputError: models, names, shapes, coefficients or importance do not fit each other.
         RunError: an importance or a merged weight is not finite.
     """
-    how = MergeSettings(importance, method, parameters, exclude, floor, normalise, power, seed)
+    how = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), seed)
     merger = ModelMerger(base, experts, how)
     merger.merge_(Point(merger.coefficients(coefficients), merger.method.complete({}, "parameters")))
     return merger.released()
@@ -116,8 +119,7 @@ class MergeSettings:
     parameters: Mapping[str, float | Sequence[float]] | None = None
     exclude: Sequence[str] = ()
     floor: float = FLOOR
-    normalise: Normalise = "none"
-    power: float = 1.0
+    scale: Scale = UNSCALED
     seed: int = 0
 
 
@@ -137,6 +139,7 @@ class ModelMerger(Generic[Model]):
         self._trainable = {name: p.requires_grad for name, p in base.named_parameters()}
         self.place = _in_place(base, self.model, experts, how.exclude)
         self.how = how
+        self.scale = self.method.scale_for(how.scale)
         self._kept: dict[int, Mapping[str, Tensor]] = {}  # what is the same at every point
         if not callable(how.importance):
             self._kept = dict(enumerate(self._given(how.importance or {})))
@@ -236,7 +239,7 @@ class ModelMerger(Generic[Model]):
             if bool((value < 0).any()):
                 raise InputError(f"a negative value for the parameter {name}", where=where)
             found[name] = value.detach().to(self.place.device).float()
-        return scaled(found, normalise=self.how.normalise, power=self.how.power)
+        return scaled(found, self.scale)
 
     @cached_property
     def _transformed(self) -> Prepared:

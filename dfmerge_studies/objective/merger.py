@@ -161,7 +161,7 @@ class Merger:
             expert = self.problem.experts[index]
             values, hit = self.importance(index, importance_coefficient(self.method, at[expert]))
             hits.append(hit)
-            return scaled(values, normalise=spec.importance.normalise, power=spec.importance.power)
+            return scaled(values, self.method.scale_for(spec.importance.scale))
 
         start = time.perf_counter()
         vectors = self._transformed(point.parameters)

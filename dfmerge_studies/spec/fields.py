@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import did_you_mean
-from dfmerge_studies.methods import METHODS, Estimator
+from dfmerge_studies.methods import METHODS, Estimator, Normalise, Scale
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
 
@@ -59,7 +59,7 @@ class ImportanceSettings(Settings):
         le=limits.COEFFICIENT,
         description="added to every entry, so that unseen parameters fall back to C = I",
     )
-    normalise: Literal["none", "expert", "tensor"] = Field(
+    normalise: Normalise = Field(
         "none", description="divide an expert's importance by its mean, over all entries or tensor by tensor"
     )
     power: float = Field(1.0, gt=0, le=1, description="of every entry of an importance, before it is normalised")
@@ -70,6 +70,11 @@ class ImportanceSettings(Settings):
         le=limits.COUNT,
         description="tokens in one chunk of rows: bounds memory; changes results by rounding only",
     )
+
+    @property
+    def scale(self) -> Scale:
+        """How importances are scaled, unless the method prescribes it."""
+        return Scale(self.normalise, self.power)
 
 
 class WarmStart(Settings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache.file import checksum
-from dfmerge_studies.importance.scale import Normalise
+from dfmerge_studies.methods import Normalise, Scale
 from dfmerge_studies.objective.in_memory import (
     FLOOR,
     Experts,
@@ -167,7 +167,7 @@ def optimize_merge(
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
         raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
-    merging = MergeSettings(importance, method, parameters, exclude, floor, normalise, power, settings.seed)
+    merging = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), settings.seed)
     merger = ModelMerger(base, experts, merging)
     search_of = _Search(merger, score, settings, how, name)
     url = resolve_url(storage, Path.cwd()) if isinstance(storage, str) else None
@@ -326,7 +326,8 @@ class _Search(Generic[Model]):
             **{f"search.{field}": value for field, value in searched.items()},
             **provenance.stated_sampler(self.settings),
             "objective": self.objective.model_dump(),
-            **{f"importance.{field}": getattr(merger.how, field) for field in ("floor", "normalise", "power")},
+            "importance.floor": merger.how.floor,
+            **{f"importance.{field}": value for field, value in asdict(merger.scale).items()},
             "base digest": checksum({name: place.base.get(name, p).detach().cpu() for name, p in unmerged.items()}),
             **{
                 f"expert digest of {vector.expert}": checksum({n: d.cpu() for n, d in vector.deltas.items()})

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -75,8 +76,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
         "importance.dtype": importance.dtype,
-        "importance.normalise": importance.normalise,
-        "importance.power": importance.power,
+        **{f"importance.{field}": value for field, value in asdict(spec.row.scale_for(importance.scale)).items()},
         **stated_sampler(search),
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),

@@ -61,6 +61,7 @@ def variants() -> dict[str, Variant]:
 # The ablation takes one thing at a time away from df-merge (the paper's Table 3): its rows are rows of the comparison.
 ABLATION: Mapping[str, str] = {
     "df-merge": "df-merge",
+    "df-merge-scaled": "scaled importance (df-merge-scaled)",
     "df-merge-ucb": "UCB instead of EI (df-merge-ucb)",
     "df-merge-static": "static Fisher (df-merge-static)",
     "gta": "no Fisher (gta)",

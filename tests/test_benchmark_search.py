@@ -1,0 +1,102 @@
+"""The benchmark of searches: recorded surfaces are real merges, and searches of them are told as they went."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dfmerge_studies import StudySpec, load_problem, merge
+from scripts import benchmark_search
+from scripts.surfaces import Grid, Merges, RealSurface, gathered, read_log, record
+
+
+@pytest.fixture
+def spec(project):
+    return StudySpec.from_yaml(project.file)
+
+
+def test_a_recorded_surface_is_what_merges_score(spec, tmp_path):
+    logs = {}
+    for variant in ("df-merge", "gta"):
+        logs[variant, "validation"] = tmp_path / f"{variant}.jsonl"
+        record(spec, variant, logs[variant, "validation"], split="validation", steps=2)
+    file = tmp_path / "surfaces.npz"
+    gathered(spec, logs, steps=2).save(file)
+    grid = Grid.load(file)
+    assert (grid.experts, grid.tasks) == (list(spec.experts), list(spec.tasks))
+    problem = load_problem(spec)
+    for variant in ("df-merge", "gta"):
+        for values in itertools.product((0.0, 0.5, 1.0), repeat=2):
+            point = dict(zip(grid.experts, values, strict=True))
+            scores = merge(problem, point, method=variant).tasks
+            assert grid.surface(variant)(point).tolist() == pytest.approx(
+                [100 * scores[t] for t in grid.tasks], abs=0.01
+            )
+    assert grid.best("gta") == pytest.approx(grid.validation["gta"].mean(-1).max())
+
+
+def test_a_recording_that_was_cut_goes_on_and_an_incomplete_one_is_left_out(spec, tmp_path, capsys):
+    log = tmp_path / "gta.jsonl"
+    record(spec, "gta", log, split="validation", steps=1, part=(0, 2))
+    with log.open("a") as stream:
+        stream.write('{"x": [1, 1], "scor')  # cut
+    assert gathered(spec, {("gta", "validation"): log}, steps=1).validation == {}
+    assert "lacks 2 points of gta" in capsys.readouterr().out
+    record(spec, "gta", log, split="validation", steps=1)
+    assert sorted(tuple(line["x"]) for line in read_log(log)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert list(gathered(spec, {("gta", "validation"): log}, steps=1).validation) == ["gta"]
+
+
+def test_between_grid_points_a_surface_is_linear_along_every_coefficient():
+    values = np.zeros((3, 3, 1))
+    values[..., 0] = [[0, 10, 20], [30, 40, 50], [60, 70, 90]]
+    surface = Grid(["a", "b"], ["t"], {"gta": values}).surface("gta")
+    assert surface({"a": 0.25, "b": 0.75})[0] == pytest.approx((10 + 20 + 40 + 50) / 4)
+    assert surface({"a": 1.0, "b": 1.0})[0] == 90.0
+
+
+def test_a_real_surface_scores_the_rows_of_its_seed(project):
+    spec = StudySpec.from_yaml(project.file, ["tasks.red.limit=4", "tasks.blue.limit=4"])
+    merges = Merges(load_problem(spec), None)
+    point = {"red": 0.5, "blue": 0.5}
+    of_seeds = [RealSurface.of_seed(merges, "df-merge", seed)(point).tolist() for seed in range(4)]
+    for seed, scores in enumerate(of_seeds):
+        problem = load_problem(
+            spec.derive(search={"seed": seed}, importance={"indices": merges.problem.fisher_indices()})
+        )
+        wanted = merge(problem, point, method="df-merge").tasks
+        assert scores == pytest.approx([100 * wanted[task] for task in problem.tasks], abs=0.01)
+    assert len({tuple(scores) for scores in of_seeds}) > 1
+
+
+def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monkeypatch, capsys):
+    steps = np.arange(11) / 10
+    a, b = np.meshgrid(steps, steps, indexing="ij")
+    peak = 100 * np.exp(-4 * ((a - 0.7) ** 2 + (b - 0.3) ** 2))
+    values = np.stack([peak, peak / 2], -1)
+    Grid(["a", "b"], ["s", "t"], {"gta": values}, {"gta": values}).save(tmp_path / "surface.npz")
+    out = tmp_path / "out"
+    command = ["benchmark_search.py", "grid", str(tmp_path / "surface.npz"), "--out", str(out), "--seeds", "1"]
+    command += ["--trials", "15", "--startup", "6", "--samplers", "auto", "random", "tpe", "qmc"]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark_search.main()
+    first = capsys.readouterr().out
+    lines = read_log(out / "searches.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        assert line["trials"][0] == [0.5, 0.5]
+        assert len(line["trials"]) == len(line["scores"]) == 15
+    starts = {json.dumps(line["trials"][:6]) for line in lines if line["sampler"] != "qmc"}
+    assert len(starts) == 1  # the same start for all
+    best = {line["sampler"]: np.array(line["scores"]).mean(-1).max() for line in lines}
+    assert best["auto"] > 74.0  # of 75
+    assert (out / "gaps.png").stat().st_size > 1000
+    assert "| auto | " in first
+    assert "gap at 15" in first
+    benchmark_search.main()  # nothing is left to do
+    assert capsys.readouterr().out == first
+    assert read_log(out / "searches.jsonl") == lines
