@@ -47,7 +47,7 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
 from dfmerge_studies.tasks.metrics import predict
-from dfmerge_studies.tasks.sampling import limited_rows, seeded_generator
+from dfmerge_studies.tasks.sampling import divided_rows, seeded_generator
 from dfmerge_studies.tasks.scoring import forward_losses
 
 EXPERT_STEPS, MULTI_TASK_STEPS, MULTI_TASK_PATIENCE = 2500, 25000, 10
@@ -178,7 +178,7 @@ def load_data(
     validation = {}
     for task in tasks:
         rows = encode_split(spec, task, "validation", model, tokenizer, kind, {})
-        kept = limited_rows(len(rows), validation_rows, seeded_generator(spec.search.seed, "limit", task))
+        kept = divided_rows(len(rows), validation_rows, None, seeded_generator(spec.search.seed, "limit", task))[0]
         validation[task] = [rows[row] for row in kept]
     return Data(training, validation)
 

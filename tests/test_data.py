@@ -16,7 +16,7 @@ import pytest
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
+from dfmerge_studies.tasks.sampling import divided_rows, draw_rows, seeded_generator
 from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
 from tests.models import CHOICES, FAMILIES, TEXTS, make_model
@@ -306,7 +306,7 @@ def test_a_limit_is_a_count_or_a_fraction(limit: Any) -> None:
 
 def test_a_limit_keeps_a_seeded_part_and_smaller_ones_are_parts_of_larger_ones() -> None:
     def kept(limit: float | None, seed: int = 0) -> list[int]:
-        return limited_rows(40, limit, seeded_generator(seed, "limit", "t"))
+        return divided_rows(40, limit, None, seeded_generator(seed, "limit", "t"))[0]
 
     assert kept(None) == kept(40) == kept(99) == kept(1.0) == list(range(40))
     assert kept(10) == kept(0.25) == sorted(kept(10))

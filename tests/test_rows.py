@@ -8,8 +8,9 @@ import pytest
 
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.probes import row_scores
-from dfmerge_studies.study.rows import LONGEST, ROWS, packed, rows_attribute, trial_rows, unpacked
+from dfmerge_studies.study.rows import LONGEST, packed, rows_attribute, trial_rows, unpacked
 from dfmerge_studies.study.session import open_study
+from dfmerge_studies.trials.marks import ROWS
 from tests.project import Project
 
 

@@ -200,7 +200,7 @@ def _tell(
     from dfmerge_studies.methods import label
     from dfmerge_studies.report.renderings import rows_json, standings_table
     from dfmerge_studies.report.summary import study_summary
-    from dfmerge_studies.report.tables import coefficients_text, method_parameters
+    from dfmerge_studies.report.tables import coefficients_text, method_parameters, selection_text
 
     spec, summary = plan.spec, study_summary(study, plan)
     if as_json:
@@ -217,6 +217,8 @@ def _tell(
     if best is not None:
         value = spec.metrics("validation").value_text([best["value"]])
         out.print(f"winner: trial {best['number']}, {value} ({summary['metric']})")
+        if best["selection"] is not None:
+            out.print(f"  {selection_text(best['selection'], spec.metrics('validation'))}", markup=False)
         own = "".join(f", {label(name)} {value:g}" for name, value in method_parameters(spec.method, best).items())
         out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{own}", markup=False)
         if not best.get("feasible", True):

@@ -41,7 +41,7 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
     for name, task in problem.tasks.items():
         rows = fisher_rows(spec, name, len(task.validation), wanted)
         scored = scored_examples(spec, name, "validation", task.validation, problem.classes)
-        splits = {**task.splits, "validation": scored}
+        splits = {**{name: s for name, s in task.splits.items() if name != "holdout"}, "validation": scored}
         tasks[name] = TaskInputs(splits, [task.validation[row] for row in rows], task.validation)
     other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={}, expert_answers={})
     same = [split for split in SPLITS if _rows(problem, split) == _rows(other, split)]

@@ -15,7 +15,7 @@ from dfmerge_studies.objective.classes import Classes, positive_class
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.sampling import draw_rows, limited_rows, seeded_generator
+from dfmerge_studies.tasks.sampling import divided_rows, draw_rows, seeded_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
 
@@ -38,10 +38,16 @@ def scored_examples(
     Raises:
         InputError: every model would have the same score on them.
     """
-    settings, metric = spec.tasks[task], spec.metrics(split)[task]
+    metric = spec.metrics(split)[task]
     if split == "validation":
-        generator = seeded_generator(spec.search.seed, "limit", task)
-        examples = [examples[row] for row in limited_rows(len(examples), settings.limit, generator)]
+        seen, held = _divided(spec, task, len(examples))
+        if not seen:
+            raise InputError(
+                f"it holds back all {len(held)} validation rows of the task {task}",
+                where=spec.where("search.holdout"),
+                hint="Leave rows to the search: give a smaller number, or a fraction",
+            )
+        examples = [examples[row] for row in seen]
     labels = [example.label for example in examples if example.label is not None]
     reason = metric.pointless(labels, positive_class(spec, task, classes)) if metric.labels else None
     if reason is not None:
@@ -51,6 +57,35 @@ def scored_examples(
             hint="Give more rows, correct the labels, or use another metric",
         )
     return list(examples)
+
+
+def held_out_examples(
+    spec: StudySpec, task: str, examples: Sequence[Encoded], classes: Classes, share: float
+) -> list[Encoded]:
+    """Inputs of the validation split that the search does not see, for the choice of the winner.
+
+    Args:
+        spec: where limit, holdout and seed stand.
+        task: name of the task.
+        examples: all inputs of the split.
+        classes: of the heads.
+        share: how many, as a share of those that the search sees; as many as there are where that is more.
+
+    Returns:
+        They in the order of their draw; none where every model would have the same score on them.
+    """
+    seen, held = _divided(spec, task, len(examples))
+    found = [examples[row] for row in held[: max(1, int(share * len(seen)))]]
+    metric = spec.metrics("holdout")[task]
+    labels = [example.label for example in found if example.label is not None]
+    pointless = metric.labels and metric.pointless(labels, positive_class(spec, task, classes)) is not None
+    return [] if pointless else found
+
+
+def _divided(spec: StudySpec, task: str, total: int) -> tuple[list[int], list[int]]:
+    """Rows of a task's validation split that the search sees, and the others."""
+    generator = seeded_generator(spec.search.seed, "limit", task)
+    return divided_rows(total, spec.tasks[task].limit, spec.search.holdout, generator)
 
 
 def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row]) -> None:

@@ -188,8 +188,13 @@ class Merger:
         return self.importances.at(index, coefficient, names, progress=self.progress)
 
     @_everywhere
+    def hold_out_(self, share: float) -> None:
+        """`Problem.hold_out_` on every rank."""
+        self.problem.hold_out_(share)
+
+    @_everywhere
     def scores(self, split: Split) -> dict[str, float]:
-        """Score of the model as it stands on every task.
+        """Score of the model as it stands on every task; of the held-out rows, on those that have some.
 
         Args:
             split: of the tasks' data.
@@ -197,7 +202,7 @@ class Merger:
         Raises:
             RunError: a loss is not finite.
         """
-        return {task: self.score(task, split) for task in self.problem.tasks}
+        return {task: self.score(task, split) for task in self.problem.tasks_of(split)}
 
     @_everywhere
     def score(self, task: str, split: Split) -> float:
@@ -236,7 +241,7 @@ class Merger:
         """
         known = self.problem.expert_answers
         for index, expert in enumerate(self.problem.spec.experts.values()):
-            if expert.task is None or self.problem.spec.metrics(split)[expert.task].labels:
+            if expert.task not in self.problem.tasks_of(split) or self.problem.spec.metrics(split)[expert.task].labels:
                 continue
             key = (expert.task, split)
             if not all(self.problem.ranks.agreed(functools.partial(known.__contains__, key))):
@@ -277,7 +282,7 @@ class Merger:
         self.ask_experts_(split)
         scores = {}
         for index, (_, expert) in enumerate(self.problem.spec.experts.items()):
-            if expert.task is not None and expert.task not in scores:
+            if expert.task in self.problem.tasks_of(split) and expert.task not in scores:
                 self.problem.resident.load_scaled_(index, 1.0)
                 scores[expert.task] = self.score(expert.task, split)
         return scores

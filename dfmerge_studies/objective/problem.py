@@ -18,6 +18,7 @@ from dfmerge_studies.objective.inputs import (
     check_labels,
     encode_for_all,
     fisher_rows,
+    held_out_examples,
     padding_id,
     read_split,
     scored_examples,
@@ -157,6 +158,26 @@ class Problem:
             check_labels(self.spec, task, found, self.resident.heads)
             splits[split] = scored_examples(self.spec, task, split, found, self.classes)
         return splits[split]
+
+    def tasks_of(self, split: Split) -> list[str]:
+        """Tasks that are scored on a split: all of them, but of held-out rows those that have some."""
+        return [name for name in self.tasks if split != "holdout" or self.examples(name, split)]
+
+    def hold_out_(self, share: float) -> None:
+        """Let the split "holdout" be rows of the validation split that the search does not see.
+
+        Args:
+            share: how many, as a share of those that it sees; as many as there are where that is more.
+        """
+        for name, task in self.tasks.items():
+            found = held_out_examples(self.spec, name, task.validation, self.classes, share)
+            if task.splits.get("holdout") == found:
+                continue
+            task.splits["holdout"] = found
+            self.known_digests.pop("holdout", None)
+            for known in (self.reference_scores, self.expert_answers):
+                for key in [key for key in known if key[1] == "holdout"]:
+                    del known[key]
 
 
 def find_checkpoints(spec: StudySpec) -> Checkpoints:

@@ -13,8 +13,10 @@ from dfmerge_studies.methods import METHODS, Point, label
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
+from dfmerge_studies.report.tables import selection_text
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.winner import Selection
 from dfmerge_studies.tasks.splits import Split
 
 CARD = "README.md"
@@ -32,6 +34,7 @@ class Merged:
         value: what the trial was worth.
         scores: per split, per task.
         expert_scores: per split, of each task's own expert.
+        selection: how its trial was named the winner, None where it was not.
     """
 
     method: str
@@ -40,6 +43,7 @@ class Merged:
     value: float | None = None
     scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
     expert_scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
+    selection: Selection | None = None
 
 
 def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
@@ -49,6 +53,7 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "study": spec.name if merged.trial is not None else None,
         "trial": merged.trial,
         "value": merged.value,
+        "selection": merged.selection.described() if merged.selection is not None else None,
         "method": merged.method,
         "coefficients": dict(merged.point.coefficients),
         "coefficients_hex": {name: float(value).hex() for name, value in merged.point.coefficients.items()},
@@ -170,10 +175,19 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
         "",
         f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.",
         "",
+        *_named(spec, merged),
     ]
     if any(not metric.labels for table in tables.values() for metric in table.metrics.values()):
         lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
     return lines
+
+
+def _named(spec: StudySpec, merged: Merged) -> list[str]:
+    """How the trial was named the winner."""
+    if merged.selection is None:
+        return []
+    text = selection_text(merged.selection.described(), spec.metrics("validation"))
+    return [f"Trial {merged.trial}, on validation: {text}.", ""]
 
 
 def _usage(problem: Problem) -> list[str]:

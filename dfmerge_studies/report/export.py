@@ -19,6 +19,8 @@ from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import trial_value
+from dfmerge_studies.study.winner import selection_of
+from dfmerge_studies.trials.reading import results
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def export_trial(
     """
     scores = session.trial_scores(trial, "validation")
     value = trial_value(trial)
+    selection = selection_of(session.study, results(session.study))
     merged = Merged(
         method=session.spec.method,
         point=session.point(trial),
@@ -114,6 +117,7 @@ def export_trial(
             "validation": session.reference_scores("experts", "validation"),
             **session.kept_scores("experts", "test"),
         },
+        selection=selection if selection is not None and selection.winner == trial.number else None,
     )
     exported = export_merge(session.merger, session.spec, merged, out, force=force, shard_size=shard_size)
     return replace(exported, value=value, metric=session.spec.metrics("validation").text)

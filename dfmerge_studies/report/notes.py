@@ -18,18 +18,19 @@ from optuna.trial import FrozenTrial
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from dfmerge_studies.report.figures import plotly_figures
+from dfmerge_studies.report.tables import selection_text
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import WARM_START, stored_fingerprint
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
-from dfmerge_studies.trials.reading import results, violation
+from dfmerge_studies.trials.reading import violation
 
 BEST = 3  # trials that get a note
 _BUILT_IN = ("importance", "slices")  # the dashboard draws these itself
 _SIGNED = "*Written by dfmerge-studies; a note that you edit is yours and stays.*"
-_PUBLISHED = "dfmerge:published"  # study attribute: number of results that notes and figures show
+_PUBLISHED = "dfmerge:published"  # study attribute: number of results and of the winner that notes and figures show
 
 
 def publish(study: optuna.Study) -> bool:
@@ -43,10 +44,10 @@ def publish(study: optuna.Study) -> bool:
     """
     if stored_fingerprint(study) is None:
         return False
-    done = len(results(study))
+    view = StudyView.of(study)
+    done = [len(view.trials), view.best.number if view.best is not None else None]
     if study.user_attrs.get(_PUBLISHED) == done:
         return False
-    view = StudyView.of(study)
     _write_note(study, study_note(view))
     for rank, trial in enumerate(_best_trials(view), start=1):
         _write_note(optuna.Trial(study, id_of(trial)), trial_note(view, trial, rank))
@@ -78,6 +79,7 @@ def study_note(view: StudyView) -> str:
             f"**Best: trial {best.number}, {view.value_text(best, 2)}** ({escape(view.measure)}"
             f"{' in percent' if view.unit else ''} on validation)",
             "",
+            *_named(view),
             *_table(
                 ["expert", "coefficient"],
                 [[name, f"{value:.4g}"] for name, value in best.user_attrs[COEFFICIENTS].items()],
@@ -91,6 +93,14 @@ def study_note(view: StudyView) -> str:
 def _first_tried(view: StudyView) -> str:
     warm = view.study.user_attrs.get(WARM_START)
     return f" First tried: {escape(origin_text(warm))}." if warm else ""
+
+
+def _named(view: StudyView) -> list[str]:
+    """How the winner was named."""
+    if view.selection is None:
+        return []
+    text = selection_text(view.selection.described(), view.metrics("validation"))
+    return [escape(f"{text[0].upper()}{text[1:]}."), ""]
 
 
 def _own_best(view: StudyView) -> list[str]:
@@ -171,8 +181,8 @@ def escape(text: str) -> str:
 
 
 def _best_trials(view: StudyView) -> list[FrozenTrial]:
-    left = list(view.trials)
-    chosen: list[FrozenTrial] = []
+    chosen = [view.best] if view.best is not None else []
+    left = [trial for trial in view.trials if trial not in chosen]
     while left and len(chosen) < BEST:
         best = best_trial(left, view.objective)
         if best is None:

@@ -194,6 +194,7 @@ def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
                 "trial": entry.trial,
                 "coefficients": dict(entry.coefficients),
                 "tasks": dict(entry.scores[found.split]),
+                "selection": entry.selection.described() if entry.selection is not None else None,
             }
             for entry in row.entries
         ],

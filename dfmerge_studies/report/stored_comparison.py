@@ -69,7 +69,9 @@ def _best_scores(view: StudyView, split: Split) -> dict[str, float] | None:
 def _entry(variant: str, view: StudyView, split: Split) -> ComparedStudy:
     assert view.best is not None
     scores = {split: _best_scores(view, split) or {}}
-    return ComparedStudy.of(variant, view.seed, view.name, view.best, among=view.trials, scores=scores)
+    return ComparedStudy.of(
+        variant, view.seed, view.name, view.best, among=view.trials, scores=scores, selection=view.selection
+    )
 
 
 def _references(view: StudyView, everything: Iterable[StudyView], split: Split) -> dict[str, dict[int, Scores]]:

@@ -13,9 +13,10 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.totals import stored_total
-from dfmerge_studies.study.value import best_trial, trial_value
+from dfmerge_studies.study.value import trial_value
+from dfmerge_studies.study.winner import Selection, selection_of, winner_of
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS
-from dfmerge_studies.trials.reading import counts, counts_of, results, results_of, violation
+from dfmerge_studies.trials.reading import counts, counts_of, results_of, violation
 
 
 def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     spec = plan.spec
     trials = study.get_trials(deepcopy=False)
     completed, counted = results_of(trials), counts_of(trials)
-    best = best_trial(completed, spec.objective)
+    best = winner_of(study, spec.objective, completed)
     target = stored_total(study) or plan.total()
     metrics = spec.metrics("validation")
     alive = workers_alive(trials, complete=len(completed) >= target)
@@ -40,7 +41,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
         "trials": {"target": target, **counted},
         "metric": metrics.text,
         "task_metrics": metrics.names,
-        "best": _best(best, plan) if best is not None else None,
+        "best": _best(best, plan, selection_of(study, completed)) if best is not None else None,
         "storage": plan.place,
         "workers": sum(worker["current"] is not None for worker in alive),
         "workers_alive": alive,
@@ -55,7 +56,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _best(best: optuna.trial.FrozenTrial, plan: Plan) -> dict[str, Any]:
+def _best(best: optuna.trial.FrozenTrial, plan: Plan, selection: Selection | None) -> dict[str, Any]:
     scores = best.user_attrs[TASKS]
     described: dict[str, Any] = {
         "number": best.number,
@@ -63,6 +64,7 @@ def _best(best: optuna.trial.FrozenTrial, plan: Plan) -> dict[str, Any]:
         "coefficients": best.user_attrs[COEFFICIENTS],
         **plan.method.stored_parameters(best.user_attrs),
         "tasks": scores,
+        "selection": selection.described() if selection is not None else None,
     }
     if len(best.values) > 1:
         described["values"] = best.values
@@ -89,7 +91,7 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
 
 def _entry(study: optuna.Study) -> dict[str, Any]:
     fingerprint = provenance.stored_fingerprint(study)
-    best = best_trial(results(study), stored_spec_objective(study)) if fingerprint is not None else None
+    best = winner_of(study, stored_spec_objective(study)) if fingerprint is not None else None
     metrics = stored_metrics(study, "validation") if fingerprint is not None else None
     return {
         "study": study.study_name,

@@ -24,6 +24,33 @@ def coefficients_text(coefficients: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.3g}" for name, value in coefficients.items())
 
 
+def selection_text(selection: Mapping[str, Any], metrics: Metrics) -> str:
+    """How a winner was named, in one sentence without a full stop.
+
+    Args:
+        selection: of `best` in a summary.
+        metrics: what the scores are.
+    """
+    tied, scored = len(selection["tied"]), list(selection["scored"])
+    if not scored:
+        if tied == 1:
+            return "no other trial is within the noise of these rows"
+        return f"{tied - 1} other{'s' * (tied > 2)} cannot be told from it on these rows"
+    value = metrics.value_text([selection["value"]])
+    rows, new = _rows_text(selection["rows"]), _rows_text(selection["further_rows"])
+    return (
+        f"{value} on {rows} ({new} new to the search), the best there of trials {', '.join(scored)}; {tied} trials "
+        "cannot be told apart on the search's rows"
+    )
+
+
+def _rows_text(rows: Mapping[str, int]) -> str:
+    """Numbers of rows by task: `160 rows a task`, or `160 rows of a and 120 rows of b`."""
+    if len(set(rows.values())) == 1:
+        return f"{next(iter(rows.values()))} rows a task"
+    return " and ".join(f"{count} rows of {task}" for task, count in rows.items())
+
+
 def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, float]:
     """The method's own parameters out of what a summary says of a trial."""
     return {each.name: described[each.name] for each in METHODS[method].parameters if each.name in described}
@@ -73,6 +100,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("speed", pace_text(summary))
     if best is not None:
         table.add_row("best", f"trial {best['number']}: {metrics.value_text([best['value']])} ({summary['metric']})")
+        if best["selection"] is not None:
+            table.add_row("named", selection_text(best["selection"], metrics))
         table.add_row("coefficients", coefficients_text(best["coefficients"]))
         for name, value in method_parameters(summary["method"], best).items():
             table.add_row(label(name), f"{value:g}")

@@ -19,8 +19,9 @@ from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
-from dfmerge_studies.study.value import best_trial, objective_values, one_value, trial_value
+from dfmerge_studies.study.value import objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
+from dfmerge_studies.study.winner import Selection, selection_of, winner_of
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
@@ -90,8 +91,13 @@ class StudyView:
 
     @cached_property
     def best(self) -> FrozenTrial | None:
-        """The best completed trial."""
-        return best_trial(self.trials, self.objective)
+        """The winner: the trial that was named, or else the best of the search."""
+        return winner_of(self.study, self.objective, self.trials)
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """How the winner was named, None where it was not."""
+        return selection_of(self.study, self.trials)
 
     @property
     def measure(self) -> str:

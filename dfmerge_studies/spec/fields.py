@@ -104,6 +104,13 @@ class SearchSettings(Settings):
     bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
     step: float | None = Field(None, gt=0, description="propose only multiples, so that Fishers recur in the cache")
     seed: int = Field(0, ge=0, le=limits.SEED, description="of everything random")
+    holdout: int | float | None = Field(
+        None,
+        ge=0,
+        le=limits.COUNT,
+        description="validation rows per task (count, or fraction below 1) that the search does not see, on which the "
+        "winner is chosen; null: those that `limit` leaves over",
+    )
     enqueue: list[float | dict[str, float]] = Field(
         default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
     )
@@ -128,6 +135,13 @@ class SearchSettings(Settings):
             raise ValueError(f"the lower bound {value[0]} must be below the upper bound {value[1]}")
         if max(map(abs, value)) > limits.COEFFICIENT:
             raise ValueError(f"no coefficient can be larger than {limits.COEFFICIENT}")
+        return value
+
+    @field_validator("holdout")
+    @classmethod
+    def _holdout_is_a_count_or_a_fraction(cls, value: float | None) -> float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a fraction must lie in (0, 1); write a count as an integer")
         return value
 
     @model_validator(mode="after")

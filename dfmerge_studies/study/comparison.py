@@ -16,8 +16,10 @@ from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row
+from dfmerge_studies.study.selection import name_winner_
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
+from dfmerge_studies.study.winner import Selection
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split, as_split
 from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
@@ -45,6 +47,7 @@ class ComparedStudy:
         seconds: wall-clock time of those trials, summed.
         fishers: Fishers of those trials, `computed` and `cached`.
         error: why there are no scores, None if there are.
+        selection: how the trial was named the winner of the study, None where it was not.
     """
 
     variant: str
@@ -57,10 +60,19 @@ class ComparedStudy:
     seconds: float = 0.0
     fishers: Mapping[str, int] = field(default_factory=lambda: {"computed": 0, "cached": 0})
     error: str | None = None
+    selection: Selection | None = None
 
     @classmethod
     def of(
-        cls, variant: str, seed: int, study: str, trial: FrozenTrial, *, among: Sequence[FrozenTrial], scores: Scores
+        cls,
+        variant: str,
+        seed: int,
+        study: str,
+        trial: FrozenTrial,
+        *,
+        among: Sequence[FrozenTrial],
+        scores: Scores,
+        selection: Selection | None = None,
     ) -> Self:
         """The entry of one trial.
 
@@ -71,6 +83,7 @@ class ComparedStudy:
             trial: the best by validation.
             among: the completed trials that it was chosen from.
             scores: of the trial, by split and task.
+            selection: how it was named the winner.
         """
         fishers = [one.user_attrs[FISHERS] for one in among]
         return cls(
@@ -83,6 +96,7 @@ class ComparedStudy:
             trials=len(among),
             seconds=round(sum(sum(one.user_attrs[SECONDS].values()) for one in among), 4),
             fishers={kind: sum(each[kind] for each in fishers) for kind in ("computed", "cached")},
+            selection=selection,
         )
 
 
@@ -297,12 +311,16 @@ def _finish(session: Session, planned: Planned, trials: int | None, work: Work) 
 def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> ComparedStudy:
     done = results(session.study)
     trial: FrozenTrial | None
+    selection: Selection | None = None
     if planned.variant.first:
         done = [trial for trial in done if place_of(trial) == 0]
         trial = done[0] if done else None
     else:
+        selection = name_winner_(session)  # also in a study that had its total already
         trial = session.best()
     if trial is None:
         raise RunError("no trial has a result", where=planned.spec.name)
     scores = {split: session.trial_scores(trial, split) for split in splits}
-    return ComparedStudy.of(planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores)
+    return ComparedStudy.of(
+        planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores, selection=selection
+    )

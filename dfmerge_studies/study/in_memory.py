@@ -167,6 +167,9 @@ def optimize_merge(
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
         raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
+    if settings.holdout is not None:
+        hint = "Score the best trials on other rows yourself: they are in the study"
+        raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)
     merging = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), settings.seed)
     merger = ModelMerger(base, experts, merging)
     search_of = _Search(merger, score, settings, how, name)

@@ -21,6 +21,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.rows import packed, trial_rows, unpacked
 from dfmerge_studies.study.scores import trial_row
+from dfmerge_studies.study.selection import largest_drop
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import objective_values, one_value
 from dfmerge_studies.tasks.metrics import Metrics
@@ -155,8 +156,8 @@ def reselect(
     for position, trial in enumerate(trials, start=1):
         progress("rows of each trial", position, len(trials))
         rows[trial.number] = row_scores(session, trial)
-    chosen = [_choices(session, rows, ratios, draw) for draw in range(draws)]
     by_number = {trial.number: trial for trial in trials}
+    chosen = [_choices(session, by_number, rows, ratios, draw) for draw in range(draws)]
     scores = {}
     picked = sorted({number for choices in chosen for number in choices})
     for position, number in enumerate(picked, start=1):
@@ -182,9 +183,13 @@ def why_not_reselect(max_drop: float | None, objective: str, trials: int, metric
 
 
 def _choices(
-    session: Session, rows: Mapping[int, Mapping[str, Sequence[float]]], ratios: Sequence[float], draw: int
+    session: Session,
+    trials: Mapping[int, FrozenTrial],
+    rows: Mapping[int, Mapping[str, Sequence[float]]],
+    ratios: Sequence[float],
+    draw: int,
 ) -> list[int]:
-    """Number of the best trial per ratio, the earliest among equals, as `best_trial` chooses."""
+    """Number of the best trial per ratio; among equals that of the smaller largest drop, then the earliest."""
     seed, tasks = session.spec.search.seed, list(session.problem.tasks)
     totals = {task: len(next(iter(rows.values()))[task]) for task in tasks}
     subsets = {
@@ -200,7 +205,7 @@ def _choices(
             worst = min(session.spec.metrics("validation").worths(shares).values())
             worth[number] = (
                 _worth(session, shares, "validation"),
-                worst if session.spec.objective.kind == "pareto" else 0,
+                worst if session.spec.objective.kind == "pareto" else -largest_drop(trials[number]),
             )
         chosen.append(max(worth, key=worth.__getitem__))
     return chosen

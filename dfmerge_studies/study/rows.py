@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-ROWS = "rows"  # user attribute of a trial: packed rows by task
+from dfmerge_studies.trials.marks import ROWS
+
 LONGEST = 32_768  # characters of one trial's rows: a storage reads all trials before every proposal
 
 

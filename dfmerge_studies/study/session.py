@@ -33,9 +33,11 @@ from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
+from dfmerge_studies.study.selection import name_winner_
 from dfmerge_studies.study.totals import add_trials, state_total, stored_total
-from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result
+from dfmerge_studies.study.value import directions, metric_names, rounded_seconds, trial_result
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
+from dfmerge_studies.study.winner import winner_of
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
@@ -91,13 +93,15 @@ class Session:
         target: int | None = None,
         lower: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
+        name_winner: bool = True,
     ) -> Summary:
-        """Work until the study has its total of trials.
+        """Work until the study has its total of trials, then name its winner.
 
         Args:
             target: the total; by default the spec's, or what an earlier call raised it to.
             lower: whether `target` may undo what was added to the study since it was stated.
             on_event: told of every trial.
+            name_winner: whether to name it; a worker whose parent will do so need not.
 
         Raises:
             RunError: three trials in a row failed, or the database is gone for good.
@@ -110,7 +114,7 @@ class Session:
             enqueue(self.study, self.plan.space, [*self.plan.points, *points_of(self.warm)])
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
-            return work(
+            summary = work(
                 self.study,
                 self.plan.space,
                 lambda point, place: self._trial(point, expert_scores),
@@ -120,6 +124,9 @@ class Session:
                 raised=self.stored_target,
                 keeper=self.keeper,
             )
+            if name_winner and not summary.interrupted:
+                name_winner_(self)
+            return summary
 
     def total(self, wanted: int | None = None) -> int:
         """Trials that a run works towards.
@@ -144,8 +151,8 @@ class Session:
         return stored_total(self.study)
 
     def best(self) -> FrozenTrial | None:
-        """The best completed trial."""
-        return best_trial(results(self.study), self.spec.objective)
+        """The winner: the trial that was named, or else the best of the search."""
+        return winner_of(self.study, self.spec.objective)
 
     def point(self, trial: FrozenTrial) -> Point:
         """What a completed trial was merged at."""
@@ -200,7 +207,7 @@ class Session:
         return self.scores.shared(row, split, compute)
 
     def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float]:
-        """Scores of a completed trial; those of the test split are computed once and then kept in the study.
+        """Scores of a completed trial; those of other splits than validation are computed once and kept in the study.
 
         Args:
             trial: a completed trial.
@@ -343,12 +350,12 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Ma
 
 
 def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:
-    """The best completed trial, or the one of a given number.
+    """The winner, or the completed trial of a given number.
 
     Args:
         study: an open study.
         spec: its name and objective.
-        number: Optuna's number of the trial; None for the best.
+        number: Optuna's number of the trial; None for the winner.
 
     Raises:
         InputError: the number is not that of a completed trial.
@@ -356,7 +363,7 @@ def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> Froz
     """
     completed = results(study)
     if number is None:
-        best = best_trial(completed, spec.objective)
+        best = winner_of(study, spec.objective, completed)
         if best is None:
             raise RunError(f"the study {spec.name!r} has no completed trial yet", hint="Run it first")
         return best

@@ -110,7 +110,7 @@ def _work(session: Session, target: int | None, say: Say, progress: Progress) ->
             message=event.message,
         )
 
-    return not session.run(target=target, lower=False, on_event=report).interrupted
+    return not session.run(target=target, lower=False, on_event=report, name_winner=False).interrupted
 
 
 def _phases(say: Say) -> Progress:

@@ -284,7 +284,7 @@ class Metrics(Mapping[str, Metric]):
 
 def agrees(split: Split, doc_to_target: object) -> bool:
     """Whether `objective: agreement` scores a split by agreement: what is searched on, and what has no labels."""
-    return split == "validation" or doc_to_target is None
+    return split != "test" or doc_to_target is None
 
 
 def _right(answers: Answers) -> list[float]:

@@ -35,15 +35,28 @@ def draw_rows(total: int, count: int, generator: np.random.Generator) -> list[in
     return [int(row) for row in generator.permutation(total)[:count]]
 
 
-def limited_rows(total: int, limit: float | None, generator: np.random.Generator) -> list[int]:
-    """Row numbers that `limit` leaves, in ascending order; smaller limits give subsets of larger ones.
+def divided_rows(
+    total: int, limit: float | None, holdout: float | None, generator: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """Row numbers that a search sees, and those that it does not.
 
     Args:
         total: rows that there are.
-        limit: a count (int), a fraction in (0, 1] (float), or None for all.
+        limit: of those that it sees, at most: a count (int), a fraction in (0, 1] (float), or None for all.
+        holdout: of those that it may not see: a count or a fraction; None for those that `limit` leaves over.
         generator: source of randomness.
+
+    Returns:
+        The seen ones in ascending order; smaller limits give subsets of larger ones.  The others in the order of the
+        draw, so that any number of the first ones is a draw; all of one draw, so that no row is in both.
     """
-    if limit is None:
-        return list(range(total))
-    count = max(1, round(limit * total)) if isinstance(limit, float) else limit
-    return sorted(draw_rows(total, count, generator))
+    if limit is None and not holdout:
+        return list(range(total)), []
+    order = draw_rows(total, total, generator)
+    held = 0 if holdout is None else min(total, _count(holdout, total))
+    seen = min(total - held, total if limit is None else _count(limit, total))
+    return sorted(order[:seen]), order[seen:] if holdout is None else order[total - held :]
+
+
+def _count(share: float, total: int) -> int:
+    return max(1, round(share * total)) if isinstance(share, float) else share

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from dfmerge_studies.errors import InputError
 
-# "validation": trials are scored on it, and Fisher inputs come from it.  "test": only ever reported.
-Split = Literal["validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
+# "validation": trials are scored on it, and Fisher inputs come from it.  "holdout": rows of the validation split that
+# the search does not see, on which the winner is chosen.  "test": only ever reported.
+Split = Literal["validation", "holdout", "test"]
+SPLITS: tuple[Split, ...] = ("validation", "test")  # those that tables show
 
 
 def as_split(text: str, where: str) -> Split:

@@ -19,6 +19,7 @@ What a result has; each of its method's parameters is another, under the paramet
     seconds       wall-clock time per phase
     fishers       how many were computed, how many came from the cache
     drops         points that each task loses against its expert
+    rows          score of each validation row per task, packed (see `study/rows.py`)
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ TASKS = "tasks"
 SECONDS = "seconds"
 FISHERS = "fishers"
 DROPS = "drops"
+ROWS = "rows"
 FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
 
 
