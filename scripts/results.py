@@ -94,6 +94,7 @@ def write_spec(data: Path, work: Path, *, limit: int, test_rows: int, trials: in
         "method": "df-merge",
         "multi_task": "models/multitask",
         "search": {"trials": trials, "startup_trials": startup, "seed": 0},
+        "importance": {"dtype": "float32"},
         "cache_limit": "6GB",
         "device": "cpu",
     }

@@ -116,7 +116,7 @@ def test_local_work_asks_nothing_of_the_network(project_of, tmp_path):
 
 
 def test_cache_commands_list_verify_and_prune(project):
-    project.json("run", "spec.yaml", "--trials", "2")
+    project.json("run", "spec.yaml", "--trials", "2", "--cache", "all")
     entries = project.json("cache", "ls", "spec.yaml")
     assert len(entries) == 4
     assert {entry["expert"] for entry in entries} == {"red", "blue"}

@@ -68,7 +68,7 @@ def _spec() -> dict[str, Any]:
         "base": "base",
         "experts": {name: name for name in TASKS},
         "tasks": {name: task(name) for name in TASKS},
-        "importance": {"indices": str(FOLDER / "reference/reference.json")},
+        "importance": {"indices": str(FOLDER / "reference/reference.json"), "dtype": "float32"},
         "device": "cpu",
     }
 

@@ -45,7 +45,9 @@ SetOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 CacheOption = Annotated[
     str | None,
-    typer.Option("--cache", metavar="URL", help="Fisher cache instead of the spec's: a folder or an fsspec URL."),
+    typer.Option(
+        "--cache", metavar="URL", help="Fisher cache instead of the spec's: auto, all, none, a folder or an fsspec URL."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what this program wrote there, and nothing else.")]

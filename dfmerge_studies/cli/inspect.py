@@ -159,5 +159,12 @@ def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | No
         out.print(f"  search: {search_text(search)}")
     peak, free = estimate.peak_bytes / 1e9, estimate.available_bytes / 1e9
     out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
+    cache = estimate.cache
+    limit = "" if cache["limit"] is None else f"; at most {cache['limit'] / 1e9:.1f} GB stay"
+    if cache["all_bytes"]:
+        out.print(
+            f"  Fisher cache ({cache['policy']}): a whole study writes about {cache['fishers']} Fishers,"
+            f" {cache['bytes'] / 1e9:.2f} GB (with all: {cache['all_bytes'] / 1e9:.2f} GB){limit}"
+        )
     if peak > free:
         out.print("  warning: that is more than there is")

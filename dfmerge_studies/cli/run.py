@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +19,7 @@ from dfmerge_studies.tasks.splits import Split
 if TYPE_CHECKING:
     import optuna
 
+    from dfmerge_studies.importance.cache.shelf import Tally
     from dfmerge_studies.report.standings import Standings
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
@@ -100,9 +102,9 @@ def run(
         if finished:
             tables = _tables(session, baselines, splits)
             _check_kept(session, *baselines)
-    _tell(
-        session.study, session.plan, tables, again, finished=finished, as_json=json, seconds=time.monotonic() - started
-    )
+    kept = session.merger.importances.shelf.tally
+    seconds = time.monotonic() - started
+    _tell(session.study, session.plan, tables, again, finished=finished, as_json=json, seconds=seconds, kept=kept)
     if not finished:
         raise typer.Exit(130)
 
@@ -196,6 +198,7 @@ def _tell(
     finished: bool,
     as_json: bool,
     seconds: float,
+    kept: Tally | None = None,
 ) -> None:
     from dfmerge_studies.methods import label
     from dfmerge_studies.report.renderings import rows_json, standings_table
@@ -206,6 +209,8 @@ def _tell(
     if as_json:
         texts = {split: table.metrics.text for split, table in tables.items()}
         shown = {"interrupted": not finished, "metrics": texts, "rows": rows_json(tables)}
+        if kept is not None:
+            shown["cache"] = asdict(kept)
         common.print_json({**summary, **shown})
         return
     out, best = common.output(), summary["best"]
@@ -223,4 +228,6 @@ def _tell(
         out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{own}", markup=False)
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
+    if kept is not None and (text := kept.text()):
+        out.print(f"Fisher cache: {text}", markup=False)
     out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)

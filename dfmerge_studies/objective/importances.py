@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
-from dfmerge_studies.importance.cache import FisherCache, FisherKey
+from dfmerge_studies.importance.cache import FisherCache, FisherKey, Shelf
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import task_fisher, whole
 from dfmerge_studies.methods import Estimator, Importance, Method
@@ -35,15 +36,23 @@ class Importances:
     Args:
         problem: the loaded spec.
         method: row of the method table.
-        cache: where they are kept, or None.
+        cache: where they are kept, or None; a cache by itself keeps all that is computed.
+        uses: how often a trial's Fisher will be asked for again, from the position of the expert and its coefficient.
 
     Raises:
         InputError: the method's importance cannot be estimated for this kind of model.
     """
 
-    def __init__(self, problem: Problem, method: Method, cache: FisherCache | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method,
+        cache: Shelf | FisherCache | None,
+        uses: Callable[[int, float], float] = lambda index, coefficient: 1.0,
+    ) -> None:
         self.problem = problem
-        self.cache = cache
+        self.shelf = cache if isinstance(cache, Shelf) else Shelf(cache)
+        self._uses = uses
         self.estimator = check_importance(problem, method)
 
     def at(
@@ -65,10 +74,10 @@ class Importances:
         resident, ranks = self.problem.resident, self.problem.ranks
         names = list(resident.names if names is None else names)
         key = self.key(index, coefficient, names)
-        cache = self.cache  # the leader's; what it has or lacks, all have or lack
-        stored = ranks.from_leader(lambda: cache.get(key) if cache is not None else None)
+        stored = ranks.from_leader(lambda: self.shelf.get(key))  # what the leader has or lacks, all have or lack
         if stored is not None:
             return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
+        start = time.perf_counter()
         resident.load_scaled_(index, coefficient)
         tasks = self._fisher_tasks(index)
         values: dict[str, Tensor] = {}
@@ -91,12 +100,14 @@ class Importances:
             for name, value in result.values.items():
                 values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
         # What is used now and what the cache gives later must be the same, or resuming would change the study.
-        dtype = getattr(torch, self.problem.spec.importance.dtype)
+        dtype = getattr(torch, self.problem.spec.importance.rounding)
 
         def keep() -> dict[str, Tensor]:
             rounded = {name: value.to(dtype) for name, value in values.items()}
-            if cache is not None:
-                cache.put(key, rounded)
+            if resident.device.type == "cuda":
+                torch.cuda.synchronize(resident.device)  # once per Fisher: its time is what keeping it must be worth
+            seconds = time.perf_counter() - start
+            self.shelf.put(key, rounded, seconds=seconds, uses=self._uses(index, coefficient))
             return rounded
 
         kept = ranks.from_leader(keep)
@@ -130,7 +141,7 @@ class Importances:
             seed=problem.spec.search.seed if self.estimator.draws else None,
             parameters=json_digest(list(names)),
             compute_dtype=problem.spec.dtype,
-            dtype=settings.dtype,
+            dtype=settings.rounding,
         )
 
     def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from torch import Tensor
 
 from dfmerge_studies.errors import out_of_memory
-from dfmerge_studies.importance.cache import FisherCache
+from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
 from dfmerge_studies.methods import Importance, Method, Point, coefficient_range, importance_coefficient
@@ -104,7 +104,8 @@ class Merger:
     Args:
         problem: the loaded spec.
         method: row of the method table.
-        cache: where Fishers are kept, or None.
+        cache: where Fishers are kept, or None; a cache by itself keeps all that is computed.
+        uses: how often a trial's Fisher will be asked for again, from the position of the expert and its coefficient.
         progress: told how far a merge or an evaluation is.
 
     Raises:
@@ -112,12 +113,18 @@ class Merger:
     """
 
     def __init__(
-        self, problem: Problem, method: Method, cache: FisherCache | None, *, progress: Progress = silent
+        self,
+        problem: Problem,
+        method: Method,
+        cache: Shelf | FisherCache | None,
+        *,
+        uses: Callable[[int, float], float] = lambda index, coefficient: 1.0,
+        progress: Progress = silent,
     ) -> None:
         self.problem = problem
         self.method = method
         self.progress = progress
-        self.importances = Importances(problem, method, cache)
+        self.importances = Importances(problem, method, cache, uses)
 
     @_everywhere
     def run(self, point: Point | Mapping[str, float]) -> Outcome:

@@ -142,9 +142,10 @@ def _parts(spec: StudySpec) -> Iterator[tuple[str, Path]]:
 
 
 def _cache(spec: StudySpec) -> Path | None:
-    if spec.cache is None or ("://" in spec.cache and not spec.cache.startswith("file://")):
+    place = spec.cache_place
+    if place is None or ("://" in place and not place.startswith("file://")):
         return None
-    return spec.workdir / Path(spec.cache.removeprefix("file://")).expanduser()
+    return spec.workdir / Path(place.removeprefix("file://")).expanduser()
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -63,7 +63,9 @@ class ImportanceSettings(Settings):
         "none", description="divide an expert's importance by its mean, over all entries or tensor by tensor"
     )
     power: float = Field(1.0, gt=0, le=1, description="of every entry of an importance, before it is normalised")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="how Fishers are stored in the cache")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="what Fishers are rounded to; auto: bfloat16, or what an older study has"
+    )
     row_budget: int = Field(
         8192,
         gt=0,
@@ -75,6 +77,11 @@ class ImportanceSettings(Settings):
     def scale(self) -> Scale:
         """How importances are scaled, unless the method prescribes it."""
         return Scale(self.normalise, self.power)
+
+    @property
+    def rounding(self) -> Literal["float32", "bfloat16"]:
+        """What Fishers are rounded to, before they are used and kept."""
+        return "bfloat16" if self.dtype == "auto" else self.dtype
 
 
 class WarmStart(Settings):

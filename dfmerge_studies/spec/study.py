@@ -34,6 +34,7 @@ from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
 TRUST_VARIABLE = "DFMERGE_TRUST_REMOTE_CODE"
+CACHE_FOLDER = ".dfmerge/fishers"
 
 
 class StudySpec(Settings):
@@ -58,8 +59,15 @@ class StudySpec(Settings):
         None, description="a model fine-tuned on all tasks together, for `compare` to show beside the methods"
     )
     storage: str = Field("", description="Optuna storage URL; default sqlite:///NAME.db beside the spec")
-    cache: str | None = Field(".dfmerge/fishers", description="folder of the Fisher cache; null: none")
-    cache_limit: str | None = Field(None, description="size that the cache may reach, e.g. 20GB; oldest go first")
+    cache: str | None = Field(
+        "auto", description="auto, all or none; or the Fisher cache's place, a folder or an fsspec URL, which keeps all"
+    )
+    cache_keep: Literal["auto", "all"] | None = Field(
+        None, description="what a place named by `cache` keeps; auto: what will be asked for again"
+    )
+    cache_limit: str | None = Field(
+        "auto", description="size that the cache may reach, e.g. 20GB; oldest go first; null: no limit"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
     token_budget: int = Field(
@@ -95,6 +103,18 @@ class StudySpec(Settings):
     def storage_url(self) -> str:
         """The storage as the spec writes it, or the default."""
         return self.storage or f"sqlite:///{self.name}.db"
+
+    @property
+    def cache_place(self) -> str | None:
+        """Where Fishers are kept: a folder, an fsspec URL, or None for nowhere."""
+        if self.cache in (None, "none"):
+            return None
+        return CACHE_FOLDER if self.cache in ("auto", "all") else self.cache
+
+    @property
+    def cache_policy(self) -> Literal["auto", "all"]:
+        """Which Fishers are kept there."""
+        return self.cache_keep or ("auto" if self.cache == "auto" else "all")
 
     @property
     def row(self) -> Method:
@@ -273,6 +293,12 @@ class StudySpec(Settings):
         return search_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _kept_in_one_way(self) -> StudySpec:
+        if self.cache_keep is not None and self.cache in (None, "none", "auto", "all"):
+            raise ValueError(f"cache: {self.cache or 'null'} says what is kept; cache_keep goes with a folder or URL")
+        return self
+
+    @model_validator(mode="after")
     def _ucb_has_one_objective(self) -> StudySpec:
         if self.search.acquisition == "ucb" and self.objective.kind == "pareto":
             raise ValueError("acquisition: ucb has one objective; use ei with objective: pareto")
@@ -288,7 +314,7 @@ class StudySpec(Settings):
     @field_validator("cache_limit")
     @classmethod
     def _limit_is_a_size(cls, value: str | None) -> str | None:
-        if value is not None:
+        if value not in (None, "auto"):
             parse_size(value)
         return value
 

@@ -194,9 +194,9 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
         own = Plan.of(each.spec)
         stored = own.study_if_any()
         if stored is not None:
-            provenance.refuse_other_fingerprint(
-                own.spec.name, provenance.stored_fingerprint(stored), provenance.stated_fingerprint(own.spec), own.place
-            )
+            found = provenance.stored_fingerprint(stored)
+            stated = provenance.stated_fingerprint(provenance.as_stored(own.spec, found))
+            provenance.refuse_other_fingerprint(own.spec.name, found, stated, own.place)
     return planned
 
 

@@ -163,7 +163,7 @@ def landscape(
     if found is None or any(found[key] != wanted[key] for key in ("experts", "tasks", "lambdas")):
         found = {**wanted, "methods": {}}
     with ExitStack() as stack:
-        cache = session.merger.importances.cache
+        cache = session.merger.importances.shelf.cache
         if cache is None:  # every Fisher serves a whole row of the grid
             cache = LocalCache(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfmerge-"))))
         for method in landscape_methods(session.method):

@@ -75,7 +75,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "importance.estimator": spec.row.estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
-        "importance.dtype": importance.dtype,
+        "importance.dtype": importance.rounding,
         **{f"importance.{field}": value for field, value in asdict(spec.row.scale_for(importance.scale)).items()},
         **stated_sampler(search),
         "search.acquisition": search.acquisition,
@@ -102,6 +102,18 @@ def sampler_of(fingerprint: Mapping[str, Any]) -> str:
         fingerprint: what the study is about.
     """
     return str(fingerprint.get(SAMPLER, _FORMER_SAMPLER))
+
+
+def as_stored(spec: StudySpec, stored: Mapping[str, Any] | None) -> StudySpec:
+    """The spec, with what it leaves to the program as the stored study has it: defaults of its time.
+
+    Args:
+        spec: the settings.
+        stored: the study's fingerprint, None where there is no study yet.
+    """
+    if spec.importance.dtype != "auto" or stored is None:
+        return spec
+    return spec.derive(importance={"dtype": stored.get("importance.dtype", "float32")})
 
 
 def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:

@@ -158,8 +158,8 @@ def sweep_unfinished(spec: StudySpec) -> list[Path]:
 def _written(spec: StudySpec) -> set[Path]:
     """Folders that studies write files to, but for exports: outboxes and a local cache."""
     folders = {folder for folder in outboxes(spec.workdir).resolve().glob("*") if folder.is_dir()}
-    if spec.cache is not None and "://" not in spec.cache:
-        folders.add((spec.workdir / Path(spec.cache).expanduser()).resolve())
+    if spec.cache_place is not None and "://" not in spec.cache_place:
+        folders.add((spec.workdir / Path(spec.cache_place).expanduser()).resolve())
     return folders
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.importance.cache import FisherCache, open_cache
+from dfmerge_studies.importance.cache import FisherCache, Shelf, default_limit, open_cache
 from dfmerge_studies.methods import Method, Point
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
@@ -29,32 +29,39 @@ from dfmerge_studies.storage import (
     storage_errors,
 )
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.evaluating import Trials
 from dfmerge_studies.study.plan import Plan
+from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.repair import sweep_unfinished
-from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.selection import name_winner_
 from dfmerge_studies.study.totals import add_trials, state_total, stored_total
-from dfmerge_studies.study.value import directions, metric_names, rounded_seconds, trial_result
+from dfmerge_studies.study.value import directions, metric_names
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
 from dfmerge_studies.study.winner import winner_of
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
 from dfmerge_studies.trials.loop import Summary, work
-from dfmerge_studies.trials.marks import COEFFICIENTS, FISHERS, SECONDS, TASKS
+from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
 from dfmerge_studies.trials.reading import results
-from dfmerge_studies.trials.results import Event, TrialResult
+from dfmerge_studies.trials.results import Event
 
 logger = logging.getLogger(__name__)
 
 
 def spec_cache(spec: StudySpec) -> FisherCache | None:
     """The spec's Fisher cache."""
-    limit = parse_size(spec.cache_limit) if spec.cache_limit is not None else None
-    return open_cache(spec.cache, spec.workdir, limit)
+    return open_cache(spec.cache_place, spec.workdir, cache_limit(spec))
+
+
+def cache_limit(spec: StudySpec) -> int | None:
+    """Bytes that the spec's Fisher cache may take, None for no limit; one that keeps all has none of its own."""
+    if spec.cache_limit == "auto":
+        return default_limit(spec.cache_place, spec.workdir) if spec.cache_policy == "auto" else None
+    return parse_size(spec.cache_limit) if spec.cache_limit is not None else None
 
 
 @dataclass
@@ -114,16 +121,20 @@ class Session:
             enqueue(self.study, self.plan.space, [*self.plan.points, *points_of(self.warm)])
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
-            summary = work(
-                self.study,
-                self.plan.space,
-                lambda point, place: self._trial(point, expert_scores),
-                target=total,
-                outbox=outbox_folder(self.spec.workdir, self.plan.url, self.spec.name),
-                on_event=on_event,
-                raised=self.stored_target,
-                keeper=self.keeper,
-            )
+            trial = Trials(self, expert_scores)
+            try:
+                summary = work(
+                    self.study,
+                    self.plan.space,
+                    lambda point, place: trial(point),
+                    target=total,
+                    outbox=outbox_folder(self.spec.workdir, self.plan.url, self.spec.name),
+                    on_event=on_event,
+                    raised=self.stored_target,
+                    keeper=self.keeper,
+                )
+            finally:
+                self.merger.importances.shelf.flush()
             if name_winner and not summary.interrupted:
                 name_winner_(self)
             return summary
@@ -240,23 +251,6 @@ class Session:
         """The scores that the study keeps."""
         return KeptScores(self.study, self.problem)
 
-    def _trial(self, point: Mapping[str, float], expert_scores: Mapping[str, float]) -> TrialResult:
-        at = self.method.point(point, self.problem.experts).on_step(self.spec.search.step)
-        outcome = self.merger.run(at)
-        return trial_result(
-            at,
-            outcome.tasks,
-            self.spec.metrics("validation"),
-            objective=self.spec.objective,
-            expert_scores=expert_scores,
-            max_drop=self.spec.search.max_drop,
-            attributes={
-                SECONDS: rounded_seconds(outcome.seconds),
-                FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
-                **rows_attribute(outcome.rows),
-            },
-        )
-
     def _check_total(self, total: int) -> None:
         if total < len(results(self.study)):
             logger.warning(
@@ -292,9 +286,10 @@ def open_study(
         check_constraints(plan.url, len(spec.tasks), where=spec.where("search.max_drop"))
     cache, stored, where = spec_cache(spec), plan.study_if_any(), plan.place
     if stored is not None:
-        provenance.refuse_other_fingerprint(
-            spec.name, provenance.stored_fingerprint(stored), provenance.stated_fingerprint(spec), where
-        )
+        found = provenance.stored_fingerprint(stored)
+        spec = provenance.as_stored(spec, found)
+        plan = replace(plan, spec=spec)
+        provenance.refuse_other_fingerprint(spec.name, found, provenance.stated_fingerprint(spec), where)
     warm = taken_over(plan, stored)
     indices = None
     if stored is not None and spec.importance.indices is None:
@@ -309,7 +304,8 @@ def open_study(
     fingerprint = provenance.whole_fingerprint(spec, problem)
     if stored is not None:
         provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
-    merger = Merger(problem, plan.method, cache, progress=progress)
+    shelf = Shelf(cache, spec.cache_policy, together=len(spec.experts))
+    merger = Merger(problem, plan.method, shelf, uses=Recurrence(plan).uses, progress=progress)
     rehearse_(problem, plan.method)
     study = _join(plan, fingerprint, problem, warm)
     plan = plan.joined(study)

@@ -25,7 +25,8 @@ from dfmerge_studies.spec import Examined, StudySpec
 from dfmerge_studies.storage import check_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
-from dfmerge_studies.study.session import spec_cache
+from dfmerge_studies.study.recurrence import Recurrence
+from dfmerge_studies.study.session import cache_limit, spec_cache
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.transforms import TRANSFORMS
@@ -43,6 +44,8 @@ class Estimate:
         fisher_inputs: that importance is estimated on, by task.
         truncated_inputs: validation inputs that are cut, by task.
         fisher_bytes: of one Fisher in the cache.
+        cache: what a whole study writes there: `policy`, `fishers` and `bytes` under it, `all_bytes` if all is kept,
+            and `limit` in bytes, None for no limit.
         peak_bytes: of a trial, the activations of a batch aside.
         available_bytes: of the device.
     """
@@ -54,6 +57,7 @@ class Estimate:
     fisher_inputs: dict[str, int]
     truncated_inputs: dict[str, int]
     fisher_bytes: int
+    cache: dict[str, Any]
     peak_bytes: int
     available_bytes: int
 
@@ -120,7 +124,8 @@ def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance with its workspace, in float32; what the transform keeps.
+    sums of the merge and one importance with its workspace, in float32; what the transform keeps; a trial's Fishers
+    that wait to be written to the cache.
     """
     resident = problem.resident
     parameters = sum(p.numel() for p in resident.model.parameters())
@@ -133,6 +138,8 @@ def memory_estimate(problem: Problem) -> Estimate:
     sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
+    fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" else 4) * stored
+    waiting = len(resident.task_vectors) * fisher_bytes if importance and problem.spec.cache_place is not None else 0
     return Estimate(
         parameters=parameters,
         changed_parameters=changed,
@@ -140,10 +147,23 @@ def memory_estimate(problem: Problem) -> Estimate:
         validation_inputs={name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
         fisher_inputs={name: len(task.fisher) for name, task in problem.tasks.items()},
         truncated_inputs={n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
-        fisher_bytes=(2 if problem.spec.importance.dtype == "bfloat16" else 4) * stored,
-        peak_bytes=width * (parameters + changed + vectors) + sums + kept,
+        fisher_bytes=fisher_bytes,
+        cache=_cache(problem.spec, fisher_bytes),
+        peak_bytes=width * (parameters + changed + vectors) + sums + kept + waiting,
         available_bytes=_available(problem),
     )
+
+
+def _cache(spec: StudySpec, fisher_bytes: int) -> dict[str, Any]:
+    recurrence = Recurrence(Plan.of(spec))
+    written, everything = (recurrence.written(fisher_bytes, policy) for policy in (spec.cache_policy, "all"))
+    return {
+        "policy": spec.cache_policy if spec.cache_place is not None else "none",
+        "fishers": written.fishers,
+        "bytes": written.bytes,
+        "all_bytes": everything.bytes,
+        "limit": cache_limit(spec),
+    }
 
 
 def _available(problem: Problem) -> int:
@@ -211,6 +231,7 @@ def _plan(spec: StudySpec, problem: Problem) -> Plan:
     stored = plan.study_if_any()
     if stored is None:
         return plan
-    fingerprint = provenance.whole_fingerprint(spec, problem)
-    provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, plan.place)
+    found = provenance.stored_fingerprint(stored)
+    fingerprint = provenance.whole_fingerprint(provenance.as_stored(spec, found), problem)
+    provenance.refuse_other_fingerprint(spec.name, found, fingerprint, plan.place)
     return plan.joined(stored)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -11,7 +11,7 @@ from dfmerge_studies.methods import Point
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
-from dfmerge_studies.trials.reading import violation
+from dfmerge_studies.trials.reading import missed
 from dfmerge_studies.trials.results import TrialResult
 
 
@@ -126,11 +126,17 @@ def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> F
     highest value; for `pareto` the member of the front with the highest mean score, then the highest minimum.  Among
     equals the earliest.
     """
-    if not trials:
-        return None
-    least = min(violation(trial) for trial in trials)
-    candidates = [trial for trial in trials if violation(trial) <= least]
-    if objective.kind == "pareto":
-        # The trial with the highest mean is never dominated, so it is on the front.
-        return max(candidates, key=lambda trial: (sum(trial.values), min(trial.values)))
-    return max(candidates, key=lambda trial: trial.values[0])
+    return max(trials, key=lambda trial: standing(trial.values, trial.constraints.values(), objective), default=None)
+
+
+def standing(values: Sequence[float], constraints: Iterable[float], objective: ObjectiveSettings) -> tuple[float, ...]:
+    """What trials are compared by, the larger the better: points by which constraints are missed, then the worth.
+
+    Args:
+        values: of the trial.
+        constraints: each at most 0 where it holds.
+        objective: the spec's.
+    """
+    # For pareto: the trial with the highest mean is never dominated, so it is on the front.
+    worth = (sum(values), min(values)) if objective.kind == "pareto" else (values[0],)
+    return (-missed(constraints), *worth)

@@ -182,4 +182,9 @@ def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
 
 def violation(trial: FrozenTrial) -> float:
     """Points by which a trial misses its constraints, summed; 0 where it keeps them all."""
-    return sum(max(0.0, value) for value in trial.constraints.values())
+    return missed(trial.constraints.values())
+
+
+def missed(constraints: Iterable[float]) -> float:
+    """Points by which constraints, each at most 0 where it holds, are missed, summed."""
+    return sum(max(0.0, value) for value in constraints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 from dfmerge_studies.boundary import kind_of, local_path
@@ -12,6 +13,7 @@ from dfmerge_studies.importance.cache.file import load_fisher, save_fisher
 from dfmerge_studies.importance.cache.key import FORMAT_VERSION, FisherKey, key_metadata
 from dfmerge_studies.importance.cache.local import LocalCache
 from dfmerge_studies.importance.cache.remote import RemoteCache
+from dfmerge_studies.importance.cache.shelf import Policy, Shelf
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,13 +22,40 @@ __all__ = [
     "FisherCache",
     "FisherKey",
     "LocalCache",
+    "Policy",
     "RemoteCache",
+    "Shelf",
     "copy_entries",
+    "default_limit",
     "key_metadata",
     "load_fisher",
     "open_cache",
     "save_fisher",
 ]
+
+
+_LARGEST_DEFAULT = 10_000_000_000  # bytes
+_SHARE_OF_DISK = 10
+
+
+def default_limit(location: str | None, folder: Path) -> int | None:
+    """What a cache may take where nobody said: 10 GB, or a tenth of the disk's free space if that is less.
+
+    What the cache holds already counts as free, so that the limit does not sink while the cache grows.
+
+    Args:
+        location: as for `open_cache`.
+        folder: ditto.
+
+    Returns:
+        Bytes; None for a cache that is behind a URL, or that is nowhere.
+    """
+    cache = open_cache(location, folder)
+    if not isinstance(cache, LocalCache):
+        return None
+    there = next(place for place in (cache.folder, *cache.folder.parents) if place.is_dir())
+    free = shutil.disk_usage(there).free + sum(entry.size for entry in cache.entries())
+    return min(_LARGEST_DEFAULT, free // _SHARE_OF_DISK)
 
 
 def open_cache(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dfmerge_studies.errors import first_line
+from dfmerge_studies.importance.cache.file import without_checksum
 from dfmerge_studies.importance.cache.key import FisherKey, key_metadata
 from dfmerge_studies.redact import masked_url
 
@@ -64,41 +65,49 @@ class FisherCache(ABC):
         """The values of a key, or None where they are absent, damaged or out of reach."""
         if time.monotonic() < self._away_until:
             return None
-        try:
-            values, _ = self.load(key.digest)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            aside = self.set_aside(key.digest)
-            if aside is not None:  # None: another process was quicker
-                logger.warning(
-                    "damaged Fisher %s in %s (%s): set aside as %s, computed again",
-                    key.digest[:12],
-                    self.location,
-                    error,
-                    aside,
-                )
-            return None
-        except OSError as error:
-            self._lost("read", error)
-            return None
-        return values
+        for digest in key.digests:
+            try:
+                return self.load(digest)[0]
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                self._damaged(digest, error)
+            except OSError as error:
+                self._lost("read", error)
+                return None
+        return None
 
-    def put(self, key: FisherKey, values: Mapping[str, Tensor]) -> None:
+    def _damaged(self, digest: str, error: ValueError) -> None:
+        aside = self.set_aside(digest)
+        if aside is not None:  # None: another process was quicker
+            logger.warning(
+                "damaged Fisher %s in %s (%s): set aside as %s, computed again",
+                digest[:12],
+                self.location,
+                error,
+                aside,
+            )
+
+    def put(self, key: FisherKey, values: Mapping[str, Tensor]) -> bool:
         """Store the values of a key; a full disk or a server that is away costs the entry, not the trial.
 
         Args:
             key: what they are.
             values: one tensor per parameter name, already in the stored dtype.
+
+        Returns:
+            Whether they are stored.
         """
         if time.monotonic() < self._away_until:
-            return
+            return False
         try:
             self.save(key.digest, values, key_metadata(key))
             if self.limit is not None:
                 self.prune(self.limit, keep=key.digest)
         except OSError as error:
             self._lost("written", error)
+            return False
+        return True
 
     def _lost(self, what: str, error: OSError) -> None:
         self._away_until = time.monotonic() + PAUSE
@@ -230,7 +239,7 @@ def copy_entries(source: FisherCache, target: FisherCache) -> Copied:
         except ValueError as error:
             damaged.append((digest, str(error)))
             continue
-        target.save(digest, values, {name: text for name, text in metadata.items() if name != "sha256"})
+        target.save(digest, values, without_checksum(metadata))
         copied.append(digest)
         if target.limit is not None:
             target.prune(target.limit, keep=digest)

@@ -1,6 +1,7 @@
 """A Fisher as a safetensors file: values by parameter name, the key and a checksum among the metadata.
 
-safetensors notices bytes that are missing or too many, but loads a flipped bit silently: hence the checksum.
+safetensors notices bytes that are missing or too many, but loads a flipped bit silently: hence the checksum.  What
+stays on this machine's file systems has a fast one, xxh3_128; what leaves it has sha256, which nobody can forge.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -21,15 +24,20 @@ from dfmerge_studies.temporary import beside
 
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _HEADER = 8  # bytes that say how long the JSON header is
+FAST, STRONG = "xxh3_128", "sha256"  # kinds of checksums, and their names among the metadata
+CHECKSUMS: Mapping[str, Callable[[], Any]] = {FAST: xxhash.xxh3_128, STRONG: hashlib.sha256}
 
 
-def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_fisher(
+    file: Path, values: Mapping[str, Tensor], metadata: Mapping[str, str], *, checksum_kind: str = STRONG
+) -> None:
     """Write importance values as safetensors, atomically, with a checksum among the metadata.
 
     Args:
         file: where to.
         values: one tensor per parameter name.
         metadata: texts to keep beside them.
+        checksum_kind: one of `CHECKSUMS`.
 
     Raises:
         OSError: no space, no permission.
@@ -40,7 +48,7 @@ def save_fisher(file: Path, values: Mapping[str, Tensor], metadata: Mapping[str,
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(tensors, temporary, {**metadata, "sha256": checksum(tensors)})
+        save_file(tensors, temporary, {**metadata, checksum_kind: checksum(tensors, checksum_kind)})
         temporary.chmod(mode)  # safetensors lets nobody but the owner read, and others may share the folder
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -77,7 +85,8 @@ def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # a type that torch lacks, say
         raise ValueError(f"no values of tensors: {first_line(error)}") from error
     metadata = parse_metadata(data)
-    if metadata.get("sha256") != checksum(values):
+    kind = next((kind for kind in CHECKSUMS if kind in metadata), None)
+    if kind is None or metadata[kind] != checksum(values, kind):
         raise ValueError("the checksum does not match the values")
     return values, metadata
 
@@ -114,10 +123,20 @@ def read_metadata(file: Path) -> dict[str, str]:
         return parse_metadata(start + stream.read(length))
 
 
-def checksum(values: Mapping[str, Tensor]) -> str:
-    """sha256 over names and values, in the order of the names."""
-    total = hashlib.sha256()
+def checksum(values: Mapping[str, Tensor], kind: str = STRONG) -> str:
+    """Checksum over names and values, in the order of the names.
+
+    Args:
+        values: one tensor per parameter name.
+        kind: one of `CHECKSUMS`.
+    """
+    total = CHECKSUMS[kind]()
     for name in sorted(values):
         total.update(name.encode())
         total.update(values[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return str(total.hexdigest())
+
+
+def without_checksum(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The key among a file's metadata, for a file that gets a checksum of its own."""
+    return {name: text for name, text in metadata.items() if name not in CHECKSUMS}

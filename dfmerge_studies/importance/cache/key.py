@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from dfmerge_studies.checkpoints.digest import json_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had sha256 alone as its checksum; its values mean the same and are read
+_READABLE = (1,)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class FisherKey:
     def digest(self) -> str:
         """64 hexadecimal digits: the file's name."""
         return json_digest({name: value for name, value in asdict(self).items() if name != "expert_name"})
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The names under which the values may be found: the key's own, then those of earlier versions."""
+        earlier = _READABLE if self.format_version == FORMAT_VERSION else ()
+        return (self.digest, *(replace(self, format_version=version).digest for version in earlier))
 
 
 def key_metadata(key: FisherKey) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import IO
 from torch import Tensor
 
 from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
-from dfmerge_studies.importance.cache.file import parse_fisher, read_metadata, save_fisher
+from dfmerge_studies.importance.cache.file import FAST, parse_fisher, read_metadata, save_fisher
 
 try:
     import fcntl
@@ -56,7 +56,7 @@ class LocalCache(FisherCache):
 
     def save(self, digest: str, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """See `FisherCache.save`."""
-        save_fisher(self.file_of(digest), values, metadata)
+        save_fisher(self.file_of(digest), values, metadata, checksum_kind=FAST)
 
     def set_aside(self, digest: str) -> str | None:
         """See `FisherCache.set_aside`."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
-from dfmerge_studies.importance.cache.file import checksum, parse_fisher
+from dfmerge_studies.importance.cache.file import STRONG, checksum, parse_fisher
 
 GRACE = 600.0  # seconds: an entry used in the last so many is in use; data without a manifest so old is left over
 _DATA, _MANIFEST, _USED = ".safetensors", ".json", ".used"
@@ -65,7 +65,7 @@ class RemoteCache(FisherCache):
     def save(self, digest: str, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """See `FisherCache.save`."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
-        described = {**metadata, "sha256": checksum(tensors)}
+        described = {**metadata, STRONG: checksum(tensors)}
         data = save(tensors, described)
         sha = hashlib.sha256(data).hexdigest()
         name = f"{digest}.{sha[:16]}{_DATA}"

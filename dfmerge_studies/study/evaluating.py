@@ -1,0 +1,61 @@
+"""What a run does with a trial's point: merge, score, tell what it is worth, and keep its Fishers if it is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.study.rows import rows_attribute
+from dfmerge_studies.study.value import rounded_seconds, standing, trial_result
+from dfmerge_studies.trials.marks import FISHERS, SECONDS
+from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.results import TrialResult
+
+if TYPE_CHECKING:
+    from dfmerge_studies.study.session import Session
+
+
+class Trials:
+    """Evaluates the trials of one run.
+
+    Args:
+        session: an open study.
+        expert_scores: of each task's own expert, as far as they are known.
+    """
+
+    def __init__(self, session: Session, expert_scores: Mapping[str, float]) -> None:
+        self._session = session
+        self._expert_scores = expert_scores
+        self._best = max(map(self._standing, results(session.study)), default=None)
+
+    def _standing(self, trial: FrozenTrial | TrialResult) -> tuple[float, ...]:
+        constraints = trial.constraints
+        missing = constraints.values() if isinstance(constraints, Mapping) else constraints
+        return standing(trial.values, missing, self._session.spec.objective)
+
+    def __call__(self, point: Mapping[str, float]) -> TrialResult:
+        """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept."""
+        session, spec = self._session, self._session.spec
+        at = session.method.point(point, session.problem.experts).on_step(spec.search.step)
+        with session.merger.importances.shelf.trial() as fishers:
+            outcome = session.merger.run(at)
+            result = trial_result(
+                at,
+                outcome.tasks,
+                spec.metrics("validation"),
+                objective=spec.objective,
+                expert_scores=self._expert_scores,
+                max_drop=spec.search.max_drop,
+                attributes={
+                    SECONDS: rounded_seconds(outcome.seconds),
+                    FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
+                    **rows_attribute(outcome.rows),
+                },
+            )
+            reached = self._standing(result)
+            if self._best is None or reached > self._best:
+                self._best = reached
+                fishers.keep()
+        return result
