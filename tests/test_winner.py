@@ -24,7 +24,7 @@ from dfmerge_studies.study.selection import LEVEL, budget, contenders, name_winn
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.study.winner import Rescored, stored_selection, winner_of
-from dfmerge_studies.tasks.metrics import METRICS, Metrics
+from dfmerge_studies.tasks.metrics import METRICS, Metrics, TaskScore
 from dfmerge_studies.tasks.sampling import divided_rows
 from tests.project import Project, copied
 
@@ -289,15 +289,15 @@ class Scored:
 
     def __init__(self, patch: pytest.MonkeyPatch, stop: int | None = None) -> None:
         self.splits: list[str] = []
-        real = Merger.scores
+        real = Merger.results
 
-        def scores(merger: Merger, split: str) -> dict[str, float]:
+        def results(merger: Merger, split: str) -> dict[str, TaskScore]:
             if len(self.splits) == stop:
                 raise KeyboardInterrupt
             self.splits.append(split)
             return real(merger, split)  # type: ignore[arg-type]
 
-        patch.setattr(Merger, "scores", scores)
+        patch.setattr(Merger, "results", results)
 
 
 def test_a_choice_that_was_cut_goes_on_with_what_it_had_scored(lucky: Project, monkeypatch: pytest.MonkeyPatch) -> None:

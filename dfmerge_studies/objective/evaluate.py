@@ -132,7 +132,7 @@ def _evaluate(
                 expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
             )
             answers = Answers(losses, _in_order_of(classes, of_experts, task, predict(others)))
-        results[task] = TaskScore(metric.score(answers), metric.name, len(examples))
+        results[task] = metric.result(answers)
     return results
 
 

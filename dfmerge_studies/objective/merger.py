@@ -25,7 +25,7 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.spec import StudySpec, check_coefficients
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
-from dfmerge_studies.tasks.metrics import Answers, predict
+from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.transforms import TRANSFORMS, Prepared
@@ -139,10 +139,9 @@ class Merger:
         self.ask_experts_("validation")
         merged = self.merge_(point)
         start = time.perf_counter()
-        metrics = self.problem.spec.metrics("validation")
-        answers = {task: self._answers(task, "validation") for task in self.problem.tasks}
-        tasks = {task: metrics[task].score(each) for task, each in answers.items()}
-        rows = {task: list(of_rows(answers[task])) for task, m in metrics.items() if (of_rows := m.of_rows) is not None}
+        found = self.results("validation")
+        tasks = {task: result.score for task, result in found.items()}
+        rows = {task: list(result.rows) for task, result in found.items() if result.rows is not None}
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
         return replace(merged, tasks=tasks, rows=rows, seconds=seconds)
 
@@ -209,17 +208,29 @@ class Merger:
         Raises:
             RunError: a loss is not finite.
         """
-        return {task: self.score(task, split) for task in self.problem.tasks_of(split)}
+        return {task: result.score for task, result in self.results(split).items()}
 
     @_everywhere
-    def score(self, task: str, split: Split) -> float:
+    def results(self, split: Split) -> dict[str, TaskScore]:
+        """The same with the rows that the scores rest on.
+
+        Args:
+            split: of the tasks' data.
+
+        Raises:
+            RunError: a loss is not finite.
+        """
+        return {task: self.result(task, split) for task in self.problem.tasks_of(split)}
+
+    @_everywhere
+    def result(self, task: str, split: Split) -> TaskScore:
         """Score of the model as it stands on one task, by the metric of task and split.
 
         Args:
             task: name of the task.
             split: of the tasks' data.
         """
-        return self.problem.spec.metrics(split)[task].score(self._answers(task, split))
+        return self.problem.spec.metrics(split)[task].result(self._answers(task, split))
 
     def row_scores(self, task: str, split: Split) -> list[float]:
         """One score per input of the model as it stands; their mean is its score.
@@ -280,22 +291,22 @@ class Merger:
         )
 
     @_everywhere
-    def expert_scores(self, split: Split) -> dict[str, float]:
+    def expert_results(self, split: Split) -> dict[str, TaskScore]:
         """Score of every task's own expert on it, by task; tasks without one are left out.
 
         Args:
             split: of the tasks' data.
         """
         self.ask_experts_(split)
-        scores = {}
+        results: dict[str, TaskScore] = {}
         for index, (_, expert) in enumerate(self.problem.spec.experts.items()):
-            if expert.task in self.problem.tasks_of(split) and expert.task not in scores:
+            if expert.task in self.problem.tasks_of(split) and expert.task not in results:
                 self.problem.resident.load_scaled_(index, 1.0)
-                scores[expert.task] = self.score(expert.task, split)
-        return scores
+                results[expert.task] = self.result(expert.task, split)
+        return results
 
     @_everywhere
-    def base_scores(self, split: Split) -> dict[str, float]:
+    def base_results(self, split: Split) -> dict[str, TaskScore]:
         """Score of the base on every task, under the task's head where there are heads.
 
         Args:
@@ -303,7 +314,7 @@ class Merger:
         """
         self.ask_experts_(split)
         self.problem.resident.load_base_()
-        return self.scores(split)
+        return self.results(split)
 
     def all_names(self) -> list[str]:
         """Every shared parameter of the base, changed by an expert or not."""

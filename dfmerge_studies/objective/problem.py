@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -28,10 +28,8 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Problem:
     pad_id: int
     ranks: Ranks = SOLO
     classes: Classes = field(default_factory=dict)
-    reference_scores: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    reference_scores: dict[tuple[str, str], dict[str, TaskScore]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     expert_answers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     rehearsed: set[tuple[str, str]] = field(default_factory=set)

@@ -15,12 +15,12 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
-from dfmerge_studies.study.scores import find_model, keep_multi_task_row
+from dfmerge_studies.study.scores import find_model, keep_multi_task_row, stored_results
 from dfmerge_studies.study.selection import name_winner_
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.study.winner import Selection
-from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tasks.metrics import Metrics, TaskScore
 from dfmerge_studies.tasks.splits import Split, as_split
 from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
 from dfmerge_studies.trials.loop import Summary
@@ -48,6 +48,7 @@ class ComparedStudy:
         fishers: Fishers of those trials, `computed` and `cached`.
         error: why there are no scores, None if there are.
         selection: how the trial was named the winner of the study, None where it was not.
+        results: the scores with the rows that they rest on, as far as the study keeps these.
     """
 
     variant: str
@@ -61,6 +62,7 @@ class ComparedStudy:
     fishers: Mapping[str, int] = field(default_factory=lambda: {"computed": 0, "cached": 0})
     error: str | None = None
     selection: Selection | None = None
+    results: Mapping[Split, Mapping[str, TaskScore]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -72,6 +74,7 @@ class ComparedStudy:
         *,
         among: Sequence[FrozenTrial],
         scores: Scores,
+        results: Mapping[Split, Mapping[str, TaskScore]],
         selection: Selection | None = None,
     ) -> Self:
         """The entry of one trial.
@@ -84,6 +87,7 @@ class ComparedStudy:
             among: the completed trials that it was chosen from.
             scores: of the trial, by split and task.
             selection: how it was named the winner.
+            results: the same with their rows.
         """
         fishers = [one.user_attrs[FISHERS] for one in among]
         return cls(
@@ -91,6 +95,7 @@ class ComparedStudy:
             seed=seed,
             study=study,
             scores=scores,
+            results=results,
             coefficients=dict(trial.user_attrs[COEFFICIENTS]),
             trial=trial.number,
             trials=len(among),
@@ -321,6 +326,14 @@ def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> Compa
     if trial is None:
         raise RunError("no trial has a result", where=planned.spec.name)
     scores = {split: session.trial_scores(trial, split) for split in splits}
+    found = {split: stored_results(session.study, trial, split) or {} for split in splits}
     return ComparedStudy.of(
-        planned.variant.name, planned.seed, planned.spec.name, trial, among=done, scores=scores, selection=selection
+        planned.variant.name,
+        planned.seed,
+        planned.spec.name,
+        trial,
+        among=done,
+        scores=scores,
+        results=found,
+        selection=selection,
     )

@@ -191,7 +191,7 @@ def _cell(merger: Merger, plane: Plane, coefficients: Mapping[str, float], tasks
     merger.merge_(coefficients)
     x, y = plane.place(dict(merger.problem.resident.model.named_parameters()))
     metrics = merger.problem.spec.metrics("validation").only(tasks)
-    return [x, y, metrics.mean_of({task: merger.score(task, "validation") for task in tasks})]
+    return [x, y, metrics.mean_of({task: merger.result(task, "validation").score for task in tasks})]
 
 
 def _of_two(problem: Problem, names: Sequence[str]) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -13,9 +13,14 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.checkpoints.digest import Contents, file_digest, json_digest
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.checkpoints.write import HEADS
-from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.rows import rows_attribute, unpacked
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.trials.marks import ROWS, TASKS
+
+if TYPE_CHECKING:
+    from dfmerge_studies.objective.problem import Problem
 
 _SCORES = "dfmerge:scores"  # study attribute, followed by row and split
 _MULTI_TASK = "dfmerge:multi_task"  # study attribute: row of the multi-task model that it was last compared with
@@ -40,7 +45,7 @@ class KeptScores:
             return None
         return dict(kept["scores"])
 
-    def kept(self, row: str, split: Split, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    def kept(self, row: str, split: Split, compute: Callable[[], Mapping[str, TaskScore]]) -> dict[str, float]:
         """Scores that the study has, or gets now.
 
         Args:
@@ -50,12 +55,18 @@ class KeptScores:
         """
         scores = self.stored(row, split)
         if scores is None:
-            scores = dict(compute())
-            kept = {"data": self.problem.data_digests(split), "scores": scores}
+            found = compute()
+            scores = {task: result.score for task, result in found.items()}
+            kept = {
+                "data": self.problem.data_digests(split),
+                "scores": scores,
+                "n": {task: result.n for task, result in found.items()},
+                **rows_attribute({task: result.rows for task, result in found.items() if result.rows is not None}),
+            }
             self.study.set_user_attr(f"{_SCORES}:{row}:{split}", kept)
         return scores
 
-    def shared(self, row: str, split: Split, compute: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    def shared(self, row: str, split: Split, compute: Callable[[], Mapping[str, TaskScore]]) -> dict[str, float]:
         """Scores of what is the same in every study of these models: once per process is enough for all of them.
 
         Args:
@@ -64,8 +75,11 @@ class KeptScores:
             compute: scores it, where neither the study nor the process has it.
         """
         known = self.problem.reference_scores
-        known[row, split] = self.kept(row, split, lambda: known[row, split] if (row, split) in known else compute())
-        return dict(known[row, split])
+
+        scores = self.kept(row, split, lambda: known[row, split] if (row, split) in known else compute())
+        if (row, split) not in known and (kept := stored_results(self.study, row, split)) is not None:
+            known[row, split] = kept
+        return scores
 
 
 def scores_attribute(row: str, split: Split, scores: Mapping[str, float]) -> dict[str, Any]:
@@ -89,6 +103,37 @@ def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: Split) -> 
     """
     kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
     return dict(kept["scores"]) if kept is not None else None
+
+
+def stored_results(study: optuna.Study, row: str | FrozenTrial, split: Split) -> dict[str, TaskScore] | None:
+    """Scores that a study keeps with the rows that they rest on, as far as it keeps these too.
+
+    Args:
+        study: from its storage.
+        row: "base", "experts", that of another model, or a completed trial.
+        split: of the tasks' data.
+    """
+    kept: Mapping[str, Any] | None
+    if isinstance(row, FrozenTrial) and split == "validation":
+        kept = {"scores": row.user_attrs[TASKS], "n": _numbers(study, split), ROWS: row.user_attrs.get(ROWS, {})}
+    else:
+        kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
+    if kept is None:
+        return None
+    rows, numbers = unpacked(kept.get(ROWS, {})), kept.get("n", {})
+    return {
+        task: TaskScore(score, "", len(rows.get(task, ())) or numbers.get(task, 0), rows.get(task))
+        for task, score in kept["scores"].items()
+    }
+
+
+def _numbers(study: optuna.Study, split: Split) -> dict[str, int]:
+    """How many rows of each task are scored, as far as the study says it of some model."""
+    found: dict[str, int] = {}
+    for name, kept in study.user_attrs.items():
+        if name.startswith(f"{_SCORES}:") and name.endswith(f":{split}"):
+            found.update(kept.get("n", {}))
+    return found
 
 
 def multi_task_row(study: optuna.Study) -> str | None:

@@ -39,7 +39,7 @@ from dfmerge_studies.study.totals import add_trials, state_total, stored_total
 from dfmerge_studies.study.value import directions, metric_names
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
 from dfmerge_studies.study.winner import winner_of
-from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
+from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, TaskScore, agrees
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
 from dfmerge_studies.trials.loop import Summary, work
@@ -187,7 +187,7 @@ class Session:
             row: "base", or "experts" (each on its own task).
             split: of the tasks' data.
         """
-        compute = self.merger.base_scores if row == "base" else self.merger.expert_scores
+        compute = self.merger.base_results if row == "base" else self.merger.expert_results
         return self.scores.shared(row, split, lambda: compute(split))
 
     def model_scores(self, reference: str, split: Split) -> dict[str, float]:
@@ -204,8 +204,8 @@ class Session:
         contents = Contents()
         path, row = find_model(self.spec, reference, contents)
 
-        def compute() -> dict[str, float]:
-            entries = evaluate_model(
+        def compute() -> dict[str, TaskScore]:
+            return evaluate_model(
                 self.spec,
                 str(path),
                 split,
@@ -213,7 +213,6 @@ class Session:
                 ranks=self.problem.ranks,
                 contents=contents,
             )
-            return {task: entry.score for task, entry in entries.items()}
 
         return self.scores.shared(row, split, compute)
 
@@ -227,10 +226,10 @@ class Session:
         if split == "validation":
             return dict(trial.user_attrs[TASKS])
 
-        def compute() -> dict[str, float]:
+        def compute() -> dict[str, TaskScore]:
             self.merger.ask_experts_(split)
             self.merge_(trial)
-            return self.merger.scores(split)
+            return self.merger.results(split)
 
         return self.scores.kept(trial_row(trial), split, compute)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from dfmerge_studies.errors import InputError
@@ -57,12 +57,14 @@ class TaskScore:
     Attributes:
         score: the number.
         metric: name of what it is.
-        n: inputs that it rests on.
+        n: inputs that it rests on; 0 where that is not known.
+        rows: one score per input, in their order, where the metric is a mean over inputs and they are known.
     """
 
     score: float
     metric: str
     n: int
+    rows: Sequence[float] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,27 @@ class Metric:
             InputError: there is nothing to score.
             ValueError: there are not as many losses as labels.
         """
+        return self.result(answers).score
+
+    def result(self, answers: Answers) -> TaskScore:
+        """The score of a model on one task, with the rows that it rests on.
+
+        Args:
+            answers: to at least one input.
+
+        Raises:
+            InputError: there is nothing to score.
+            ValueError: there are not as many losses as labels.
+        """
         if len(answers.losses) != len(answers.wanted):
             raise ValueError(f"{len(answers.losses)} answers to {len(answers.wanted)} inputs")
         if not answers.wanted:
             raise InputError("there are no examples to score", hint="Check the split and its limit")
         if self.of_rows is not None:
             rows = self.of_rows(answers)
-            return sum(rows) / len(rows)
+            return TaskScore(sum(rows) / len(rows), self.name, len(rows), rows)
         assert self.of_all is not None
-        return float(self.of_all(answers))
+        return TaskScore(float(self.of_all(answers)), self.name, len(answers.wanted))
 
     def worth(self, score: float) -> float:
         """A score such that higher is better; applied to that it gives the score again."""
@@ -280,6 +294,26 @@ class Metrics(Mapping[str, Metric]):
         if len(kinds) == 1:
             return [(kinds[0], [])]
         return [(kind, [task for task, name in self.names.items() if name == kind]) for kind in kinds]
+
+
+def largest_drop(
+    scores: Mapping[str, float], experts: Mapping[str, float], metrics: Metrics
+) -> tuple[str, float] | None:
+    """The task that loses most against its own expert, and how many points (`Metric.drop`); the first among equals.
+
+    Args:
+        scores: of a merged model by task.
+        experts: of each task's own expert; tasks without one do not count.
+        metrics: what the scores are.
+
+    Returns:
+        The task and its loss, negative if every task gains; None if there is nothing to compare.
+    """
+    lost = metrics.drops(scores, {task: score for task, score in experts.items() if task in scores})
+    if not lost:
+        return None
+    task = max(lost, key=lambda name: lost[name])
+    return task, lost[task]
 
 
 def agrees(split: Split, doc_to_target: object) -> bool:
