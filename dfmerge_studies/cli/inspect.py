@@ -46,11 +46,11 @@ def status(
     plan = Plan.of(settings)
     study = plan.study()
 
-    def look() -> dict[str, Any]:
+    def look(former: Mapping[str, Any] | None = None) -> dict[str, Any]:
         with storage_errors(plan.url):
             if not is_read_only(storage_of(study)):
                 recover(study)
-            return study_summary(study, plan)
+            return study_summary(study, plan, former)
 
     if watch:
         _watch(look, every, as_json=json)
@@ -60,17 +60,18 @@ def status(
         common.output().print(status_table(look()))
 
 
-def _watch(look: Callable[[], dict[str, Any]], every: float, *, as_json: bool) -> None:
+def _watch(look: Callable[[Mapping[str, Any] | None], dict[str, Any]], every: float, *, as_json: bool) -> None:
     """Show a study until it has its total: a table that is redrawn; to a file or pipe, a line for every change."""
     from rich.live import Live
 
     from dfmerge_studies.report.tables import status_line, status_table
 
     out, former = common.output(), None
+    summary: dict[str, Any] | None = None
     drawn = sys.stdout.isatty() and not as_json
     with Live(console=out, auto_refresh=False) if drawn else nullcontext() as live:
         while True:
-            summary = look()
+            summary = look(summary)
             trials = summary["trials"]
             state = (trials, summary["best"], [(w["host"], w["pid"]) for w in summary["workers_alive"]])
             if live is not None:

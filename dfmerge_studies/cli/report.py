@@ -67,6 +67,7 @@ def report(
     from dfmerge_studies.report.figures import figures as drawings
     from dfmerge_studies.report.figures.base import Drawing
     from dfmerge_studies.report.page import check_out, study_page, write_report
+    from dfmerge_studies.report.verdict import verdict_of
     from dfmerge_studies.report.view import StudyView
     from dfmerge_studies.storage import storage_errors
     from dfmerge_studies.study.plan import Plan
@@ -84,9 +85,11 @@ def report(
         view = StudyView.of(study)
         found = drawings(view, names)
         written = write_report(place, study_page(view, command), found)
+        verdict = verdict_of(view)
     missing = {figure.name: figure.reason for figure in found if not isinstance(figure, Drawing)}
     if json:
-        common.print_json({"study": view.name, **written, "missing": missing})
+        told = verdict.described() if verdict is not None else None
+        common.print_json({"study": view.name, "verdict": told, **written, "missing": missing})
         return
     console = common.output()
     console.print(f"{written['page']}: {len(found) - len(missing)} figures", markup=False)

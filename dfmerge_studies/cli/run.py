@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +19,14 @@ from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from dfmerge_studies.importance.cache.shelf import Tally
     from dfmerge_studies.report.standings import Standings
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.session import Session
+    from dfmerge_studies.tasks.metrics import TaskScore
 
 
 def run(
@@ -167,10 +170,10 @@ def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> 
 
     with common.progress_bar() as progress:
         session.merger.progress = progress
-        rows = [
-            Scored(BASE, {s: session.reference_scores("base", s) for s in splits}, compete=False),
-            Scored(EXPERTS, {s: session.reference_scores("experts", s) for s in splits}, compete=False),
-        ]
+        rows = []
+        for name, row in ((BASE, "base"), (EXPERTS, "experts")):
+            scores = {split: session.reference_scores(row, split) for split in splits}
+            rows.append(Scored(name, scores, compete=False, results=_results(session, row, splits)))
         for each in [*baselines, session]:
             best = each.best()
             assert best is not None
@@ -178,8 +181,16 @@ def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> 
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
             point = each.point(best)
-            rows.append(Scored(name, scores, detail={"coefficients": dict(point.coefficients), **point.parameters}))
+            detail = {"coefficients": dict(point.coefficients), **point.parameters}
+            rows.append(Scored(name, scores, detail=detail, results=_results(each, best, splits)))
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
+
+
+def _results(session: Session, row: str | FrozenTrial, splits: Sequence[Split]) -> dict[Split, dict[str, TaskScore]]:
+    """Scores as the study keeps them now, with their rows."""
+    from dfmerge_studies.study.scores import stored_results
+
+    return {split: stored_results(session.study, row, split) or {} for split in splits}
 
 
 def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) -> None:
@@ -203,7 +214,7 @@ def _tell(
     from dfmerge_studies.methods import label
     from dfmerge_studies.report.renderings import rows_json, standings_table
     from dfmerge_studies.report.summary import study_summary
-    from dfmerge_studies.report.tables import coefficients_text, method_parameters, selection_text
+    from dfmerge_studies.report.tables import coefficients_text, method_parameters, selection_text, verdict_lines
 
     spec, summary = plan.spec, study_summary(study, plan)
     if as_json:
@@ -215,6 +226,8 @@ def _tell(
         return
     out, best = common.output(), summary["best"]
     trials = summary["trials"]
+    for line in verdict_lines(summary) if finished else ():
+        out.print(f"verdict: {line}", markup=False)
     for split, table in tables.items():
         out.print(standings_table(table, title=f"{summary['study']}: {split} {table.metrics.heading}"))
     state = f"{trials['complete']} of {trials['target']} trials complete"

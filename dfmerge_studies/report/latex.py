@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from dfmerge_studies.report.renderings import label, notes, shown, trials_text
+from dfmerge_studies.report.renderings import footer, label, notes, shown, trials_text
 from dfmerge_studies.report.standings import Standing, Standings
 from dfmerge_studies.tasks.metrics import MEAN
 
@@ -53,13 +53,16 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
         cells.append("-- & " if row.drop is None else f"${row.drop[1]:+.1f}$ & {_escape(row.drop[0])}")
         cells.append(trials_text(row).replace("-", "--"))
         lines.append(" & ".join(cells) + r" \\")
+    for number, (name, texts) in enumerate(footer(found, labels)):
+        cells = [_escape(name), *(f"{texts.get(column, '')}{' & ' if spreads else ''}" for column in scores), " & ", ""]
+        lines += [*([] if number else [r"\midrule"]), " & ".join(cells) + r" \\"]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def _latex_score(found: Standings, row: Standing, column: str, *, spreads: bool) -> str:
     """The mean, and in a column of its own the spread with the star."""
     mean, std = shown(found, row, column) or ("", "")
-    value = _LATEX.get(found.ranks[column].get(row.method, 0), "%s") % mean if mean else "--"
+    value = _LATEX.get(found.marks[column].get(row.method, 0), "%s") % mean if mean else "--"
     star = "$^{*}$" if column == MEAN and row.star else ""
     beside = (rf"{{\scriptsize$\pm$\,{std}}}" if std else "") + star
     return f"{value} & {beside}" if spreads else value + star

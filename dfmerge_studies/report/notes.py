@@ -19,6 +19,7 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.tables import selection_text
+from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import WARM_START, stored_fingerprint
@@ -76,6 +77,7 @@ def study_note(view: StudyView) -> str:
     ]
     if best is not None:
         lines += [
+            *_verdict(view),
             f"**Best: trial {best.number}, {view.value_text(best, 2)}** ({escape(view.measure)}"
             f"{' in percent' if view.unit else ''} on validation)",
             "",
@@ -88,6 +90,13 @@ def study_note(view: StudyView) -> str:
             *_way_to_the_model(view),
         ]
     return "\n".join([*lines, _SIGNED])
+
+
+def _verdict(view: StudyView) -> list[str]:
+    """What the study has come to so far."""
+    verdict = verdict_of(view)
+    lines = [] if verdict is None else [f"{line[0].upper()}{line[1:]}." for line in verdict.lines]
+    return [*(f"- {escape(line)}" for line in lines), *([""] if lines else [])]
 
 
 def _first_tried(view: StudyView) -> str:

@@ -21,6 +21,7 @@ from dfmerge_studies.report.sections import Section, merged_table
 from dfmerge_studies.report.standings import standings
 from dfmerge_studies.report.stored_comparison import stored_comparison, stored_standings
 from dfmerge_studies.report.tables import selection_text
+from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
 from dfmerge_studies.temporary import beside
@@ -40,6 +41,7 @@ class Page:
     Attributes:
         title: of the page.
         summary: a paragraph under it.
+        verdict: what the study has come to, a line each.
         tables: sections with tables.
         command: lines that make it again.
         provenance: names and values.
@@ -48,6 +50,7 @@ class Page:
 
     title: str
     summary: str
+    verdict: Sequence[str]
     tables: Sequence[Section]
     command: str
     provenance: Sequence[tuple[str, str]]
@@ -71,7 +74,7 @@ def study_page(view: StudyView, command: str) -> Page:
         if view.selection is not None:
             text = selection_text(view.selection.described(), view.metrics("validation"))
             summary += f" {text[0].upper()}{text[1:]}."
-    scores = stored_standings(view)
+    scores, verdict = stored_standings(view), verdict_of(view)
     tables = [merged_table(view)]
     tables += [standings_section(t, f"{split.capitalize()} {t.metrics.heading}") for split, t in scores.items()]
     compared = stored_comparison(view)
@@ -83,6 +86,7 @@ def study_page(view: StudyView, command: str) -> Page:
     return Page(
         title=f"{view.name}: {view.method}",
         summary=summary,
+        verdict=verdict.lines if verdict is not None else [],
         tables=tables,
         command=command,
         provenance=_provenance(view),

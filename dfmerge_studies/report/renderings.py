@@ -24,11 +24,14 @@ _STYLES = {1: "bold", 2: "underline"}
 CSV_COLUMNS = (
     "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
     "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error", "metric",
+    "rows", "standard_error",
 )  # fmt: skip
 
 
 def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] = MappingProxyType({})) -> Table:
-    """Scores for the terminal: the best of every column bold, the second underlined.
+    """Scores for the terminal: the best of every column bold, the second underlined, where the data tells them apart.
+
+    Below them stand how many rows of data the scores rest on, and the standard errors of the last merge.
 
     The spread over seeds stands at the mean only, so that many tasks fit; the other forms have it for every task.
 
@@ -44,10 +47,14 @@ def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] =
         cells = [Text(label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
         for column in found.columns:
             mean, std = shown(found, row, column) or ("-", "")
-            cells.append(Text(mean, style=_STYLES.get(found.ranks[column].get(row.method, 0), "")))
+            cells.append(Text(mean, style=_STYLES.get(found.marks[column].get(row.method, 0), "")))
         if spreads:
             cells.append(Text(f"± {std}" if std else "").append("*" if row.star else " " if starred else ""))
         lines.append([*cells, *(map(Text, _of_studies(row)) if found.compared else [])])
+    for name, texts in footer(found, labels):
+        blank = [""] * (len(columns) - 1 - len(found.columns))
+        below = (name, *(texts.get(column, "") for column in found.columns), *blank)
+        lines.append([Text(cell, style="dim") for cell in below])
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for number, name in enumerate(columns):
         # Names fold where the terminal is narrow; numbers are never cut.
@@ -56,6 +63,23 @@ def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] =
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def footer(found: Standings, labels: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, dict[str, str]]]:
+    """Lines below a table: rows of data and standard errors, by column, as far as they are known.
+
+    Args:
+        found: the numbers.
+        labels: what to call a row instead of by its method's name.
+    """
+    lines, rows, errors = [], found.rows_by_column, found.errors
+    if rows:
+        lines.append(("rows", {column: str(number) for column, number in rows.items()}))
+    if errors is not None:
+        method, by_column = errors
+        shown = {column: found.metrics.of(column).shown(error) for column, error in by_column.items()}
+        lines.append((f"standard error of {labels.get(method, method)}", shown))
+    return lines
 
 
 def notes(found: Standings) -> list[str]:
@@ -73,6 +97,9 @@ def notes(found: Standings) -> list[str]:
     what = "points that the worst task loses against its own expert"
     lines.append(f"largest drop: {what}{', hundredths of the range of its metric' if odd else ''}")
     lines.append("trials and seconds: per seed; Fishers from the cache cost no time")
+    if found.undecided:
+        where = "" if len(found.undecided) == len(found.columns) else f" of {', '.join(found.undecided)}"
+        lines.append(f"the rows{where} do not tell the best from all others: none is marked there")
     return lines
 
 
@@ -117,6 +144,8 @@ def standings_csv(found: Standings) -> str:
                     **{f"fishers_{kind}": count for kind, count in _fishers(row).items() if row.entries},
                     "error": " | ".join(row.errors),
                     "metric": found.metrics.of(task).name,
+                    "rows": (cell.n or None) if cell else None,
+                    "standard_error": cell.error if cell else None,
                 }
             )
     return out.getvalue()
@@ -129,12 +158,15 @@ def standings_section(found: Standings, title: str) -> sections.Section:
         cells = [sections.PageCell(label(row, {}, len(found.seeds)))]
         for column in found.columns:
             mean, std = shown(found, row, column) or ("-", "")
-            rank = found.ranks[column].get(row.method)
+            rank = found.marks[column].get(row.method)
             text = f"{mean} ± {std}" if std else mean
             star = "*" if column == MEAN and row.star else ""
             cells.append(sections.PageCell(text + star, bold=rank == 1, underline=rank == 2))
         cells += map(sections.PageCell, _of_studies(row) if found.compared else [])
         rows.append(sections.TableRow(cells, reference=not row.compete))
+    for name, texts in footer(found):
+        cells = [sections.PageCell(text) for text in (name, *(texts.get(column, "") for column in found.columns))]
+        rows.append(sections.TableRow(cells, reference=True))
     return sections.Section(
         title,
         ["", *found.columns, *(_OF_STUDIES if found.compared else [])],
@@ -156,19 +188,37 @@ def rows_json(tables: Mapping[Split, Standings]) -> list[dict[str, Any]]:
             means = {column: cell.mean for column, cell in row.cells.items()}
             scores = {task: means[task] for task in table.tasks if task in means}
             entry = rows.setdefault(row.method, {"name": row.method, "coefficients": None, **row.detail})
-            entry[split] = {"tasks": scores, "mean": means.get(MEAN)}
+            entry[split] = {"tasks": scores, "mean": means.get(MEAN), **_of_rows(row, list(scores))}
     return list(rows.values())
+
+
+def _of_rows(row: Standing, tasks: list[str]) -> dict[str, Any]:
+    """Numbers of data's rows and standard errors, where they are known."""
+    if not all(row.cells[task].n for task in tasks):
+        return {}
+    return {
+        "n": {task: row.cells[task].n for task in tasks},
+        "standard_errors": {task: row.cells[task].error for task in tasks},
+        "standard_error": row.cells[MEAN].error if MEAN in row.cells else None,
+    }
 
 
 def task_lines(tables: Mapping[Split, Standings]) -> list[str]:
     """Tables turned around for a card, as lines of Markdown: a line per task, a column per split and row."""
-    columns = [(table, row) for table in tables.values() for row in table.rows]
-    heads = [f"{table.split}: {row.method}" for table, row in columns]
-    lines = [f"| task | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    columns = [
+        (f"{table.split}: {row.method}", _scores_of(table, row)) for table in tables.values() for row in table.rows
+    ]
+    for table in tables.values():
+        columns += [(f"{table.split}: {name}", texts) for name, texts in footer(table)]
+    lines = [f"| task | {' | '.join(head for head, _ in columns)} |", "|---" * (1 + len(columns)) + "|"]
     for task in next(iter(tables.values())).tasks:
-        cells = [shown(table, row, task) or ("-", "") for table, row in columns]
-        lines.append(f"| {task} | {' | '.join(mean for mean, _ in cells)} |")
+        lines.append(f"| {task} | {' | '.join(texts.get(task, '-') for _, texts in columns)} |")
     return lines
+
+
+def _scores_of(table: Standings, row: Standing) -> dict[str, str]:
+    """A row's scores as text, by task."""
+    return {task: found[0] for task in table.tasks if (found := shown(table, row, task)) is not None}
 
 
 def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
@@ -180,7 +230,9 @@ def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
         "tasks": {task: _cell_json(row.cells[task]) for task in found.tasks if task in row.cells},
         "mean": mean.mean if mean else None,
         "std": mean.std if mean else None,
+        "standard_error": mean.error if mean else None,
         "ranks": {column: ranks[row.method] for column, ranks in found.ranks.items() if row.method in ranks},
+        "marks": {column: marks[row.method] for column, marks in found.marks.items() if row.method in marks},
         "p": row.p,
         "star": row.star,
         "drop": {"task": row.drop[0], "points": row.drop[1]} if row.drop else None,
@@ -203,7 +255,7 @@ def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
 
 
 def _cell_json(cell: Cell) -> dict[str, float | None]:
-    return {"mean": cell.mean, "std": cell.std}
+    return {"mean": cell.mean, "std": cell.std, "standard_error": cell.error, "n": cell.n or None}
 
 
 def _seeds(row: Standing) -> int:

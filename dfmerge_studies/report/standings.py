@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 from dfmerge_studies.study.comparison import FINE_TUNED, ComparedStudy, Comparison
-from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics
+from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics, TaskScore, largest_drop
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.tasks.uncertainty import difference, mean_error, mean_rows, standard_error
 
 BASE, EXPERTS = "base, unmerged", "each task's own expert"  # rows of a study's own tables
 OURS = "df-merge"
@@ -36,12 +37,14 @@ class Scored:
         scores: by split and task; a row may lack a split or, the experts', a task.
         compete: whether it may be best or second.
         detail: how it was merged, as JSON has it beside its scores: coefficients and the like.
+        results: the same scores with the rows that they rest on, as far as these are known.
     """
 
     name: str
     scores: Mapping[Split, Mapping[str, float]]
     compete: bool = True
     detail: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[Split, Mapping[str, TaskScore]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,15 @@ class Cell:
     Attributes:
         mean: over the seeds.
         std: over the seeds; None for a single one.
+        error: standard error of the mean over the rows, of which there are so many whatever the seeds; None where
+            it is not known.
+        n: rows that it rests on; 0 where that is not known.
     """
 
     mean: float
     std: float | None
+    error: float | None = None
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Standing:
         entries: studies of a comparison that the row rests on, one per seed; empty for models that are not merged.
         errors: of the seeds that failed.
         detail: of `Scored`.
+        results: scores by task with their rows, of several seeds their mean row by row.
     """
 
     method: str
@@ -82,6 +91,7 @@ class Standing:
     entries: Sequence[ComparedStudy] = ()
     errors: Sequence[str] = ()
     detail: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, TaskScore] = field(default_factory=dict)
 
     @property
     def star(self) -> bool:
@@ -100,6 +110,7 @@ class Standings:
         seeds: of the comparison.
         rows: in order, the models that are not merged first.
         ranks: by column, 1 for the rows that are best and 2 for those that are second, by method.
+        marks: the same as tables show it: nothing where the rows of the data do not tell the best from the others.
     """
 
     study: str
@@ -108,6 +119,24 @@ class Standings:
     seeds: Sequence[int]
     rows: Sequence[Standing]
     ranks: Mapping[str, Mapping[str, int]]
+    marks: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def of(
+        cls, study: str, split: Split, metrics: Metrics, seeds: Sequence[int], rows: Sequence[Standing]
+    ) -> Standings:
+        """The table of some rows.
+
+        Args:
+            study: name of the spec.
+            split: whose scores.
+            metrics: what they are.
+            seeds: of the comparison.
+            rows: in order.
+        """
+        ranks = _ranks(rows, metrics)
+        marks = {c: {} if _alike(rows, metrics, c, by_method) else by_method for c, by_method in ranks.items()}
+        return cls(study, split, metrics, seeds, rows, ranks, marks)
 
     @property
     def tasks(self) -> list[str]:
@@ -118,6 +147,26 @@ class Standings:
     def columns(self) -> list[str]:
         """Columns with scores."""
         return [*self.metrics, MEAN]
+
+    @property
+    def rows_by_column(self) -> dict[str, int]:
+        """How many rows of data the scores of each column rest on, as far as it is known."""
+        numbers = {column: {row.cells[column].n for row in self.rows if column in row.cells} for column in self.columns}
+        return {column: max(found) for column, found in numbers.items() if max(found, default=0)}
+
+    @property
+    def errors(self) -> tuple[str, dict[str, float]] | None:
+        """The last merged row that has standard errors, and these by column."""
+        for row in reversed(self.rows):
+            found = {column: cell.error for column, cell in row.cells.items() if cell.error is not None}
+            if row.compete and found:
+                return row.method, found
+        return None
+
+    @property
+    def undecided(self) -> list[str]:
+        """Columns in which the data's rows do not tell the best from the others."""
+        return [column for column, ranks in self.ranks.items() if ranks and not self.marks[column]]
 
     @property
     def compared(self) -> bool:
@@ -136,12 +185,19 @@ def side_by_side(rows: Sequence[Scored], metrics: Mapping[Split, Metrics], study
     tables: dict[Split, Standings] = {}
     for split, kinds in metrics.items():
         standing = [
-            _standing(row.name, {0: row.scores[split]}, kinds, compete=row.compete, detail=row.detail)
+            _standing(
+                row.name,
+                {0: row.scores[split]},
+                kinds,
+                compete=row.compete,
+                detail=row.detail,
+                results=[row.results.get(split, {})],
+            )
             for row in rows
             if row.scores.get(split)
         ]
         if standing:
-            tables[split] = Standings(study, split, kinds, (0,), standing, _ranks(standing, kinds))
+            tables[split] = Standings.of(study, split, kinds, (0,), standing)
     return tables
 
 
@@ -162,7 +218,8 @@ def standings(comparison: Comparison, split: Split) -> Standings:
         entries = comparison.of(variant)
         by_seed = {entry.seed: entry.scores[split] for entry in entries}
         errors = [str(entry.error) for entry in comparison.failed if entry.variant == variant]
-        rows.append(_standing(variant, by_seed, metrics, entries=entries, errors=errors))
+        found = [entry.results.get(split, {}) for entry in entries]
+        rows.append(_standing(variant, by_seed, metrics, entries=entries, errors=errors, results=found))
     ours: Mapping[int, float] = next((row.by_seed for row in rows if row.method == OURS), {})
     means = {row.method: {column: cell.mean for column, cell in row.cells.items()} for row in rows}
     experts = {task: mean for task, mean in means.get(FINE_TUNED, {}).items() if task in metrics}
@@ -174,7 +231,7 @@ def standings(comparison: Comparison, split: Split) -> Standings:
         )
         for row in rows
     ]
-    return Standings(comparison.study, split, metrics, comparison.seeds, rows, _ranks(rows, metrics))
+    return Standings.of(comparison.study, split, metrics, comparison.seeds, rows)
 
 
 def _standing(
@@ -186,11 +243,49 @@ def _standing(
     entries: Sequence[ComparedStudy] = (),
     errors: Sequence[str] = (),
     detail: Mapping[str, Any] = MappingProxyType({}),
+    results: Sequence[Mapping[str, TaskScore]] = (),
 ) -> Standing:
     means = {seed: mean for seed, found in by_seed.items() if (mean := column_score(found, metrics, MEAN)) is not None}
     columns = {task: [found[task] for found in by_seed.values() if task in found] for task in metrics}
     cells = {name: spread(values) for name, values in {**columns, MEAN: list(means.values())}.items() if values}
-    return Standing(name, compete, cells, means, entries=entries, errors=errors, detail=detail)
+    together = _together(cells, results)
+    cells = {column: _with_rows(cell, column, together, metrics) for column, cell in cells.items()}
+    return Standing(name, compete, cells, means, entries=entries, errors=errors, detail=detail, results=together)
+
+
+def _together(cells: Mapping[str, Cell], results: Sequence[Mapping[str, TaskScore]]) -> dict[str, TaskScore]:
+    """Scores with their rows, of several seeds one: the mean of each row, which may be another row at another seed."""
+    found = {}
+    for task in results[0] if results else ():
+        of_seeds = [each.get(task) for each in results]
+        known = [each for each in of_seeds if each is not None and each.n]
+        if task in cells and len(known) == len(of_seeds):
+            rows = mean_rows([each.rows or () for each in known])
+            found[task] = TaskScore(cells[task].mean, known[0].metric, min(each.n for each in known), rows or None)
+    return found
+
+
+def _with_rows(cell: Cell, column: str, results: Mapping[str, TaskScore], metrics: Metrics) -> Cell:
+    """A cell with its standard error and number of rows."""
+    if column in results:
+        return replace(cell, error=standard_error(results[column], metrics[column]), n=results[column].n)
+    if column == MEAN and results.keys() == metrics.keys():
+        return replace(cell, error=mean_error(results, metrics), n=sum(each.n for each in results.values()))
+    return cell
+
+
+def _of(row: Standing, tasks: Sequence[str]) -> dict[str, TaskScore]:
+    return {task: row.results[task] for task in tasks}
+
+
+def _alike(rows: Sequence[Standing], metrics: Metrics, column: str, ranks: Mapping[str, int]) -> bool:
+    """Whether the data's rows do not tell the best of a column from the others, as far as they are known."""
+    tasks = list(metrics) if column == MEAN else [column]
+    known = [row for row in rows if row.compete and column in row.cells and set(tasks) <= row.results.keys()]
+    best = [row for row in known if ranks.get(row.method) == 1]
+    others = [row for row in known if row not in best[:1]]
+    found = [difference(_of(best[0], tasks), _of(other, tasks), metrics.only(tasks)) for other in others if best]
+    return any(each.clear is False for each in found)
 
 
 def _ranks(rows: Sequence[Standing], metrics: Metrics) -> dict[str, dict[str, int]]:
@@ -258,23 +353,3 @@ def paired_p(ours: Mapping[int, float], theirs: Mapping[int, float], metric: Met
         return None
     found = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds], alternative=better)
     return float(found.pvalue)
-
-
-def largest_drop(
-    scores: Mapping[str, float], experts: Mapping[str, float], metrics: Metrics
-) -> tuple[str, float] | None:
-    """The task that loses most against its own expert, and how many points (`Metric.drop`); the first among equals.
-
-    Args:
-        scores: of a merged model by task.
-        experts: of each task's own expert; tasks without one do not count.
-        metrics: what the scores are.
-
-    Returns:
-        The task and its loss, negative if every task gains; None if there is nothing to compare.
-    """
-    lost = metrics.drops(scores, {task: score for task, score in experts.items() if task in scores})
-    if not lost:
-        return None
-    task = max(lost, key=lambda name: lost[name])
-    return task, lost[task]

@@ -8,24 +8,36 @@ from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, Standings, s
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import FINE_TUNED, MULTI_TASK, ZERO_SHOT, ComparedStudy, Comparison, Scores
 from dfmerge_studies.study.scores import multi_task_row
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import SPLITS, Split
 
 
 def stored_standings(view: StudyView) -> dict[Split, Standings]:
     """What a study keeps, by split: base, experts, the best of other methods in its storage, its own best last."""
     rows = [
-        Scored(name, {split: view.scores(key, split) or {} for split in SPLITS}, compete=False)
+        Scored(
+            name,
+            {split: view.scores(key, split) or {} for split in SPLITS},
+            compete=False,
+            results={split: view.results(key, split) or {} for split in SPLITS},
+        )
         for name, key in ((BASE, "base"), (EXPERTS, "experts"))
     ]
-    rows += [Scored(name, _alike(view, each)) for name, each in view.baselines.items()]
+    rows += [Scored(name, _alike(view, each), results=_results(each)) for name, each in view.baselines.items()]
     if view.best is not None:
-        rows.append(Scored(f"{view.method} (trial {view.best.number})", _alike(view, view)))
+        rows.append(Scored(f"{view.method} (trial {view.best.number})", _alike(view, view), results=_results(view)))
     return side_by_side(rows, {split: view.metrics(split) for split in SPLITS}, view.name)
 
 
 def _alike(view: StudyView, other: StudyView) -> dict[Split, dict[str, float]]:
     """Scores of the best trial of another study, on the splits on which they may stand beside the view's."""
     return {split: _best_scores(other, split) or {} for split in SPLITS if view.scores_alike(other, split)}
+
+
+def _results(view: StudyView) -> dict[Split, dict[str, TaskScore]]:
+    """Scores of a study's best trial with their rows, by split."""
+    assert view.best is not None
+    return {split: view.results(view.best, split) or {} for split in SPLITS}
 
 
 def stored_comparison(view: StudyView) -> Comparison | None:
@@ -70,7 +82,14 @@ def _entry(variant: str, view: StudyView, split: Split) -> ComparedStudy:
     assert view.best is not None
     scores = {split: _best_scores(view, split) or {}}
     return ComparedStudy.of(
-        variant, view.seed, view.name, view.best, among=view.trials, scores=scores, selection=view.selection
+        variant,
+        view.seed,
+        view.name,
+        view.best,
+        among=view.trials,
+        scores=scores,
+        results=_results(view),
+        selection=view.selection,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.report.pace import pace, workers_alive
+from dfmerge_studies.report.verdict import verdict_of
+from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
@@ -19,12 +22,13 @@ from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, FISHERS, SECONDS, 
 from dfmerge_studies.trials.reading import counts, counts_of, results_of, violation
 
 
-def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
+def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Trials by state, the best one, Fishers computed and found, seconds per trial.
 
     Args:
         study: the stored study.
         plan: of the spec that it belongs to.
+        former: of an earlier look, whose verdict still holds where no trial has completed since.
     """
     spec = plan.spec
     trials = study.get_trials(deepcopy=False)
@@ -35,6 +39,7 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
     alive = workers_alive(trials, complete=len(completed) >= target)
     return {
         "study": study.study_name,
+        "verdict": _verdict(study, len(completed), former),
         "method": spec.method,
         "search": plan.joined(study).search,
         "warm_start": study.user_attrs.get(provenance.WARM_START),
@@ -54,6 +59,14 @@ def study_summary(study: optuna.Study, plan: Plan) -> dict[str, Any]:
             for phase in (completed[0].user_attrs[SECONDS] if completed else ())
         },
     }
+
+
+def _verdict(study: optuna.Study, completed: int, former: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if former is not None and former["trials"]["complete"] == completed:
+        known: dict[str, Any] | None = former["verdict"]
+        return known
+    verdict = verdict_of(StudyView.of(study)) if completed else None
+    return verdict.described() if verdict is not None else None
 
 
 def _best(best: optuna.trial.FrozenTrial, plan: Plan, selection: Selection | None) -> dict[str, Any]:

@@ -85,6 +85,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_column()
     trials, best = summary["trials"], summary["best"]
     metrics = Metrics.named(summary["task_metrics"])
+    for line in verdict_lines(summary):
+        table.add_row("verdict", Text(line))
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
@@ -119,6 +121,16 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         )
     table.add_row("storage", summary["storage"])
     return table
+
+
+def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a study has come to, a line each; nothing before its first result.
+
+    Args:
+        summary: from `study_summary`.
+    """
+    verdict = summary["verdict"]
+    return [] if verdict is None else [verdict["text"], *verdict["notes"]]
 
 
 def pace_text(summary: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +17,12 @@ from dfmerge_studies.methods import METHODS, SHARED, Coefficients, label
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.scores import stored_scores
+from dfmerge_studies.study.scores import stored_results, stored_scores
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
-from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tasks.metrics import Metrics, TaskScore
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
 from dfmerge_studies.trials.reading import results
@@ -128,9 +128,12 @@ class StudyView:
     @cached_property
     def baselines(self) -> dict[str, StudyView]:
         """Studies NAME.VARIANT with a result, of the same storage and about the same weights and data, by VARIANT."""
+        other_seed = re.compile(rf"\.seed(?!{self.seed}$)\d+$")
+        # Of a comparison over seeds, only the studies of this seed are read.
+        found = vars(self).get("variants") or self._beside(lambda name: not other_seed.search(name))
         return {
             variant: views[self.seed]
-            for variant, views in self.variants.items()
+            for variant, views in found.items()
             if self.seed in views and views[self.seed] is not self and self._shares(views[self.seed], "data digest")
         }
 
@@ -145,12 +148,16 @@ class StudyView:
 
         They are in the order of the method table; the study itself is among them, as its method, which comes last.
         """
+        return self._beside(lambda name: True)
+
+    def _beside(self, wanted: Callable[[str], bool]) -> dict[str, dict[int, StudyView]]:
+        """`variants`, of the studies whose names are wanted."""
         found: dict[str, dict[int, StudyView]] = {}
         known = variants()
         storage = storage_of(self.study)
         for name in sorted(study_names(storage)):
             suffix = re.sub(r"\.seed\d+$", "", name.removeprefix(f"{self.name}."))
-            if suffix == name or suffix not in known:
+            if suffix == name or suffix not in known or not wanted(name):
                 continue
             # One that cannot be read is no row; `list` says why.
             with suppress(InputError), provenance.reading_study(name):
@@ -187,6 +194,15 @@ class StudyView:
             split: of the tasks' data.
         """
         return stored_scores(self.study, row, split)
+
+    def results(self, row: str | FrozenTrial, split: Split) -> dict[str, TaskScore] | None:
+        """Scores that the study keeps, with the rows that they rest on as far as it keeps these.
+
+        Args:
+            row: "base", "experts", or a completed trial.
+            split: of the tasks' data.
+        """
+        return stored_results(self.study, row, split)
 
     def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float] | None:
         """Scores of a completed trial; on test only where they have been computed."""
