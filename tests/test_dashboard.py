@@ -153,7 +153,7 @@ def test_the_dashboard_shows_parameters_metrics_figures_and_model_cards(site: Si
     [card] = detail["artifacts"]
     assert card["filename"] == "README.md"
     _, _, content = site.ask(f"/artifacts/{site.studies()['colours']}/{card['artifact_id']}")
-    assert b"base_model" in content
+    assert b"library_name" in content
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])

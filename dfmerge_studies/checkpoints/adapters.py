@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TASK_TYPES = {
+TASK_TYPES = {
     ModelClass.SEQ2SEQ: "SEQ_2_SEQ_LM",
     ModelClass.CAUSAL: "CAUSAL_LM",
     ModelClass.CLASSIFICATION: "SEQ_CLS",
@@ -151,7 +151,7 @@ def _kind(config: PeftConfig) -> str:
 
 
 def _check_task_type(config: PeftConfig, model_class: ModelClass, where: str) -> None:
-    expected = _TASK_TYPES[model_class]
+    expected = TASK_TYPES[model_class]
     found = config.task_type
     found = str(getattr(found, "value", found)) if found is not None else None
     if found not in (None, expected):

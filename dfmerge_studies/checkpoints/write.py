@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError, first_line
@@ -92,6 +94,117 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in found if name.split("/")[-1] not in _LITTER)
 
 
+@contextmanager
+def new_directory(out: Path, *, force: bool = False, mark: str = PROVENANCE) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the context ends, and is gone where it ends with an error.
+
+    Its files are listed in the mark, a JSON object among them, and may be read by whom any new file may be.
+
+    Args:
+        out: directory to make.
+        force: replace a directory that exists, if it has the mark.
+        mark: file by which such a directory is known.
+
+    Raises:
+        InputError: the directory exists and may not be replaced.
+        RunError: it cannot be written; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+
+    check_target(out, force=force, mark=mark)
+    out = out.absolute()
+    temporary = beside(out)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if (temporary / mark).exists():
+            content = json.loads((temporary / mark).read_text(encoding="utf-8"))
+            content = {**content, FILES: _files(temporary)}
+            (temporary / mark).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for weights in temporary.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+            shutil.copymode(next(temporary.rglob("*config.json")), weights)
+        check_target(out, force=force, mark=mark)  # again: what was computed may have taken hours
+        _move_into_place(temporary, out)
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        raise RunError(
+            f"cannot be written: {first_line(error)}", where=str(out), hint="Free space or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: Path,
+    heads: Mapping[str, Mapping[str, Tensor]],
+    classes: Mapping[str, Sequence[str]] | None = None,
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Put weights, configuration, tokenizer, generation config and chat template into a folder.
+
+    Of a classifier only the shared encoder is written as the model; every task's head goes to `heads/TASK.safetensors`
+    under the names that its parameters have in the whole classifier.
+
+    Args:
+        folder: that exists.
+        model: the merged model.
+        tokenizer: the base's tokenizer.
+        source: directory of the base, whose own code files are copied where it brings any.
+        heads: parameters of each task's head.
+        classes: names of the classes of each task's head, as far as they are known; kept with the head.
+        shard_size: largest size of one weights file.
+    """
+    from safetensors.torch import save_file
+
+    whole = cast("PreTrainedModel", model.base_model) if heads else model
+    with quiet_transformers():
+        whole.save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer.save_pretrained(folder)
+    for file in source.glob("*.py"):
+        shutil.copy2(file, folder)
+    for task, head in heads.items():
+        (folder / HEADS).mkdir(exist_ok=True)
+        names = {CLASSES: json.dumps(list(classes[task]))} if classes and task in classes else None
+        tensors = {n: t.detach().cpu().contiguous() for n, t in head.items()}
+        save_file(tensors, folder / HEADS / f"{task}.safetensors", metadata=names)
+
+
+def save_classifier(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: Path,
+    labels: Sequence[str],
+    problem_type: str | None,
+    shard_size: str = SHARD_SIZE,
+) -> None:
+    """Put a whole classifier into a folder, encoder and head, as `pipeline()` opens it.
+
+    Args:
+        folder: that is made.
+        model: with the head that it is to have.
+        tokenizer: the base's tokenizer.
+        source: directory of the base, whose own code files are copied where it brings any.
+        labels: names of the head's classes, in its order.
+        problem_type: of the head, as transformers' configurations have it.
+        shard_size: largest size of one weights file.
+    """
+    folder.mkdir(exist_ok=True)
+    shared = model.config
+    model.config = copy.deepcopy(shared)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: number for number, label in enumerate(labels)}
+    model.config.problem_type = cast("Any", problem_type)
+    try:
+        save_model(folder, model, tokenizer, source=source, heads={}, shard_size=shard_size)
+    finally:
+        model.config = shared
+
+
 def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,19 +218,16 @@ def write_model(
     shard_size: str = SHARD_SIZE,
     mark: str = PROVENANCE,
 ) -> None:
-    """Write weights, configuration, tokenizer, generation config, chat template and accompanying texts.
-
-    Of a classifier only the shared encoder is written as the model; every task's head goes to `heads/TASK.safetensors`
-    under the names that its parameters have in the whole classifier.
+    """Write a directory of a model as `save_model` fills it, with accompanying texts.
 
     Args:
         model: the merged model.
         tokenizer: the base's tokenizer.
         out: directory to make.
-        source: directory of the base, whose own code files are copied where it brings any.
+        source: directory of the base.
         heads: parameters of each task's head.
-        classes: names of the classes of each task's head, as far as they are known; kept with the head.
         texts: further files by name: the model card, the provenance.
+        classes: names of the classes of each task's head.
         force: replace a directory that exists, if it has the mark.
         shard_size: largest size of one weights file.
         mark: which of the texts, a JSON object, is to list the files.
@@ -126,40 +236,20 @@ def write_model(
         InputError: the directory exists and may not be replaced.
         RunError: it cannot be written; nothing is left behind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    with new_directory(out, force=force, mark=mark) as folder:
+        save_model(folder, model, tokenizer, source=source, heads=heads, classes=classes, shard_size=shard_size)
+        write_texts(folder, texts)
 
-    check_target(out, force=force, mark=mark)
-    out = out.absolute()
-    temporary = beside(out)
-    try:
-        temporary.mkdir(parents=True)
-        whole = cast("PreTrainedModel", model.base_model) if heads else model
-        with quiet_transformers():
-            whole.save_pretrained(temporary, max_shard_size=shard_size)
-        tokenizer.save_pretrained(temporary)
-        for file in source.glob("*.py"):
-            shutil.copy2(file, temporary)
-        for task, head in heads.items():
-            (temporary / HEADS).mkdir(exist_ok=True)
-            names = {CLASSES: json.dumps(list(classes[task]))} if classes and task in classes else None
-            tensors = {n: t.detach().cpu().contiguous() for n, t in head.items()}
-            save_file(tensors, temporary / HEADS / f"{task}.safetensors", metadata=names)
-        for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        if mark in texts:
-            content = {**json.loads(texts[mark]), FILES: _files(temporary)}
-            (temporary / mark).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for weights in temporary.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
-            shutil.copymode(temporary / "config.json", weights)
-        check_target(out, force=force, mark=mark)  # again: what was computed may have taken hours
-        _move_into_place(temporary, out)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
-        raise RunError(
-            f"cannot be written: {first_line(error)}", where=str(out), hint="Free space or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Put further files into a folder.
+
+    Args:
+        folder: that exists.
+        texts: by the files' names.
+    """
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def read_classes(file: Path) -> tuple[str, ...]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfmerge_studies import limits
-from dfmerge_studies.cli import common
+from dfmerge_studies.cli import common, forms
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Coefficients, Point, coefficient_range, fixed_coefficients
 from dfmerge_studies.tasks.splits import as_split
 
 if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
+    from dfmerge_studies.tasks.metrics import Metric, TaskScore
 
 OutOption = Annotated[Path, typer.Option("--out", metavar="PATH", help="Where to write.")]
 
@@ -30,6 +30,12 @@ def merge(
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
     parameters: common.MethodParameters = None,
+    dtype: forms.DtypeOption = "base",
+    split_heads: forms.SplitOption = False,
+    as_adapter: forms.AdapterOption = False,
+    rank: forms.RankOption = None,
+    push_to_hub: forms.PushOption = None,
+    private: forms.PrivateOption = False,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
@@ -38,13 +44,19 @@ def merge(
     json: common.JsonOption = False,
 ) -> None:
     """Merge once at the given coefficients, without a study."""
+    from dfmerge_studies.report.forms import Form
+
+    form = Form(forms.precision_of(dtype), split_heads, adapter=as_adapter, rank=rank)
+    forms.check_push(push_to_hub, private)
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
     row = settings.row
     point = Point(_parse_coefficients(settings, coefficients), row.complete(parameters or {}, flags=True))
+    from dfmerge_studies.report.forms import check_form
     from dfmerge_studies.report.outputs import model_target
 
     model_target(settings, out, force=force)
+    check_form(settings, form)
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -56,16 +68,17 @@ def merge(
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
-        exported = export_merge(merger, settings, Merged(row.name, point), out, force=force)
+        exported = export_merge(merger, settings, Merged(row.name, point), out, form, force=force)
     result = {
         "out": str(out),
         "method": settings.method,
-        **exported.described(),
+        **forms.outcome(exported, out, push_to_hub, private),
     }
     if json:
         common.print_json(result)
     else:
-        common.output().print(f"merged with {settings.method} into {out}", markup=False)
+        common.output().print(f"merged with {settings.method} into {out} ({exported.dtype})", markup=False)
+        forms.tell(exported, result)
 
 
 def fisher(
@@ -150,13 +163,13 @@ def evaluate(
         tasks = evaluate_model(settings, model, chosen, progress=progress, ranks=common.join_ranks(settings))
     metrics, scores = settings.metrics(chosen), {task: entry.score for task, entry in tasks.items()}
     if json:
-        described = {task: asdict(entry) for task, entry in tasks.items()}
+        described = {task: _described(entry, metrics[task]) for task, entry in tasks.items()}
         common.print_json({"model": model, "split": chosen, "tasks": described, "mean": metrics.mean_of(scores)})
         return
     from dfmerge_studies.report.renderings import standings_table
     from dfmerge_studies.report.standings import Scored, side_by_side
 
-    found = side_by_side([Scored(model, {chosen: scores})], {chosen: metrics})[chosen]
+    found = side_by_side([Scored(model, {chosen: scores}, results={chosen: tasks})], {chosen: metrics})[chosen]
     common.output().print(standings_table(found, title=f"{chosen} {metrics.heading}"))
 
 
@@ -171,18 +184,30 @@ def export(
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
     trust: common.TrustOption = False,
+    dtype: forms.DtypeOption = "base",
+    split_heads: forms.SplitOption = False,
+    as_adapter: forms.AdapterOption = False,
+    rank: forms.RankOption = None,
     shard_size: Annotated[str, typer.Option("--shard-size", help="Largest weights file.")] = "5GB",
+    push_to_hub: forms.PushOption = None,
+    private: forms.PrivateOption = False,
     force: common.ForceOption = False,
     json: common.JsonOption = False,
 ) -> None:
     """Write the best trial, or a given one, as a model directory that from_pretrained loads."""
     if out is None:
         raise InputError("nothing says where to write", where="--out", hint="Add --out DIR")
+    from dfmerge_studies.report.forms import Form
+
+    form = Form(forms.precision_of(dtype), split_heads, shard_size, as_adapter, rank)
+    forms.check_push(push_to_hub, private)
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
+    from dfmerge_studies.report.forms import check_form
     from dfmerge_studies.report.outputs import model_target
 
     model_place = model_target(settings, out, force=force)
+    check_form(settings, form)
     common.check_early(settings, storage=True, create=False)
     with common.progress_bar() as progress:
         common.quiet_libraries()
@@ -194,17 +219,29 @@ def export(
         ranks = common.join_ranks(settings)
         found = find_trial(stored_study(settings), settings, trial)
         session = open_study(settings, progress=progress, ranks=ranks)
-        exported = export_trial(session, found, out, force=force, shard_size=shard_size)
+        exported = export_trial(session, found, out, form, force=force)
         keep_card(session.study, model_place / CARD, settings.workdir)
-    result = {"out": str(out), "study": settings.name, "trial": found.number, **exported.described()}
+    result: dict[str, Any] = {"out": str(out), "study": settings.name, "trial": found.number}
+    result |= forms.outcome(exported, out, push_to_hub, private)
     if json:
         common.print_json(result)
         return
     console = common.output()
     value = settings.metrics("validation").value_text([result["value"]])
-    console.print(f"trial {found.number} ({value} {result['metric']}) written to {out}", markup=False)
+    console.print(
+        f"trial {found.number} ({value} {result['metric']}) written to {out} as {exported.dtype}", markup=False
+    )
+    forms.tell(exported, result)
     if spec is not None:
         console.print(f"next:\n  dfmerge evaluate {spec} --model {out} --split test", markup=False)
+
+
+def _described(score: TaskScore, metric: Metric) -> dict[str, Any]:
+    """A score for `--json`."""
+    from dfmerge_studies.tasks.uncertainty import standard_error
+
+    error = standard_error(score, metric)
+    return {"score": score.score, "metric": score.metric, "n": score.n, "standard_error": error}
 
 
 def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dfmerge_studies.checkpoints.heads import class_names
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.labels import class_order
+from dfmerge_studies.tasks.labels import class_order, known_names
 
 Classes = Mapping[str, Sequence[str]]  # by task; a task without names of classes is left out
 
@@ -36,3 +36,20 @@ def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:
     if index is None or task not in classes or not isinstance(names, list):
         return index
     return class_order(tuple(names), tuple(classes[task]), spec.where(f"tasks.{task}.doc_to_choice"))[index]
+
+
+def head_labels(spec: StudySpec, task: str, classes: Classes, number: int) -> list[str]:
+    """Names of a head's classes for its configuration: its own, else those of the data, else transformers' numbers.
+
+    Args:
+        spec: whose task it is.
+        task: its name.
+        classes: names of the classes of each task's head, as far as they are known.
+        number: of the head's classes.
+    """
+    own, choices = known_names(classes.get(task, ())), spec.tasks[task].doc_to_choice
+    if len(own) == number:
+        return list(own)
+    if isinstance(choices, list) and len(choices) == number:
+        return list(choices)
+    return [f"LABEL_{index}" for index in range(number)]

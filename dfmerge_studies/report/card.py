@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.checkpoints.write import PROVENANCE
 from dfmerge_studies.methods import METHODS, Point, label
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.report.adapters import AdapterExport
+from dfmerge_studies.report.checked import Checked
+from dfmerge_studies.report.origins import CARD as CARD
+from dfmerge_studies.report.origins import Origin, license_lines, origin_of, public_name, shared_license
 from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
 from dfmerge_studies.report.tables import selection_text
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.winner import Selection
+from dfmerge_studies.tasks.encoding import Kind
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
-CARD = "README.md"
 PAPER = "https://arxiv.org/abs/2504.18992"
+_PIPELINES = {
+    Kind.TEXT_TO_TEXT: "text2text-generation",
+    Kind.CAUSAL: "text-generation",
+    Kind.CLASSIFICATION: "text-classification",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class Merged:
         scores: per split, per task.
         expert_scores: per split, of each task's own expert.
         selection: how its trial was named the winner, None where it was not.
+        results: the scores with the rows that they rest on, as far as these are known.
+        dtype: that the weights are stored in.
+        checked: scores of the weights as they are stored, where that is another type than they were merged in.
+        verdict: what its study has come to, a line each; nothing for any other trial than the winner.
+        adapter: what an adapter keeps of the merge, None for a whole model.
     """
 
     method: str
@@ -44,6 +59,22 @@ class Merged:
     scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
     expert_scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
     selection: Selection | None = None
+    results: Mapping[Split, Mapping[str, TaskScore]] = field(default_factory=dict)
+    dtype: str = "float32"
+    checked: Checked | None = None
+    verdict: Sequence[str] = ()
+    adapter: AdapterExport | None = None
+
+    def only(self, task: str) -> Merged:
+        """The same with the scores of one task."""
+        scores = {split: _only(found, task) for split, found in self.scores.items()}
+        experts = {split: _only(found, task) for split, found in self.expert_scores.items()}
+        checked = self.checked.only(task) if self.checked is not None else None
+        return replace(self, scores=scores, expert_scores=experts, checked=checked, verdict=())
+
+
+def _only(scores: Mapping[str, float], task: str) -> dict[str, float]:
+    return {task: scores[task]} if task in scores else {}
 
 
 def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
@@ -60,6 +91,9 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         **merged.point.parameters,
         "scores": merged.scores,
         "expert_scores": merged.expert_scores,
+        "dtype": merged.dtype,
+        **({"adapter": merged.adapter.described()} if merged.adapter is not None else {}),
+        "checked": merged.checked.described() if merged.checked is not None else None,
         "base": {"reference": spec.base, "digest": problem.base_digest},
         "experts": {
             name: {"reference": expert.model, "task": expert.task, "digest": problem.expert_digests[name]}
@@ -73,42 +107,76 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def model_card(problem: Problem, spec: StudySpec, merged: Merged) -> str:
-    """A card in the Hub's format: metadata, coefficients, scores, how to make it again."""
+def model_card(problem: Problem, spec: StudySpec, merged: Merged, task: str | None = None) -> str:
+    """A card in the Hub's format: metadata, coefficients, scores, how to make it again.
+
+    Args:
+        problem: models and data in memory.
+        spec: the settings.
+        merged: what was merged, and what is known of it.
+        task: whose own folder the card is for; None for the directory of all tasks.
+    """
+    if task is not None:
+        merged = merged.only(task)
     from huggingface_hub import EvalResult, ModelCardData
 
-    splits: Sequence[Split] = list(merged.scores) or ["validation"]
+    scores = _shown_scores(merged)
+    splits: Sequence[Split] = list(scores) or ["validation"]
+    pipeline = _PIPELINES[problem.kind]
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=pipeline,
             task_name=task,
-            dataset_type=str(spec.tasks[task].dataset["path"]),
+            dataset_type=_dataset(spec, task),
             dataset_config=task,  # results of one type, config and split would be thrown together
             dataset_name=task,
             dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
             metric_type=spec.metrics(split)[task].name,
             metric_value=round(score, 4),
         )
-        for split, scores in merged.scores.items()
-        for task, score in scores.items()
+        for split, by_task in scores.items()
+        for task, score in by_task.items()
     ]
+    origins = _origins(problem)
+    models = list(dict.fromkeys(model for origin in origins.values() for model in origin.models))
+    extra: dict[str, Any] = shared_license(origins)
     data = ModelCardData(
-        base_model=[_public(reference) for reference in (spec.base, *(e.model for e in spec.experts.values()))],
-        library_name="transformers",
-        tags=["merge", "model-merging", "df-merge", spec.method],
+        **extra,
+        base_model=models or None,
+        base_model_relation="merge" if models else None,
+        library_name="transformers" if merged.adapter is None else "peft",
+        pipeline_tag=pipeline,
+        tags=list(dict.fromkeys(["merge", "dfmerge", "model-merging", "df-merge", spec.method])),
         metrics=sorted({m.name for split in splits for m in spec.metrics(split).values()}),
         model_name=spec.name,
         eval_results=results or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(problem, spec, merged)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(problem, spec, merged, task)}"
 
 
-def _public(reference: str) -> str:
-    """A model as other people may read its name: as the spec has it, but without the folders of one machine."""
-    return Path(reference).name if Path(reference).expanduser().is_absolute() else reference
+def _origins(problem: Problem) -> dict[str, Origin]:
+    """Of the base and the experts, by what they are."""
+    found, root = problem.checkpoints, problem.spec.root
+    return {
+        "base": origin_of(found.base, root),
+        **{name: origin_of(expert, root) for name, expert in found.experts.items()},
+    }
 
 
-def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
+def _shown_scores(merged: Merged) -> dict[Split, Mapping[str, float]]:
+    """Scores by split: of the weights as they are stored, where these were scored."""
+    stored: dict[Split, Mapping[str, float]] = {} if merged.checked is None else {"validation": merged.checked.scores}
+    return {**merged.scores, **stored}
+
+
+def _dataset(spec: StudySpec, task: str) -> str:
+    """The Hub's name of a task's data, or that of the reader of its files."""
+    path = str(spec.tasks[task].dataset["path"])
+    return public_name(path, local=(spec.root / path).exists())
+
+
+def _body(problem: Problem, spec: StudySpec, merged: Merged, task: str | None) -> str:
+    origins = _origins(problem)
     origin = f"trial {merged.trial} of the study `{spec.name}`" if merged.trial is not None else "a single merge"
     lines = [
         f"# {spec.name}",
@@ -116,23 +184,25 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         f"{len(spec.experts)} fine-tuned models merged into one with `{merged.method}` ({origin}), without "
         f"training, by [Dynamic Fisher-weighted Merging]({PAPER}) as implemented in `dfmerge-studies`.",
         "",
+        *_verdict(merged),
         "## Coefficients",
         "",
         "| expert | model | task | coefficient |",
         "|---|---|---|---|",
         *(
-            f"| {name} | `{_public(expert.model)}` | {expert.task or 'all'} | {merged.point.coefficients[name]:.6g} |"
+            f"| {name} | `{origins[name].name}` | {expert.task or 'all'} | {merged.point.coefficients[name]:.6g} |"
             for name, expert in spec.experts.items()
         ),
         "",
-        f"Base: `{_public(spec.base)}`",
+        f"Base: `{origins['base'].name}`",
         "",
+        *license_lines(origins),
         *_parameters(spec, merged),
         *_score_table(spec, merged),
         "## How to use",
         "",
         "```python",
-        *_usage(problem),
+        *_usage_lines(problem, merged, task),
         "```",
         "",
         "## How to make it again",
@@ -149,6 +219,12 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged) -> str:
     return "\n".join(lines)
 
 
+def _verdict(merged: Merged) -> list[str]:
+    """What the study has come to."""
+    lines = [f"{line[0].upper()}{line[1:]}." for line in merged.verdict]
+    return [f"**{lines[0]}**", "", *(f"- {line}" for line in lines[1:]), *([""] if lines[1:] else [])] if lines else []
+
+
 def _parameters(spec: StudySpec, merged: Merged) -> list[str]:
     """The method's own parameters, and the seed that some of them are drawn with."""
     values = [f"{label(name).capitalize()}: {value:g}" for name, value in merged.point.parameters.items()]
@@ -163,10 +239,14 @@ def _command(spec: StudySpec, merged: Merged) -> str:
 
 
 def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
-    if not merged.scores:
-        return []
-    rows = [Scored("merged", merged.scores), Scored("own expert", merged.expert_scores, compete=False)]
-    tables = side_by_side(rows, {split: spec.metrics(split) for split in merged.scores})
+    scores = _shown_scores(merged)
+    if not scores:
+        return _precision_lines(spec, merged)
+    results = dict(merged.results)
+    if merged.checked is not None:
+        results["validation"] = merged.checked.written
+    rows = [Scored("merged", scores, results=results), Scored("own expert", merged.expert_scores, compete=False)]
+    tables = side_by_side(rows, {split: spec.metrics(split).only(found) for split, found in scores.items()})
     what = "; ".join(f"{split}: {table.metrics.heading}" for split, table in tables.items())
     lines = [
         "## Scores",
@@ -176,6 +256,7 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
         f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.",
         "",
         *_named(spec, merged),
+        *_precision_lines(spec, merged),
     ]
     if any(not metric.labels for table in tables.values() for metric in table.metrics.values()):
         lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
@@ -188,6 +269,43 @@ def _named(spec: StudySpec, merged: Merged) -> list[str]:
         return []
     text = selection_text(merged.selection.described(), spec.metrics("validation"))
     return [f"Trial {merged.trial}, on validation: {text}.", ""]
+
+
+def _precision_lines(spec: StudySpec, merged: Merged) -> list[str]:
+    """In which form the weights are stored, and which of the scores are of that."""
+    if merged.adapter is not None:
+        return [f"{merged.adapter.line()}. Scores on validation are of the adapter.", ""]
+    if merged.checked is None:
+        return [f"The weights are stored as {merged.dtype}.", ""]
+    also = f" Scores on test are of the merge in {spec.dtype}." if "test" in merged.scores else ""
+    told = [f"{line[0].upper()}{line[1:]}." for line in merged.checked.warnings()]
+    text = (
+        f"The weights were merged in {spec.dtype} and are stored as {merged.dtype}; "
+        "scores on validation are of the latter."
+    )
+    return [" ".join([text + also, *told]), ""]
+
+
+def _usage_lines(problem: Problem, merged: Merged, task: str | None) -> list[str]:
+    if merged.adapter is not None:
+        return _usage_of_adapter(problem, task)
+    return _usage(problem) if task is None else _usage_of_task(task)
+
+
+def _usage_of_adapter(problem: Problem, task: str | None) -> list[str]:
+    auto = problem.checkpoints.model_class.value.replace("AutoModel", "AutoPeftModel")
+    heads = problem.resident.heads
+    folder = "DIR" if task is not None or not heads else "DIR/TASK"
+    classes = (
+        f", num_labels={head_classes(heads[task])}" if task is not None else ", num_labels=CLASSES" if heads else ""
+    )
+    return [
+        f"from peft import {auto}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("{folder}"{classes})  # finds the base that adapter_config.json names',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+    ]
 
 
 def _usage(problem: Problem) -> list[str]:
@@ -208,4 +326,13 @@ def _usage(problem: Problem) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("DIR")',
         'model = AutoModelForSequenceClassification.from_pretrained("DIR", num_labels=classes)',
         "model.load_state_dict(head, strict=False)",
+    ]
+
+
+def _usage_of_task(task: str) -> list[str]:
+    return [
+        "from transformers import pipeline",
+        "",
+        'classify = pipeline("text-classification", "DIR")',
+        f'print(classify("a text of the task {task}"))',
     ]
