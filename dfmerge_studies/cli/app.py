@@ -17,11 +17,13 @@ from dfmerge_studies.cli import (
     common,
     compare,
     dashboard,
+    init,
     inspect,
     models,
     repair,
     report,
     run,
+    schema,
     terminal,
     workers,
 )
@@ -36,13 +38,13 @@ _SHARED_WORK = frozenset(
 app = typer.Typer(
     help="Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # name, function, example
 _COMMANDS = (
+    ("init", init.init, "dfmerge init base a b --data a.val.jsonl --data b.val.jsonl"),
     ("run", run.run, "dfmerge run spec.yaml --trials 60 --workers 2"),
     ("status", inspect.status, "dfmerge status spec.yaml --watch"),
     ("list", inspect.list_studies, "dfmerge list --storage sqlite:///spec.db"),
@@ -52,6 +54,7 @@ _COMMANDS = (
     ("export", models.export, "dfmerge export spec.yaml --out merged"),
     ("compare", compare.compare, "dfmerge compare spec.yaml --methods averaging,df-merge --seeds 3"),
     ("validate", inspect.validate, "dfmerge validate spec.yaml"),
+    ("schema", schema.schema, "dfmerge schema"),
     ("repair", repair.repair, "dfmerge repair spec.yaml --apply"),
     ("report", report.report, "dfmerge report spec.yaml --out report"),
     ("dashboard", dashboard.dashboard, "dfmerge dashboard spec.yaml --port 8080"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
@@ -38,6 +39,16 @@ class Settings(BaseModel):
         return data
 
 
+@dataclass(frozen=True)
+class _OneOf(AfterValidator):
+    """A check that a JSON schema shows as the names that there are."""
+
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {**handler(schema), "enum": [str(name) for name in self.names()]}
+
+
 def one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
     """A check of a text field: it names a row of a table, as the table is when the check is made."""
 
@@ -48,7 +59,7 @@ def one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
             raise ValueError(near[0].lower() + near[1:] if near else f"the {what} are {', '.join(known)}")
         return name
 
-    return AfterValidator(check)
+    return _OneOf(check, names)
 
 
 def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, ...], bool, list[Any]]]:
