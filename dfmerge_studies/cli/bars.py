@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.cli import common
+from dfmerge_studies.cli.pulse import Pulse
 
 if TYPE_CHECKING:
     import optuna
@@ -55,14 +56,17 @@ class TrialBars:
             console=self._console,
             disable=not self.watched,
         )
+        self._pulse = Pulse(self._print, on=not self.watched)
         self._studies: dict[str, _Followed] = {}
         self._phases: dict[str, TaskID] = {}
 
     def __enter__(self) -> TrialBars:
         self._bars.__enter__()
+        self._pulse.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._pulse.__exit__()
         for bar in self._phases.values():
             self._bars.update(bar, visible=False)
         self._bars.__exit__(*exception)
@@ -111,7 +115,11 @@ class TrialBars:
             text: the line.
             who: the worker's name, where there are several.
         """
-        self._console.print(f"{who}: {text}" if who else text, markup=False, soft_wrap=True)
+        self._print(f"{who}: {text}" if who else text)
+        self._pulse.said()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def phase(self, what: str, done: int, total: int, who: str = "") -> None:
         """Show how far a trial is.
@@ -124,6 +132,7 @@ class TrialBars:
         """
         if who not in self._phases:
             self._phases[who] = self._bars.add_task("", total=None, best="")
+        self._pulse.doing(f"{who}: {what}" if who else what, done, total)
         label = f"  {who}: {what}" if who else f"  {what}"
         self._bars.update(self._phases[who], description=label, completed=done, total=total, visible=True)
 

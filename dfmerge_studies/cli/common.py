@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfmerge_studies.cli.pulse import Pulse
 from dfmerge_studies.cli.terminal import messages as messages
 from dfmerge_studies.cli.terminal import output as output
 from dfmerge_studies.cli.terminal import print_json as print_json
@@ -219,23 +220,26 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error for work in named phases; nothing remains of it, and nothing is shown to a file."""
+    """A bar on standard error for work in named phases, of which nothing remains; to a file, a line now and then."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dfmerge_studies.ranks import launched_rank
 
-    watched = sys.stderr.isatty() and launched_rank() == 0
+    first = launched_rank() == 0
+    watched = sys.stderr.isatty() and first
+    pulse = Pulse(lambda text: messages().print(text, markup=False, soft_wrap=True), on=first and not watched)
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=messages(), transient=True, disable=not watched) as bars:
+    with pulse, Progress(*columns, console=messages(), transient=True, disable=not watched) as bars:
         shown = bars.add_task("loading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
             bars.update(shown, description=what, completed=done, total=total)
+            pulse.doing(what, done, total)
 
         yield show
 

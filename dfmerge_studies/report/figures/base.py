@@ -158,6 +158,17 @@ def digits(unit: str, more: int = 0) -> str:
     return f".{(1 if unit == '%' else 3) + more}f"
 
 
+def whole_step(length: int, most: int = 12) -> int:
+    """Distance of an axis's ticks that fall on whole numbers.
+
+    Args:
+        length: of the axis.
+        most: ticks that have room.
+    """
+    steps = [factor * int(10**power) for power in range(9) for factor in (1, 2, 5)]
+    return next(step for step in steps if length / step <= most)
+
+
 def axis_label(words: str, unit: str) -> str:
     """Label of an axis: `accuracy, %`, or `log_likelihood` alone."""
     return f"{words}, {unit}" if unit else words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,11 @@ from dfmerge_studies.report.figures.base import (
     marker,
     markup,
     scaled,
+    scaled_or_none,
     static_dash,
     static_marker,
     tidy_,
+    whole_step,
 )
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.provenance import sampler_of
@@ -63,7 +66,7 @@ class Trajectory(Drawing):
         scores: of every trial.
         kinds: how each trial's coefficients came about: a key of `KINDS`.
         feasible: whether a trial keeps the study's constraints.
-        best: score of the trial that would be chosen after each.
+        best: score of the trial that would be chosen after each; None before one keeps the constraints.
         coefficients: what every trial chose, per expert, or for all of them, and the method's own parameters.
         chosen: what those are.
         levels: value of other merges, drawn as level lines.
@@ -76,7 +79,7 @@ class Trajectory(Drawing):
     scores: list[float]
     kinds: list[str]
     feasible: list[bool]
-    best: list[float]
+    best: list[float | None]
     coefficients: dict[str, list[float]]
     chosen: str
     levels: dict[str, float]
@@ -102,7 +105,7 @@ class Trajectory(Drawing):
             )
         figure.add_scatter(
             x=self.places,
-            y=scaled(self.best, self.unit),
+            y=scaled_or_none(self.best, self.unit),
             mode="lines",
             line={"color": BLUE, "width": 2.5, "shape": "hv"},
             name="best so far",
@@ -142,6 +145,7 @@ class Trajectory(Drawing):
         figure.update_yaxes(title_text=axis_label(self.measure, self.unit), row=1, col=1)
         figure.update_yaxes(title_text=self.chosen, row=2, col=1)
         figure.update_xaxes(title_text="trial", row=2, col=1)
+        figure.update_xaxes(tick0=0, dtick=whole_step(last - first))
         layout_(figure, height=560)
         return figure.update_layout(
             legend={"y": 1, "yanchor": "top"}, legend2={"y": 0.37, "yanchor": "top"}, hovermode="closest"
@@ -153,7 +157,7 @@ class Trajectory(Drawing):
             figure, (top, bottom) = blank(2, 1, size=(8.6, 5.6), sharex=True, height_ratios=(3, 2))
             top.plot(
                 self.places,
-                scaled(self.best, self.unit),
+                [math.nan if value is None else value for value in scaled_or_none(self.best, self.unit)],
                 color=BLUE,
                 linewidth=2,
                 drawstyle="steps-post",
@@ -216,11 +220,11 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients, so there is one merge and no search.")
     if len(view.trials) < 2:
         return Missing(NAME, TITLE, f"{len(view.trials)} completed trial: a trajectory needs at least two.")
-    best = []
+    best: list[float | None] = []
     for count in range(1, len(view.trials) + 1):
-        leader = best_trial(view.trials[:count], view.objective)
-        assert leader is not None
-        best.append(view.value(leader))
+        kept = [trial for trial in view.trials[:count] if violation(trial) <= 0]
+        leader = best_trial(kept, view.objective)
+        best.append(None if leader is None else view.value(leader))
     experts = view.scores("experts", "validation") or {}
     levels = {
         method: _level(view, other)
@@ -269,5 +273,9 @@ def _caption(view: StudyView) -> str:
         "coefficients that the trial used."
     )
     if view.fingerprint.get("search.max_drop") is not None:
-        what += f" Hollow markers lose more than {view.fingerprint['search.max_drop']:g} points on some task."
+        allowed = view.fingerprint["search.max_drop"]
+        what += (
+            " The best so far is one that keeps every task within max_drop; hollow markers lose more than "
+            f"{allowed:g} points on some task."
+        )
     return what
