@@ -40,6 +40,7 @@ class WeightedSum:
         self._denominator: dict[str, Tensor] = {}
         self._experts = 0
         self._uniform: bool | None = None
+        self._sums: list[tuple[str | None, str, Tensor]] = []  # expert (None: the merge), parameter, sum of its entries
 
     @torch.no_grad()
     def add(self, task_vector: TaskVector, coefficient: float, importance: Mapping[str, Tensor] | None) -> None:
@@ -51,7 +52,6 @@ class WeightedSum:
             importance: F[i] for every merged name, or None for uniform importance; all experts alike.
 
         Raises:
-            RunError: the importance holds a value that is not finite.
             ValueError: some experts have an importance and others none.
         """
         if self._uniform is None:
@@ -67,11 +67,7 @@ class WeightedSum:
                 continue
             fisher = importance[name]
             weight = fisher.to(at_least_float32(fisher)) + self._floor
-            if not bool(torch.isfinite(weight.sum())):
-                raise RunError(
-                    f"the importance of expert {task_vector.expert!r} is not finite at {name}",
-                    hint="Lower the coefficient, or compute in float32",
-                )
+            self._sums.append((task_vector.expert, name, weight.sum()))
             if delta is not None:
                 self._accumulate(self._numerator, name, (weight * delta).mul_(coefficient))
             self._accumulate(self._denominator, name, weight)
@@ -85,7 +81,7 @@ class WeightedSum:
             base: theta_pre.
 
         Raises:
-            RunError: a merged weight is not finite.
+            RunError: an importance or a merged weight is not finite; the parameters are overwritten all the same.
         """
         for name in self._names:
             parameter, start = parameters[name], base[name]
@@ -97,9 +93,25 @@ class WeightedSum:
                 step.mul_(self._experts).div_(self._denominator.pop(name))
             # C = 1: M * (sum_i 1)^-1 is 1.
             merged = step.add_(start)
-            if not bool(torch.isfinite(merged.sum())):
-                raise RunError(f"the merged weights are not finite at {name}", hint="Choose smaller coefficients")
+            self._sums.append((None, name, merged.sum()))
             parameter.copy_(merged)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Look at all sums at once: asking for one by one would make the host wait for the device each time."""
+        sums, self._sums = self._sums, []
+        if not sums:
+            return
+        finite = torch.isfinite(torch.stack([total for _, _, total in sums]))
+        if bool(finite.all()):
+            return
+        expert, name, _ = sums[finite.tolist().index(False)]
+        if expert is None:
+            raise RunError(f"the merged weights are not finite at {name}", hint="Choose smaller coefficients")
+        raise RunError(
+            f"the importance of expert {expert!r} is not finite at {name}",
+            hint="Lower the coefficient, or compute in float32",
+        )
 
     @staticmethod
     def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.merging import WeightedSum
@@ -126,3 +127,39 @@ def test_merged_weights_that_are_not_finite_fail_the_merge_and_name_the_tensor(e
     vectors[2].deltas["layer.weight"][0, 0] = float("inf")
     with pytest.raises(RunError, match=r"layer\.weight"):
         merged(base, vectors, lam, None)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts how often the host asks for a value, for which it would wait on an accelerator."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::item")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_merge_waits_for_the_device_once_however_many_parameters_and_experts(experts):
+    base, vectors, fishers, lam = experts
+    for weights in (fishers, None):
+        with _Waits() as waits:
+            merged(base, vectors, lam, weights)
+        assert waits.count == 1
+
+
+def test_the_first_importance_that_is_not_finite_is_named_before_the_merged_weights(experts):
+    base, vectors, fishers, lam = experts
+    fishers[1]["layer.bias"][2] = torch.nan
+    fishers[2]["layer.weight"][0] = torch.inf
+    with pytest.raises(RunError, match=r"importance of expert 'expert1' is not finite at layer\.bias"):
+        merged(base, vectors, lam, fishers)
+
+
+def test_sums_of_parameters_of_different_precision_are_looked_at_together(experts):
+    base, vectors, fishers, lam = experts
+    for fisher in fishers:
+        fisher["layer.bias"] = fisher["layer.bias"].float()
+    merged(base, vectors, lam, fishers)
+    fishers[0]["only_first"][0] = torch.nan
+    with pytest.raises(RunError, match="only_first"):
+        merged(base, vectors, lam, fishers)

@@ -191,7 +191,7 @@ class Capture:
         if self._bias_ids is not None:  # inside `_expand_relative_bias`, which does the rest
             self._bias_ids = args[0].detach()
             return None
-        known = is_known(module)
+        known = is_known(module, args, kwargs)
         kept = pytree.tree_map(_detached, args), pytree.tree_map(_detached, kwargs)
         call = Call(module, path, wanted, self._stage.batch, *kept, versions=versions_of(*kept))
         if known and isinstance(module, nn.Embedding):

@@ -5,7 +5,8 @@
     n     rows of the pass that reached the layer (see `squares`), R rows at most in the forward pass
 
 A layer is known by the function that it runs, not by its class's name: a subclass of `nn.Linear` with a `forward` of
-its own is not a dense layer.  Everything that is not known is run again, row by row, with gradients: slow and exact.
+its own is not a dense layer; what scales is known by trying it (`norms.py`).  Everything that is not known is run
+again, row by row, with gradients: slow and exact.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.importance.norms import neutral_weight, unscaled
 from dfmerge_studies.importance.squares import Outer, Part, Sparse, Whole
 
 
@@ -83,9 +85,10 @@ def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     return [tensor._version for tensor in tensors_of(args, kwargs)]
 
 
-def is_known(module: nn.Module) -> bool:
-    """Whether the module's gradients have a formula; the others are run again."""
-    return _formula(module) is not None
+def is_known(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the module's gradients have a formula for these inputs; the others are run again."""
+    inputs = tensors_of(args, kwargs)
+    return len(inputs) == 1 and _formula(module, inputs[0]) is not None
 
 
 def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
@@ -100,12 +103,11 @@ def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
         {name of the parameter in the model: part}
     """
     call.check_unchanged()
-    formula = _formula(call.module)
+    formula = None if call.outputs else _formula(call.module, tensors_of(call.args, call.kwargs)[0])
     if formula is None:
         found: dict[str, Part] = dict(_run_again(call, rows, live))
     else:
-        (g,) = call.arrived.values()
-        a = call.args[0]
+        (g,), (a,) = call.arrived.values(), tensors_of(call.args, call.kwargs)
         if a.shape[0] != call.batch:
             raise call.refuse(f"its input of shape {tuple(a.shape)} is not one row per input and choice")
         if live is not None:
@@ -150,6 +152,10 @@ def _rms_norm(module: nn.Module, a: Tensor, g: Tensor, rows: Tensor) -> dict[str
     return _scale_and_shift(F.rms_norm(a.to(g.dtype), shape, None, eps), g, len(shape), rows)
 
 
+def _scale(module: nn.Module, a: Tensor, g: Tensor, rows: Tensor) -> dict[str, Part]:
+    return _scale_and_shift(unscaled(module, a).to(g.dtype), g, 1, rows)
+
+
 def _scale_and_shift(normal: Tensor, g: Tensor, dims: int, rows: Tensor) -> dict[str, Part]:
     tokens = tuple(range(1, g.dim() - dims))
     scale = (g * normal).sum(tokens) if tokens else g * normal
@@ -160,7 +166,7 @@ def _scale_and_shift(normal: Tensor, g: Tensor, dims: int, rows: Tensor) -> dict
 Formula = Callable[[nn.Module, Tensor, Tensor, Tensor], dict[str, Part]]
 
 
-def _formula(module: nn.Module) -> Formula | None:
+def _formula(module: nn.Module, a: Tensor) -> Formula | None:
     runs = type(module).forward
     if runs is nn.Linear.forward:
         return _linear
@@ -174,7 +180,7 @@ def _formula(module: nn.Module) -> Formula | None:
     # The transposed dense layer of GPT-2; looked up by name so that transformers need not be imported here.
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return _conv1d
-    return None
+    return _scale if neutral_weight(module, a.dim()) is not None else None
 
 
 # --- modules without a formula ---------------------------------------------------------------------------------------
