@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
@@ -24,7 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.joint import JointSampler
-from dfmerge_studies.trials.marks import DISCARDED, FIXED, RETRY_OF, place_of
+from dfmerge_studies.storage import id_of
+from dfmerge_studies.trials.marks import DISCARDED, FIXED, PROPOSAL, RETRY_OF, mark, place_of
+from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.space import GridExhausted, Space
 from dfmerge_studies.trust_region import PLAIN_MEAN, Goal, TrustRegionSampler
 
@@ -49,8 +53,12 @@ class _OrderedGP(GPSampler):
     """Optuna's GP sampler, shown the completed trials in the order of their places.
 
     A point that was put back in the queue completes under a later number; the sums inside the GP depend, in their last
-    bits, on the order of the rows.  This overrides the one private name of Optuna that we rely on for proposals.
+    bits, on the order of the rows.  This overrides the one private name of Optuna that we rely on for proposals, and
+    another one to learn what is expected of a proposal; without that, trials keep no expectation.
     """
+
+    expected: dict[str, Any] | None = None  # of the point that it has proposed; of several objectives nothing
+    _scale: tuple[float, float] | None = None  # mean and deviation that values are standardised by
 
     def _sample_relative_impl(
         self,
@@ -60,13 +68,31 @@ class _OrderedGP(GPSampler):
         search_space: dict[str, BaseDistribution],
     ) -> dict[str, Any]:
         ordered = sorted(completed_trials, key=place_of)
+        if len(study.directions) == 1 and any(violation(trial) == 0 for trial in ordered):
+            values = np.array([trial.values[0] for trial in ordered])
+            self._scale = float(values.mean()), float(values.std())
         return super()._sample_relative_impl(study, ordered, running_trials, search_space)
+
+    def _optimize_acqf(self, acqf: Any, best_params: Any) -> Any:
+        import torch
+
+        point = super()._optimize_acqf(acqf, best_params)  # over the whole space
+        if self._scale is not None and self._gprs_cache_list:
+            mean, deviation = self._scale
+            there, variance = self._gprs_cache_list[0].posterior(torch.from_numpy(point))
+            self.expected = {
+                "mean": mean + deviation * float(there),
+                "deviation": deviation * math.sqrt(float(variance)),
+                "gain": deviation * math.exp(float(acqf.eval_acqf_no_grad(point))),
+            }
+        return point
 
 
 class StatelessSampler(BaseSampler):
     """Proposes each trial with a fresh sampler, seeded for that trial alone.
 
-    Safe to share between threads: nothing is kept between two trials.
+    Safe to share between threads: nothing is kept between two trials.  What a sampler expects of the point that it
+    proposes is kept on the trial.
 
     Args:
         fresh: builds the sampler of one trial from that trial's seed.
@@ -103,8 +129,14 @@ class StatelessSampler(BaseSampler):
         Raises:
             GridExhausted: the grid has no row left.
         """
+        if not search_space:
+            return {}
         sampler = self._fresh(trial_seed(self._seed, self._study_name, place_of(trial)))
-        return sampler.sample_relative(study, trial, search_space) if search_space else {}
+        point = sampler.sample_relative(study, trial, search_space)
+        expected: Mapping[str, Any] | None = getattr(sampler, "expected", None)
+        if expected is not None:  # before the point is: a trial that is repeated has both
+            mark(study, id_of(trial), {PROPOSAL: expected})
+        return point
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

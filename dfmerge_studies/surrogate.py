@@ -44,7 +44,9 @@ HALF_WIDTH = 0.4  # of a new region, in the unit cube
 SMALLEST = 0.05  # a region smaller than that has ended
 PATIENCE = 4  # trials without gain after which a region is halved
 DRAWS = 64  # of the processes, per evaluation of the acquisition
-_BATCH = 256  # points of a lattice that are compared at once
+_BATCH = 256  # points that are compared at once
+_ELSEWHERE = 64  # points of the cube, outside the region too, where the gain is looked for
+_SAMPLES = 512  # of the tasks' scores at the proposed point, from which the utility's mean and deviation follow
 
 Merit = tuple[float, float]  # minus the violation of the constraints, then the value: larger is better
 
@@ -181,7 +183,26 @@ class History:
     thresholds: Tensor | None = None
 
 
-def proposal(history: History, worth: Utility, *, region: Region, seed: int, steps: Steps | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Proposal:
+    """A point, and what is expected of it.
+
+    Attributes:
+        point: in the unit cube (d,).
+        mean: of u at the point.
+        deviation: of u at the point, without the noise of a score.
+        tasks: mean and deviation of every f_t at the point (T, 2).
+        gain: largest expected improvement of u over the best so far that was found anywhere in the cube.
+    """
+
+    point: Tensor
+    mean: float
+    deviation: float
+    tasks: Tensor
+    gain: float
+
+
+def proposal(history: History, worth: Utility, *, region: Region, seed: int, steps: Steps | None = None) -> Proposal:
     """The next point, where the acquisition is largest.
 
     Args:
@@ -190,16 +211,13 @@ def proposal(history: History, worth: Utility, *, region: Region, seed: int, ste
         region: where to look.
         seed: of the draws and of the optimiser's starting points.
         steps: the lattice to stay on, in the unit cube; None for a continuous space.
-
-    Returns:
-        Shape (d,).
     """
     dimensions = history.x.shape[1]
     with warnings.catch_warnings(), validate_input_scaling(False), torch.random.fork_rng(devices=[]):
         for category in QUIET:
             warnings.simplefilter("ignore", category)
         torch.manual_seed(seed)
-        acquisition = _acquisition(history, worth, seed)
+        acquisition, model = _acquisition(history, worth, seed)
         best, _ = optimize_acqf(
             acquisition,
             bounds=region.box(dimensions),
@@ -209,20 +227,40 @@ def proposal(history: History, worth: Utility, *, region: Region, seed: int, ste
             options={"batch_limit": 4, "maxiter": 100},
         )
         point: Tensor = best.detach()[0]
-        if steps is None:
-            return point
-        taken = history.x if history.pending is None else torch.cat([history.x, history.pending])
-        free = region.inside(free_points(steps, point, taken))
         with torch.no_grad():
-            values = torch.cat([acquisition(part.unsqueeze(1)) for part in torch.split(free, _BATCH)])
-    return free[values.argmax()]
+            if steps is not None:
+                taken = history.x if history.pending is None else torch.cat([history.x, history.pending])
+                free = region.inside(free_points(steps, point, taken))
+                point = free[_values(acquisition, free).argmax()]
+            elsewhere = torch.rand(_ELSEWHERE, dimensions, dtype=torch.float64)  # under the fork's own seed
+            gain = _values(acquisition, torch.cat([point[None], elsewhere])).max().exp().item()
+            tasks = _expected(model, history.s, point)
+            noise = torch.randn(_SAMPLES, len(tasks), dtype=torch.float64)
+            value = worth(tasks[:, 0] + noise * tasks[:, 1])
+    return Proposal(point, value.mean().item(), value.std().item(), tasks, gain)
 
 
-def _acquisition(history: History, worth: Utility, seed: int) -> AcquisitionFunction:
-    """The log of the expected improvement of the utility, after fitting the processes."""
+def _values(acquisition: AcquisitionFunction, points: Tensor) -> Tensor:
+    return torch.cat([acquisition(part.unsqueeze(1)) for part in torch.split(points, _BATCH)])
+
+
+def _scale(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (T,) that scores are standardised by."""
+    deviation = s.std(0, unbiased=False)
+    return s.mean(0), torch.where(deviation > 1e-9, deviation, 1.0)
+
+
+def _expected(model: SingleTaskGP, s: Tensor, point: Tensor) -> Tensor:
+    """Mean and deviation (T, 2) of every task's score at a point."""
+    mean, deviation = _scale(s)
+    there = model.posterior(point[None])
+    return torch.stack([there.mean[0] * deviation + mean, there.variance[0].clamp_min(0).sqrt() * deviation], dim=1)
+
+
+def _acquisition(history: History, worth: Utility, seed: int) -> tuple[AcquisitionFunction, SingleTaskGP]:
+    """The log of the expected improvement of the utility, and the processes that it rests on."""
     x, s = history.x, history.s
-    mean, deviation = s.mean(0), s.std(0, unbiased=False)
-    deviation = torch.where(deviation > 1e-9, deviation, 1.0)
+    mean, deviation = _scale(s)
     model = fitted(x, (s - mean) / deviation)
     shared: dict[str, Any] = {
         "model": model,
@@ -236,7 +274,8 @@ def _acquisition(history: History, worth: Utility, seed: int) -> AcquisitionFunc
     def objective(y: Tensor, X: Tensor | None = None) -> Tensor:
         return worth(y * deviation + mean)
 
-    return qLogNoisyExpectedImprovement(objective=GenericMCObjective(objective), prune_baseline=False, **shared)
+    wanted = GenericMCObjective(objective)
+    return qLogNoisyExpectedImprovement(objective=wanted, prune_baseline=False, **shared), model
 
 
 def _limits(thresholds: Tensor | None, mean: Tensor, deviation: Tensor) -> list[Utility] | None:

@@ -59,6 +59,9 @@ class TrustRegionSampler(JointSampler):
         goal: what task scores are worth together.
         startup_trials: completed trials before it proposes, at least 2.
         seed: of the draws.
+
+    Attributes:
+        expected: what it expects of the point that it has proposed, as the trial keeps it; None before.
     """
 
     def __init__(self, *, space: Space, goal: Goal, startup_trials: int, seed: int) -> None:
@@ -66,6 +69,7 @@ class TrustRegionSampler(JointSampler):
         self._goal = goal
         self._startup_trials = max(2, startup_trials)
         self._seed = seed
+        self.expected: dict[str, Any] | None = None
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -84,7 +88,10 @@ class TrustRegionSampler(JointSampler):
         if len(whole) < self._startup_trials:
             return {}
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number and _has(t, names)]
-        return _next_point(whole, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed)
+        point, self.expected = _next_point(
+            whole, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed
+        )
+        return point
 
 
 def _has(trial: FrozenTrial, names: Sequence[str]) -> bool:
@@ -99,8 +106,8 @@ def _next_point(
     *,
     startup: int,
     seed: int,
-) -> dict[str, float]:
-    """The proposal after a history of trials.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The proposal after a history of trials, and what is expected of it.
 
     Args:
         complete: in the order of their places.
@@ -131,12 +138,36 @@ def _next_point(
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
     width = space.high - space.low
     steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
-    point = surrogate.proposal(history, worth, region=region, steps=steps, seed=seed)
-    ranges = {name: space.range_of(name) for name in space.names}
-    return {
-        name: low + (high - low) * value
-        for (name, (low, high)), value in zip(ranges.items(), point.tolist(), strict=True)
+    found = surrogate.proposal(history, worth, region=region, steps=steps, seed=seed)
+    expected: dict[str, Any] = {
+        "tasks": {
+            task: [_signed(mean, task, goal), deviation]
+            for task, (mean, deviation) in zip(tasks, found.tasks.tolist(), strict=True)
+        }
     }
+    if goal.kind != "pareto":  # there the utility is another one in every trial
+        expected |= {
+            "mean": found.mean,
+            "deviation": found.deviation,
+            "gain": found.gain,
+            "region": {
+                "number": len(region.ended) + 1,
+                "centre": None if region.centre is None else _point(region.centre, space),
+                "half_width": region.half_width,
+            },
+        }
+    return _point(found.point.tolist(), space), expected
+
+
+def _point(unit: Sequence[float], space: Space) -> dict[str, float]:
+    """A point of the unit cube in the space."""
+    ranges = {name: space.range_of(name) for name in space.names}
+    return {name: low + (high - low) * value for (name, (low, high)), value in zip(ranges.items(), unit, strict=True)}
+
+
+def _signed(worth: float, task: str, goal: Goal) -> float:
+    """A task's score from what it is worth."""
+    return math.copysign(1.0, goal.point(task)) * worth
 
 
 def _unit(trial: FrozenTrial, space: Space) -> list[float]:

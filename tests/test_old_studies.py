@@ -47,6 +47,7 @@ def test_studies_of_an_earlier_version_are_listed_and_shown(project: Project) ->
         "study": "colours",
         "method": "df-merge",
         "trials": {"target": 5, "complete": 5, "running": 0, "waiting": 0, "failed": 0, "pruned": 0},
+        "stopped": None,
         "best_value": pytest.approx(5 / 12),
         "metric": "accuracy",
         "task_metrics": {"red": "accuracy", "blue": "accuracy"},

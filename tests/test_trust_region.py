@@ -81,9 +81,9 @@ def test_a_proposal_lies_in_the_region_and_is_the_same_for_the_same_seed() -> No
     region = region_after([(0.1, 0.9)], [(0.0, 1.0)], 1)
     first = proposal(history(), utility("mean", None), region=region, seed=3)
     again = proposal(history(), utility("mean", None), region=region, seed=3)
-    assert first.tolist() == again.tolist()
+    assert first.point.tolist() == again.point.tolist()
     lower, upper = region.box(2)
-    assert bool(((first >= lower) & (first <= upper)).all())
+    assert bool(((first.point >= lower) & (first.point <= upper)).all())
 
 
 def test_the_global_random_state_is_left_alone() -> None:
@@ -95,20 +95,20 @@ def test_the_global_random_state_is_left_alone() -> None:
 
 
 def test_a_point_that_runs_elsewhere_is_not_proposed_again() -> None:
-    alone = proposal(history(), utility("mean", None), region=WHOLE, seed=0)
-    beside = proposal(history(pending=alone[None]), utility("mean", None), region=WHOLE, seed=0)
+    alone = proposal(history(), utility("mean", None), region=WHOLE, seed=0).point
+    beside = proposal(history(pending=alone[None]), utility("mean", None), region=WHOLE, seed=0).point
     assert (beside - alone).abs().max() > 0.01
 
 
 def test_a_threshold_of_one_task_moves_the_proposal_to_where_that_task_keeps_it() -> None:
     kept = torch.tensor([0.85, -math.inf], dtype=torch.float64)
-    free = proposal(history(25), utility("mean", None), region=WHOLE, seed=0)
-    bound = proposal(history(25, thresholds=kept), utility("mean", None), region=WHOLE, seed=0)
+    free = proposal(history(25), utility("mean", None), region=WHOLE, seed=0).point
+    bound = proposal(history(25, thresholds=kept), utility("mean", None), region=WHOLE, seed=0).point
     assert scores(free[None])[0, 0] < 0.85 <= scores(bound[None])[0, 0] + 0.02
 
 
 def test_weights_pull_the_proposal_to_the_heavier_task() -> None:
-    point = proposal(history(25), utility("mean", [1.0, 0.0]), region=WHOLE, seed=0)
+    point = proposal(history(25), utility("mean", [1.0, 0.0]), region=WHOLE, seed=0).point
     assert (point - CENTRES[0]).abs().max() < 0.1
 
 

@@ -26,6 +26,7 @@ class _Followed:
     spec: StudySpec
     total: int
     bar: TaskID
+    stopped: bool = False
 
     def shown(self, values: Sequence[float] | None) -> str:
         return self.spec.metrics("validation").value_text(values) if values else ""
@@ -99,6 +100,9 @@ class TrialBars:
         """
         if event.kind == "started":
             return
+        if event.kind == "stopped":
+            self._stopped(name, event)
+            return
         done, best = self._refresh(name)
         if event.kind in _WORTH_A_LINE:
             text = f"trial {event.number} {event.kind}"
@@ -107,6 +111,15 @@ class TrialBars:
             shown = self._studies[name]
             text = f"{name}: {done}/{shown.total}  trial {event.number} {shown.shown(event.values)}  {best}"
             self.message(text, who)
+
+    def _stopped(self, name: str, event: Event) -> None:
+        """Say once, whichever worker tells it, that a study has stopped; its bar ends there."""
+        shown = self._studies[name]
+        if not shown.stopped:
+            shown.stopped = True
+            self.message(f"{name} stopped after {event.number} of {shown.total} trials: {event.message}")
+            shown.total, _ = self._refresh(name)
+            self._bars.update(shown.bar, total=shown.total)
 
     def message(self, text: str, who: str = "") -> None:
         """Print a line above the bars.

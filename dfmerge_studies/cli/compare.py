@@ -122,7 +122,8 @@ def _work(session: Session, total: int, planned: Planned) -> Summary:
         with TrialBars() as bars:
             bars.follow(session.study, session.spec, total)
             session.merger.progress = bars.phase
-            return session.run(target=total, on_event=lambda event: bars.event(session.spec.name, event))
+            name = session.spec.name
+            return session.run(target=total, regardless=False, on_event=lambda event: bars.event(name, event))
     except RunError as error:
         common.messages().print(f"{planned.spec.name} failed, going on: {error}", markup=False, soft_wrap=True)
         raise

@@ -12,7 +12,7 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
-from dfmerge_studies.cli.workers import is_complete, run_pool, total_of
+from dfmerge_studies.cli.workers import Wanted, run_pool
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.ranks import launched
 from dfmerge_studies.tasks.splits import Split
@@ -83,8 +83,9 @@ def run(
         from dfmerge_studies.study.plan import Plan
 
         plan = Plan.of(settings)
-        trials, add = total_of(plan, trials, add), None
-        if not is_complete(plan, trials) and not run_pool(settings, workers, trials, splits):
+        wanted = Wanted.of(plan, trials, add)
+        trials, add = wanted.total, None
+        if not wanted.is_reached(plan) and not run_pool(settings, workers, wanted, splits):
             _tell_interrupted(plan, again, as_json=json, seconds=time.monotonic() - started)
             raise typer.Exit(130)
     with common.progress_bar() as progress:
@@ -98,7 +99,7 @@ def run(
     if add is not None:
         session.add_trials(add)
     # Workers were told the total already: what somebody has added since must not be undone.
-    finished = _work(session, trials, lower=workers == 1)
+    finished = _work(session, trials, alone=workers == 1)
     tables: dict[Split, Standings] = {}
     if finished and session.best() is not None:
         baselines, finished = _baselines(session)
@@ -124,8 +125,13 @@ def _say_search(session: Session) -> None:
         common.warn(f"note: {plan.spec.name} goes on with the sampler {plan.proposer}, which it was begun with")
 
 
-def _work(session: Session, total: int | None, *, lower: bool = True) -> bool:
+def _work(session: Session, total: int | None, *, alone: bool = True) -> bool:
     """Run trials under a bar.
+
+    Args:
+        session: of the study.
+        total: an explicit one.
+        alone: whether no workers were told it before.
 
     Returns:
         Whether the work was not interrupted.
@@ -133,7 +139,10 @@ def _work(session: Session, total: int | None, *, lower: bool = True) -> bool:
     with TrialBars() as bars:
         bars.follow(session.study, session.spec, session.total(total))
         session.merger.progress = bars.phase
-        summary = session.run(target=total, lower=lower, on_event=lambda event: bars.event(session.spec.name, event))
+        name = session.spec.name
+        summary = session.run(
+            target=total, lower=alone, regardless=alone, on_event=lambda event: bars.event(name, event)
+        )
     return not summary.interrupted
 
 
@@ -214,7 +223,13 @@ def _tell(
     from dfmerge_studies.methods import label
     from dfmerge_studies.report.renderings import rows_json, standings_table
     from dfmerge_studies.report.summary import study_summary
-    from dfmerge_studies.report.tables import coefficients_text, method_parameters, selection_text, verdict_lines
+    from dfmerge_studies.report.tables import (
+        coefficients_text,
+        method_parameters,
+        progress_text,
+        selection_text,
+        verdict_lines,
+    )
 
     spec, summary = plan.spec, study_summary(study, plan)
     if as_json:
@@ -225,12 +240,11 @@ def _tell(
         common.print_json({**summary, **shown})
         return
     out, best = common.output(), summary["best"]
-    trials = summary["trials"]
     for line in verdict_lines(summary) if finished else ():
         out.print(f"verdict: {line}", markup=False)
     for split, table in tables.items():
         out.print(standings_table(table, title=f"{summary['study']}: {split} {table.metrics.heading}"))
-    state = f"{trials['complete']} of {trials['target']} trials complete"
+    state = progress_text(summary)
     out.print(f"{state}{'' if finished else ', interrupted: nothing is lost, run it again to go on'} ({seconds:.0f} s)")
     if best is not None:
         value = spec.metrics("validation").value_text([best["value"]])

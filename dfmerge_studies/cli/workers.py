@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,40 +39,57 @@ def worker() -> None:
         raise typer.Exit(130)
 
 
-def total_of(plan: Plan, trials: int | None, add: int | None) -> int:
-    """The total that a command line means, so that all its workers mean the same; a study that is there is told."""
-    from dfmerge_studies.study.totals import add_trials, state_total, stored_total
+@dataclass(frozen=True)
+class Wanted:
+    """What a command line asks for, so that all its workers mean the same.
 
-    study = plan.study_if_any()
-    if study is None:
-        return plan.total(wanted=trials if trials is not None else plan.total() + (add or 0))
-    if plan.method.searches and trials is not None:
-        state_total(study, trials)
-    if plan.method.searches and add is not None:
-        add_trials(study, add, at_least=plan.trials)
-    return plan.total(stored_total(study), trials)
+    Attributes:
+        total: of trials; None: what the study has, or the spec.
+        owed: results that are wanted whatever `search.patience` and `search.stop` say.
+    """
+
+    total: int | None
+    owed: int = 0
+
+    @classmethod
+    def of(cls, plan: Plan, trials: int | None, add: int | None) -> Wanted:
+        """What is asked for; a study that is there is told."""
+        from dfmerge_studies.study.totals import add_trials, owe, state_total
+
+        if not plan.method.searches or (trials is None and add is None):
+            return cls(None)
+        study = plan.study_if_any()
+        if study is None:
+            return cls(trials, trials) if trials is not None else cls(plan.total() + (add or 0), add or 0)
+        if trials is not None:
+            state_total(study, trials)
+            owe(study, trials)
+        if add is not None:
+            add_trials(study, add, at_least=plan.trials)
+        return cls(plan.goal(study, trials))
+
+    def is_reached(self, plan: Plan) -> bool:
+        """Whether a study and its baselines have all their trials, so that no worker is needed."""
+        from dfmerge_studies.study.plan import Plan
+        from dfmerge_studies.study.variants import baseline_specs
+        from dfmerge_studies.trials.reading import counts
+
+        for each in (plan, *map(Plan.of, baseline_specs(plan.spec))):
+            study = each.study_if_any()
+            if study is None or not each.is_settled(study):
+                return False
+            if counts(study)["complete"] < each.goal(study, self.total if each is plan else None):
+                return False
+        return True
 
 
-def is_complete(plan: Plan, total: int) -> bool:
-    """Whether a study and its baselines have all their trials, so that no worker is needed."""
-    from dfmerge_studies.study.plan import Plan
-    from dfmerge_studies.study.variants import baseline_specs
-    from dfmerge_studies.trials.reading import counts
-
-    for each in (plan, *map(Plan.of, baseline_specs(plan.spec))):
-        study = each.study_if_any()
-        if study is None or counts(study)["complete"] < (total if each is plan else each.total()):
-            return False
-    return True
-
-
-def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[Split]) -> bool:
+def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split]) -> bool:
     """Run a study and its baselines with several local processes.
 
     Args:
         spec: what to study.
         count: of workers.
-        target: the total of trials, None for the spec's.
+        wanted: what is asked for.
         splits: what will be scored when they are done.
 
     Returns:
@@ -87,7 +105,17 @@ def run_pool(spec: StudySpec, count: int, target: int | None, splits: list[Split
     with TrialBars() as bars:
         workdir = str(spec.workdir)
         orders = [
-            Orders(spec.model_dump(mode="json"), str(spec.file), workdir, target, splits, index, count, bars.watched)
+            Orders(
+                spec.model_dump(mode="json"),
+                str(spec.file),
+                workdir,
+                wanted.total,
+                wanted.owed,
+                splits,
+                index,
+                count,
+                bars.watched,
+            )
             for index in range(count)
         ]
         show = _Display(bars, spec)

@@ -15,7 +15,7 @@ from dfmerge_studies.storage import study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
-from dfmerge_studies.study.totals import stored_total
+from dfmerge_studies.study.totals import stop_of, stored_total
 from dfmerge_studies.study.value import trial_value
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS
@@ -44,6 +44,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
         "search": plan.joined(study).search,
         "warm_start": study.user_attrs.get(provenance.WARM_START),
         "trials": {"target": target, **counted},
+        "stopped": stop_of(study),
         "metric": metrics.text,
         "task_metrics": metrics.names,
         "best": _best(best, plan, selection_of(study, completed)) if best is not None else None,
@@ -110,6 +111,7 @@ def _entry(study: optuna.Study) -> dict[str, Any]:
         "study": study.study_name,
         "method": fingerprint["method"] if fingerprint is not None else None,
         "trials": {"target": stored_total(study) or None, **counts(study)},
+        "stopped": stop_of(study),
         "best_value": trial_value(best) if best is not None else None,
         "metric": metrics.text if metrics is not None else None,
         "task_metrics": metrics.names if metrics is not None else None,
@@ -119,5 +121,5 @@ def _entry(study: optuna.Study) -> dict[str, Any]:
 def _unreadable(name: str, error: InputError) -> dict[str, Any]:
     """What stands in the list for a study that cannot be read."""
     trials = dict.fromkeys(("target", "complete", "running", "waiting", "failed", "pruned"))
-    nothing = dict.fromkeys(("method", "best_value", "metric", "task_metrics"))
+    nothing = dict.fromkeys(("method", "stopped", "best_value", "metric", "task_metrics"))
     return {"study": name, **nothing, "trials": trials, "problem": str(error)}

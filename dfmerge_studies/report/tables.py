@@ -74,6 +74,27 @@ def search_text(search: Mapping[str, Any]) -> str:
     return f"{sampler} ({how})" if how else sampler
 
 
+def progress_text(summary: Mapping[str, Any]) -> str:
+    """How far a study is, and why it has stopped if it has.
+
+    Args:
+        summary: from `study_summary`.
+    """
+    trials, stopped = summary["trials"], summary["stopped"]
+    if stopped is None:
+        return f"{trials['complete']} of {trials['target']} trials complete"
+    return f"{trials['complete']} trials complete, {stop_text(stopped)}"
+
+
+def stop_text(stopped: Mapping[str, Any]) -> str:
+    """Where and why a study has stopped before its total.
+
+    Args:
+        stopped: from `totals.stop_of`.
+    """
+    return f"stopped after {stopped['after']} of {stopped['of']}: {stopped['why']}"
+
+
 def status_table(summary: Mapping[str, Any]) -> Table:
     """A study at a glance.
 
@@ -90,6 +111,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("study", f"{summary['study']} ({summary['method']})")
     others = ", ".join(f"{trials[k]} {k}" for k in ("running", "waiting", "failed", "pruned") if trials[k])
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
+    if summary["stopped"] is not None:
+        table.add_row("", stop_text(summary["stopped"]))
     if summary["search"] is not None:
         table.add_row("search", search_text(summary["search"]))
     if summary["warm_start"] is not None:
@@ -153,6 +176,7 @@ def status_line(summary: Mapping[str, Any]) -> str:
     trials, best = summary["trials"], summary["best"]
     parts = [f"{trials['complete']} of {trials['target']} complete"]
     parts += [f"{trials[state]} {state}" for state in ("running", "waiting", "failed") if trials[state]]
+    parts += [stop_text(summary["stopped"])] if summary["stopped"] is not None else []
     parts += [f"{len(summary['workers_alive'])} workers"] if summary["workers_alive"] else []
     if best is not None:
         metrics = Metrics.named(summary["task_metrics"])

@@ -124,6 +124,12 @@ class SearchSettings(Settings):
     warm_start: WarmStart | None = Field(
         None, description="another study whose best points are tried first: its name, or {study, storage, points}"
     )
+    patience: int | None = Field(
+        None, gt=0, le=limits.TRIALS, description="stop after so many trials without a gain above the noise"
+    )
+    stop: Literal["none", "gain"] = Field(
+        "none", description="gain: stop when the Gaussian process expects no gain above the noise any more"
+    )
     max_drop: float | None = Field(
         None,
         ge=0,
@@ -156,6 +162,17 @@ class SearchSettings(Settings):
         if self.acquisition == "ucb" and self.sampler not in (None, "gp"):
             raise ValueError("acquisition: ucb needs sampler: gp")
         return self
+
+    @model_validator(mode="after")
+    def _gains_are_expected_by_a_model(self) -> SearchSettings:
+        if self.stop == "gain" and (self.acquisition == "ucb" or self.sampler == "random"):
+            raise ValueError("stop: gain needs the expected improvement of sampler: auto or gp; patience needs none")
+        return self
+
+    @property
+    def stops(self) -> dict[str, Any]:
+        """What may stop the search before its total."""
+        return {"patience": self.patience, "stop": self.stop}
 
     @property
     def stated_sampler(self) -> str | None:

@@ -304,6 +304,12 @@ class StudySpec(Settings):
             raise ValueError("acquisition: ucb has one objective; use ei with objective: pareto")
         return self
 
+    @model_validator(mode="after")
+    def _expected_gain_has_one_objective(self) -> StudySpec:
+        if self.search.stop == "gain" and self.objective.kind == "pareto":
+            raise ValueError("stop: gain has one objective; use patience with objective: pareto")
+        return self
+
     @field_validator("device")
     @classmethod
     def _device_has_a_known_form(cls, value: str) -> str:

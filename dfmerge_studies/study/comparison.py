@@ -176,7 +176,7 @@ def quietly(session: Session, total: int, planned: Planned) -> Summary:
     Raises:
         RunError: three trials in a row failed, or the database is gone for good.
     """
-    return session.run(target=total)
+    return session.run(target=total, regardless=False)
 
 
 def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Planned]:

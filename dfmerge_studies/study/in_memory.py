@@ -49,7 +49,8 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance, warm_start
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
-from dfmerge_studies.study.totals import state_total
+from dfmerge_studies.study.stopping import Noise, Rule, Watch, reconsider
+from dfmerge_studies.study.totals import Asked, state_total, stored_total
 from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result, trial_value
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.loop import Summary, work
@@ -61,6 +62,7 @@ from dfmerge_studies.trials.results import Event, TrialResult, ignore
 
 logger = logging.getLogger(__name__)
 
+_NOT_SCIENCE = ("trials", "enqueue", "warm_start", "patience", "stop")  # fields of a search that may change
 _METRIC = "score"  # what the numbers of a scoring function are called; of each, higher is better
 
 Score = Callable[[Any], Mapping[str, float] | float]
@@ -157,13 +159,17 @@ def optimize_merge(
         power: see `merge_models`.
         on_event: told of everything that happens to a trial.
         **search: further fields of a spec's `search`: seed, bounds, step, sampler, startup_trials, enqueue,
-            warm_start, and max_drop, for which each expert is scored on the task of its own name, too.
+            warm_start, patience (here every gain counts), and max_drop, for which each expert is scored on the task of
+            its own name, too.
 
     Raises:
         InputError: models, settings or scores do not fit, or the stored study is about something else.
         RunError: three trials in a row failed, no trial has completed, or the storage is gone for good.
     """
     settings = _settings(SearchSettings, {**search, "trials": trials})
+    if settings.stop == "gain":
+        what = "how noisy the numbers of a scoring function are is not known, so no gain can be told from noise"
+        raise InputError(what, where="stop", hint="Use patience: it counts every gain")
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
         raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
@@ -268,7 +274,12 @@ class _Search(Generic[Model]):
     def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
         """Work until the study has its total."""
         method, settings = self.merger.method, self.settings
-        state_total(study, total_trials(method, settings))
+        rule = Rule.of(settings, Noise(self.objective, Metrics({}), {})) if method.searches else None
+        watch = Watch(study, rule, settings.stops) if rule is not None else None
+        reconsider(study, rule)
+        stopped = Asked.of(study).stopped is not None
+        total = stored_total(study) if stopped else total_trials(method, settings)
+        state_total(study, total)
         first = first_points(method, self.merger.experts, settings)
         enqueue(study, self.space, [*first, *warm_start.points_of(self.warm)])
         file = storage_file(url) if url is not None else None
@@ -276,10 +287,13 @@ class _Search(Generic[Model]):
             study,
             self.space,
             self._trial,
-            target=total_trials(method, settings),
+            target=total,
             outbox=outbox_folder(file.parent if file else Path.cwd(), url, self.name) if url is not None else None,
             on_event=on_event,
+            enough=watch.enough if watch is not None else None,
         )
+        if watch is not None and summary.stopped is not None:
+            watch.keep(summary.stopped, summary.counts["complete"])
         if summary.interrupted:
             logger.warning("%s: interrupted after %d trials", self.name, summary.counts["complete"])
         return summary
@@ -318,7 +332,7 @@ class _Search(Generic[Model]):
         """What decides the results, as far as it can be compared."""
         merger, place = self.merger, self.merger.place
         unmerged = dict(merger.model.named_parameters())
-        searched = self.settings.model_dump(mode="json", exclude={"trials", "enqueue", "sampler", "warm_start"})
+        searched = self.settings.model_dump(mode="json", exclude={"sampler", *_NOT_SCIENCE})
         return {
             "made by": "optimize_merge",
             "method": merger.method.name,

@@ -14,6 +14,7 @@ from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
 from dfmerge_studies.storage import load_study, load_study_if_any, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
+from dfmerge_studies.study.totals import Asked
 from dfmerge_studies.trials.space import Space
 
 
@@ -83,6 +84,23 @@ class Plan:
         if not self.method.searches:
             return self.trials
         return wanted if wanted is not None else max(self.trials, stored)
+
+    def is_settled(self, study: optuna.Study) -> bool:
+        """Whether a stop of a study, if it has stopped before its total, is one under the settings of today."""
+        stopped = Asked.of(study).stopped
+        return stopped is None or stopped["by"] == self.spec.search.stops
+
+    def goal(self, study: optuna.Study, wanted: int | None = None) -> int:
+        """Trials that a run of a study works towards: one that a rule has stopped has reached its total.
+
+        Args:
+            study: its study.
+            wanted: an explicit total.
+        """
+        asked = Asked.of(study)
+        if wanted is None and self.method.searches and asked.stopped is not None:
+            return asked.total
+        return self.total(asked.total, wanted)
 
     def sampler(self) -> BaseSampler:
         """The sampler that proposes the study's trials."""

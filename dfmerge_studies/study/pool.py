@@ -40,7 +40,8 @@ class Orders:
             holds the storage's URL.
         file: the spec's file.
         workdir: where relative outputs go, if not beside it.
-        target: the total to reach, None for the spec's.
+        target: the total to reach, None for what the study has, or the spec.
+        owed: results that are wanted whatever would stop the search before.
         splits: what will be scored.
         index: of the worker, from 0.
         workers: how many there are.
@@ -51,6 +52,7 @@ class Orders:
     file: str
     workdir: str | None
     target: int | None
+    owed: int
     splits: Sequence[Split]
     index: int
     workers: int

@@ -21,7 +21,7 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import SearchSettings, StudySpec
 from dfmerge_studies.storage import create_study, join_study, safe_url
-from dfmerge_studies.study.totals import TARGET
+from dfmerge_studies.study.totals import OWED, TARGET
 
 # User attributes of a study.
 FINGERPRINT = "dfmerge:science"
@@ -29,7 +29,7 @@ SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
 WARM_START = "dfmerge:warm_start"
-ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET, WARM_START})
+ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET, OWED, WARM_START})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed
 

@@ -35,7 +35,8 @@ from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.selection import name_winner_
-from dfmerge_studies.study.totals import add_trials, state_total, stored_total
+from dfmerge_studies.study.stopping import Noise, Rule, Watch, reconsider
+from dfmerge_studies.study.totals import add_trials, owe, state_total, stored_total
 from dfmerge_studies.study.value import directions, metric_names
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
 from dfmerge_studies.study.winner import winner_of
@@ -99,6 +100,7 @@ class Session:
         *,
         target: int | None = None,
         lower: bool = True,
+        regardless: bool = True,
         on_event: Callable[[Event], None] = lambda event: None,
         name_winner: bool = True,
     ) -> Summary:
@@ -107,15 +109,22 @@ class Session:
         Args:
             target: the total; by default the spec's, or what an earlier call raised it to.
             lower: whether `target` may undo what was added to the study since it was stated.
+            regardless: whether `target` is reached whatever `search.patience` and `search.stop` say.
             on_event: told of every trial.
             name_winner: whether to name it; a worker whose parent will do so need not.
 
         Raises:
             RunError: three trials in a row failed, or the database is gone for good.
         """
-        total = self.total(target)
         sweep_unfinished(self.spec)
+        rule = self._rule()
+        watch = Watch(self.study, rule, self.spec.search.stops) if rule is not None else None
         with storage_errors(self.plan.url):
+            if target is None or not regardless:
+                reconsider(self.study, rule)
+            else:
+                owe(self.study, target)
+            total = self.total(target)
             self._check_total(total)
             state_total(self.study, total, lower=lower)
             enqueue(self.study, self.plan.space, [*self.plan.points, *points_of(self.warm)])
@@ -132,12 +141,23 @@ class Session:
                     on_event=on_event,
                     raised=self.stored_target,
                     keeper=self.keeper,
+                    enough=watch.enough if watch is not None else None,
                 )
             finally:
                 self.merger.importances.shelf.flush()
+            if watch is not None and summary.stopped is not None:
+                watch.keep(summary.stopped, summary.counts["complete"])
+                on_event(Event("stopped", summary.stopped.after, summary.stopped.after, message=summary.stopped.why))
             if name_winner and not summary.interrupted:
                 name_winner_(self)
             return summary
+
+    def _rule(self) -> Rule | None:
+        """When the search stops before its total."""
+        if not self.method.searches:
+            return None
+        rows = {task: len(self.problem.examples(task, "validation")) for task in self.spec.tasks}
+        return Rule.of(self.spec.search, Noise(self.spec.objective, self.spec.metrics("validation"), rows))
 
     def total(self, wanted: int | None = None) -> int:
         """Trials that a run works towards.
@@ -145,7 +165,7 @@ class Session:
         Args:
             wanted: an explicit total; methods without a search have as many trials as points, whatever is wanted.
         """
-        return self.plan.total(self.stored_target(), wanted)
+        return self.plan.goal(self.study, wanted)
 
     def add_trials(self, more: int) -> None:
         """Raise the study's total; several that do so at one moment all count.

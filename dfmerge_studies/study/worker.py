@@ -18,6 +18,7 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.signals import STOP, stop_this_process
 from dfmerge_studies.study.pool import Orders, device_of, threads_each
 from dfmerge_studies.study.session import Session, open_study
+from dfmerge_studies.study.totals import owe
 from dfmerge_studies.study.variants import baseline_specs
 from dfmerge_studies.trials.results import Event
 
@@ -85,9 +86,7 @@ def serve(orders: Orders, say: Say) -> bool:
     progress = _phases(say) if orders.phases else silent
     session = open_study(spec, splits=orders.splits, progress=progress)
     say("joined", threads=torch.get_num_threads(), device=str(session.problem.resident.device))
-    return all(
-        _work(each, orders.target if each is session else None, say, progress) for each in (session, *_others(session))
-    )
+    return all(_work(each, orders if each is session else None, say, progress) for each in (session, *_others(session)))
 
 
 def _others(session: Session) -> Iterator[Session]:
@@ -95,7 +94,10 @@ def _others(session: Session) -> Iterator[Session]:
         yield open_study(spec, problem=session.problem)
 
 
-def _work(session: Session, target: int | None, say: Say, progress: Progress) -> bool:
+def _work(session: Session, orders: Orders | None, say: Say, progress: Progress) -> bool:
+    target = orders.target if orders is not None else None
+    if orders is not None and orders.owed:
+        owe(session.study, orders.owed)
     session.merger.progress = progress
     say("study", name=session.spec.name, total=session.total(target))
 
@@ -110,7 +112,8 @@ def _work(session: Session, target: int | None, say: Say, progress: Progress) ->
             message=event.message,
         )
 
-    return not session.run(target=target, lower=False, on_event=report, name_winner=False).interrupted
+    summary = session.run(target=target, lower=False, regardless=False, on_event=report, name_winner=False)
+    return not summary.interrupted
 
 
 def _phases(say: Say) -> Progress:

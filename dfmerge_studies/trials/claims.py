@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -23,12 +24,28 @@ from dfmerge_studies.storage import id_of, storage_of, study_id_of
 from dfmerge_studies.trials.guards import Interrupts
 from dfmerge_studies.trials.marks import DISCARDED, OWNER, PLACE, mark, place_of
 from dfmerge_studies.trials.queue import put_back
-from dfmerge_studies.trials.reading import free_place, holders, started
+from dfmerge_studies.trials.reading import free_place, holders, settled, started
 from dfmerge_studies.trials.recovery import recover
 from dfmerge_studies.trials.results import OnEvent, fail
 
 _WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
 _GLANCE = 0.2  # seconds after which a waiting worker notices a signal
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a study stops before its total.
+
+    Attributes:
+        after: how many results it follows from.
+        why: in a few words.
+    """
+
+    after: int
+    why: str
+
+
+Enough = Callable[[Sequence[FrozenTrial]], Stop | None]  # from `reading.settled` trials to why they are enough
 
 
 class Claims:
@@ -41,6 +58,10 @@ class Claims:
         interrupts: a signal ends the waiting.
         on_event: told of the trials of dead workers that were put back.
         answered: called whenever the storage has answered.
+        enough: asked before each trial whether the study stops here.
+
+    Attributes:
+        stopped: why the study has stopped before its total.
     """
 
     def __init__(
@@ -51,8 +72,11 @@ class Claims:
         interrupts: Interrupts,
         on_event: OnEvent,
         answered: Callable[[], None],
+        enough: Enough | None = None,
     ) -> None:
         self.target = target
+        self.stopped: Stop | None = None
+        self._enough = enough
         self._study = study
         self._storage = storage_of(study)
         self._raised = raised
@@ -73,15 +97,26 @@ class Claims:
                 self.target = max(self.target, self._raised() if self._raised is not None else 0)
                 if len(begun) < self.target:
                     continue
-                if not any(trial.state == TrialState.RUNNING and OWNER in trial.user_attrs for trial in begun):
+                if self._ended(begun, next(waits)):
                     return None
-                self._pause(next(waits))
+                continue
+            self.stopped = self._enough(settled(kept)) if self._enough is not None else None
+            if self.stopped is not None:
+                if self._ended(begun, next(waits)):
+                    return None
                 continue
             trial = self._take(waiting[0], owner) if waiting else self._create(free_place(kept), owner)
             if trial is not None:
                 return trial
             time.sleep(random.uniform(0.01, 0.1))  # jitter only, so that two workers do not stay in step
         return None
+
+    def _ended(self, begun: Sequence[FrozenTrial], seconds: float) -> bool:
+        """Whether nobody runs a trial any more; wait a moment otherwise."""
+        if not any(trial.state == TrialState.RUNNING and OWNER in trial.user_attrs for trial in begun):
+            return True
+        self._pause(seconds)
+        return False
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

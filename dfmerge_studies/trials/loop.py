@@ -30,7 +30,7 @@ from dfmerge_studies.storage import (
     root_text,
     storage_errors,
 )
-from dfmerge_studies.trials.claims import Claims
+from dfmerge_studies.trials.claims import Claims, Enough, Stop
 from dfmerge_studies.trials.guards import Interrupts, signs_of_life
 from dfmerge_studies.trials.keeping import Keeper, StorageLost
 from dfmerge_studies.trials.marks import DISCARDED, DRAWN, ERROR, INTERRUPTED, OWNER, mark, place_of
@@ -71,6 +71,7 @@ class Summary:
         interrupted: whether a signal ended it before the total was reached.
         exhausted: whether the sampler had no more points.
         counts: the study's trials by state, as `counts` gives them.
+        stopped: why the study has stopped before its total, None if it has not.
     """
 
     completed: int
@@ -78,6 +79,7 @@ class Summary:
     interrupted: bool
     exhausted: bool
     counts: dict[str, int]
+    stopped: Stop | None = None
 
 
 def work(
@@ -90,6 +92,7 @@ def work(
     on_event: OnEvent = ignore,
     raised: Callable[[], int] | None = None,
     keeper: Keeper | None = None,
+    enough: Enough | None = None,
 ) -> Summary:
     """Run trials until the study has `target` results, counting those of other workers and of earlier runs.
 
@@ -105,6 +108,7 @@ def work(
         on_event: told of everything that happens to a trial.
         raised: asked, once the target is reached, whether it has become larger meanwhile.
         keeper: looks after what is told, for who wants to ask it again later.
+        enough: asked before each trial whether the study stops before its total.
 
     Returns:
         What was done, and whether a signal ended it early.
@@ -115,7 +119,7 @@ def work(
     """
     with Interrupts() as interrupts, storage_errors():
         box, keeper = Outbox(outbox, study), keeper or Keeper(study)
-        worker = _Worker(study, space, evaluate, target, box, keeper, on_event, interrupts, raised)
+        worker = _Worker(study, space, evaluate, target, box, keeper, on_event, interrupts, raised, enough)
         while True:
             with working() as owner:
                 try:
@@ -134,8 +138,10 @@ def work(
                             raise worker.undelivered from None
                         raise
         now = counts(study)
-        early = interrupts.requested and now["complete"] + now["pruned"] < worker.claims.target and not worker.exhausted
-        return Summary(worker.completed, worker.failed, early, worker.exhausted, now)
+        stopped = worker.claims.stopped
+        missing = now["complete"] + now["pruned"] < worker.claims.target and not worker.exhausted
+        early = interrupts.requested and missing and (stopped is None or now["running"] > 0)
+        return Summary(worker.completed, worker.failed, early, worker.exhausted, now, None if early else stopped)
 
 
 class _Undelivered(RunError):
@@ -159,6 +165,7 @@ class _Worker:
         on_event: OnEvent,
         interrupts: Interrupts,
         raised: Callable[[], int] | None,
+        enough: Enough | None,
     ) -> None:
         self.study = study
         self.space = space
@@ -171,7 +178,7 @@ class _Worker:
         self.away_since: float | None = None
         self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
         self.interrupts = interrupts
-        self.claims = Claims(study, target, raised, interrupts, on_event, self._answered)
+        self.claims = Claims(study, target, raised, interrupts, on_event, self._answered, enough)
         self.turns = Turns(study, interrupts)
         self.objectives = len(study.directions)
         self.constraints: int | None = None  # how many the study's trials have, once one is complete

@@ -11,6 +11,7 @@ What the loop writes beside the result, which may not use these names:
     dropped       the trial was given back without a result: its place was not needed
     error         why the trial failed for good
     beat          last sign of life, seconds since 1970, on storages that have no heartbeat of their own
+    proposal      what the sampler expected of the point, and where it looked; a retry keeps it
 
 What a result has; each of its method's parameters is another, under the parameter's own name:
 
@@ -41,7 +42,8 @@ INTERRUPTED = "interrupted"
 DISCARDED = "dropped"
 ERROR = "error"
 BEAT = "beat"
-RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DISCARDED, ERROR, BEAT})
+PROPOSAL = "proposal"
+RESERVED = frozenset({PLACE, OWNER, DRAWN, RETRY_OF, CRASHES, INTERRUPTED, DISCARDED, ERROR, BEAT, PROPOSAL})
 COEFFICIENTS = "coefficients"
 TASKS = "tasks"
 SECONDS = "seconds"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from dfmerge_studies.storage import id_of, storage_errors
-from dfmerge_studies.trials.marks import CRASHES, DISCARDED, INTERRUPTED, PLACE, RETRY_OF, place_of
+from dfmerge_studies.trials.marks import CRASHES, DISCARDED, INTERRUPTED, PLACE, PROPOSAL, RETRY_OF, place_of
 from dfmerge_studies.trials.reading import crashes_of, duplicates, failures, free_place, pending_retries, point_of
 from dfmerge_studies.trials.results import Event, OnEvent, fail
 from dfmerge_studies.trials.space import Space
@@ -58,15 +60,18 @@ def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
     back = pending_retries(trials)
     for trial in back:
         point = point_of(trial) or {}
-        study.enqueue_trial(
-            point,
-            user_attrs={PLACE: place_of(trial), RETRY_OF: trial.number, CRASHES: crashes_of(trial)},
-        )
+        study.enqueue_trial(point, user_attrs=_again(trial, crashes_of(trial)))
         if on_event is not None:
             on_event(Event("recovered", trial.number, place_of(trial), point))
     for trial in duplicates(study.get_trials(deepcopy=False) if back else trials):
         fail(study, id_of(trial), {DISCARDED: True})
     return len(back)
+
+
+def _again(trial: FrozenTrial, crashes: int) -> dict[str, Any]:
+    """Attributes of the trial that repeats another one."""
+    kept = {PROPOSAL: trial.user_attrs[PROPOSAL]} if PROPOSAL in trial.user_attrs else {}
+    return {PLACE: place_of(trial), RETRY_OF: trial.number, CRASHES: crashes, **kept}
 
 
 def put_back(study: optuna.Study, trial_id: int) -> None:
@@ -86,7 +91,5 @@ def retry_failures(study: optuna.Study) -> int:
     """
     back = [trial for trial in failures(study.get_trials(deepcopy=False)) if point_of(trial) is not None]
     for trial in back:
-        study.enqueue_trial(
-            point_of(trial) or {}, user_attrs={PLACE: place_of(trial), RETRY_OF: trial.number, CRASHES: 0}
-        )
+        study.enqueue_trial(point_of(trial) or {}, user_attrs=_again(trial, 0))
     return len(back)

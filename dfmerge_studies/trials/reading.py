@@ -173,6 +173,23 @@ def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
 
 
+def settled(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Pick the completed trials before the first place whose trial has not ended yet, in the order of their places.
+
+    Whatever ends later stands behind them: what follows from them, follows for good and for every worker.
+
+    Args:
+        trials: all trials of a study, in the order of their numbers.
+    """
+    found: list[FrozenTrial] = []
+    for place, trial in enumerate(sorted(holders(trials), key=place_of)):
+        if place_of(trial) > place or trial.state in (TrialState.RUNNING, TrialState.WAITING):
+            break
+        if trial.state == TrialState.COMPLETE:
+            found.append(trial)
+    return found
+
+
 def last_sign(study: optuna.Study, trial: FrozenTrial) -> datetime | None:
     """When a running trial last gave a sign of life, None if that is not known; in the local time of the storage."""
     if BEAT in trial.user_attrs:

@@ -18,7 +18,7 @@ from dfmerge_studies.trials.marks import RESERVED, mark
 _TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 
-EventKind = Literal["started", "completed", "failed", "interrupted", "recovered", "applied", "superseded"]
+EventKind = Literal["started", "completed", "failed", "interrupted", "recovered", "applied", "superseded", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Event:
 
     Attributes:
         kind: what happened; "recovered" is a dead worker's trial put back in the queue, "applied" a result from the
-            outbox told to the study, "superseded" a result that came after the trial had been given to another.
+            outbox told to the study, "superseded" a result that came after the trial had been given to another,
+            "stopped" the whole study, before its total.
         number: Optuna's number of the trial.
         place: the trial's place.
         coefficients: by name, as far as they are known.
