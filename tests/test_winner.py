@@ -20,11 +20,11 @@ from dfmerge_studies import StudySpec, load_problem, merge
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study.rows import rows_attribute
-from dfmerge_studies.study.selection import LEVEL, budget, contenders, name_winner_, preferred, standard_error
+from dfmerge_studies.study.selection import LEVEL, budget, contenders, name_winner_, preferred
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.study.winner import Rescored, stored_selection, winner_of
-from dfmerge_studies.tasks.metrics import METRICS, Metrics, TaskScore
+from dfmerge_studies.tasks.metrics import Metrics, TaskScore
 from dfmerge_studies.tasks.sampling import divided_rows
 from tests.project import Project, copied
 
@@ -116,9 +116,6 @@ def test_trials_without_rows_are_told_apart_by_the_standard_error_of_a_share() -
     trials = [trial(number, {"t": rows}, keep=False) for number, rows in enumerate((best, near, far))]
     # sqrt(2 * 0.8 * 0.2 / 100) is 5.7 points: 7 are 1.2 of them, and 20 are 3.2.
     assert [each.number for each in contenders(trials, MEAN, ONE, {"t": n}, seed=0)] == [0, 1]
-    assert standard_error(METRICS["accuracy"], 0.8, n) == pytest.approx(0.04)
-    assert standard_error(METRICS["mcc"], 0.6, n) == pytest.approx(2 * 0.04)  # a range of 2
-    assert standard_error(METRICS["log_likelihood"], -0.5, n) == 0.0
 
 
 def test_a_trial_that_misses_its_constraints_is_no_contender_where_another_keeps_them() -> None:

@@ -32,8 +32,9 @@ from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study.rows import trial_rows
 from dfmerge_studies.study.value import constraint_values, objective_values, trial_value
 from dfmerge_studies.study.winner import Rescored, Selection, keep_selection, selection_of
-from dfmerge_studies.tasks.metrics import Metric, Metrics
+from dfmerge_studies.tasks.metrics import Metric, Metrics, TaskScore
 from dfmerge_studies.tasks.sampling import seeded_generator
+from dfmerge_studies.tasks.uncertainty import standard_error
 from dfmerge_studies.trials.marks import DROPS, TASKS, place_of
 from dfmerge_studies.trials.reading import results, violation
 
@@ -215,19 +216,6 @@ def _resampled(trials: Sequence[FrozenTrial], task: str, metric: Metric, n: int,
         if len(rows) == n:
             drawn[:, column] = counts @ np.array(rows) / n
         else:
-            drawn[:, column] = score + standard_error(metric, score, n) * generator.standard_normal(DRAWS)
+            error = standard_error(TaskScore(score, metric.name, n), metric) or 0.0
+            drawn[:, column] = score + error * generator.standard_normal(DRAWS)
     return drawn
-
-
-def standard_error(metric: Metric, score: float, n: int) -> float:
-    """The standard error of a score as if it were a share of rows; 0 for a metric whose range has no end.
-
-    Args:
-        metric: what the score is.
-        score: of a model.
-        n: rows that it rests on.
-    """
-    if not math.isfinite(metric.high - metric.low):
-        return 0.0
-    share = min(1.0, max(0.0, (score - metric.low) / metric.span))
-    return metric.span * math.sqrt(share * (1.0 - share) / n)
