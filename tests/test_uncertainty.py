@@ -141,9 +141,9 @@ def test_tables_end_with_the_rows_of_data_and_standard_errors():
     found = table(near_and_far())
     section = standings_section(found, "t")
     last = [[cell.text for cell in row.cells] for row in section.rows[-2:]]
-    assert last[0] == ["rows", "200", "200", "400"]
-    assert last[1][0] == "standard error of df-merge"
+    assert last[1] == ["rows", "200", "200", "400"]
+    assert last[0][0] == "± standard error"
     cell = found.rows[1].cells["a"]
-    assert last[1][1] == f"{100 * cell.error:.1f}"
+    assert last[0][1] == f"{100 * cell.error:.1f}"
     assert cell.error == pytest.approx(math.sqrt(cell.mean * (1 - cell.mean) / 199))
     assert found.rows[1].cells["mean"].n == 400

@@ -230,7 +230,7 @@ def test_scores_of_base_experts_and_trials_keep_their_rows(whole: Project):
                 assert error == pytest.approx((score * (1 - score) / 23) ** 0.5)
     shown = whole.cli("run", "spec.yaml").stdout
     assert " rows " in shown
-    assert "standard error of df-merge" in shown
+    assert "± standard error" in shown
 
 
 def test_the_difference_to_averaging_is_that_of_the_rows_of_the_exported_models(whole: Project):

@@ -73,12 +73,13 @@ def footer(found: Standings, labels: Mapping[str, str] = MappingProxyType({})) -
         labels: what to call a row instead of by its method's name.
     """
     lines, rows, errors = [], found.rows_by_column, found.errors
-    if rows:
-        lines.append(("rows", {column: str(number) for column, number in rows.items()}))
     if errors is not None:
         method, by_column = errors
         shown = {column: found.metrics.of(column).shown(error) for column, error in by_column.items()}
-        lines.append((f"standard error of {labels.get(method, method)}", shown))
+        last = found.rows[-1].method == method  # the line stands right below it
+        lines.append((f"± standard error{'' if last else f' of {labels.get(method, method)}'}", shown))
+    if rows:
+        lines.append(("rows", {column: str(number) for column, number in rows.items()}))
     return lines
 
 
