@@ -98,6 +98,8 @@ def notes(found: Standings) -> list[str]:
     what = "points that the worst task loses against its own expert"
     lines.append(f"largest drop: {what}{', hundredths of the range of its metric' if odd else ''}")
     lines.append("trials and seconds: per seed; Fishers from the cache cost no time")
+    if found.errors is not None:
+        lines.append("± standard error: over the rows of data, of all seeds together")
     if found.undecided:
         where = "" if len(found.undecided) == len(found.columns) else f" of {', '.join(found.undecided)}"
         lines.append(f"the rows{where} do not tell the best from all others: none is marked there")
