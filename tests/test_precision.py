@@ -118,7 +118,7 @@ def test_a_score_that_rounding_does_not_explain_is_said():
     one_way = [0.0] * 10 + [1.0] * 40 + [0.0] * 50
     assert Checked("bfloat16", metrics, scored(both_ways), scored(before)).warnings() == []
     (said,) = Checked("float16", metrics, scored(one_way), scored(before)).warnings()
-    assert said == "as float16, a scores 40.0 instead of 50.0, which is more than rounding noise on 100 rows"
+    assert said == "as float16, a scores 40.0 instead of 50.0, which is more than noise on 100 rows"
     lone = Metrics.named({"a": "log_likelihood"})
     shifted = {"a": TaskScore(-1.001, "log_likelihood", 3, [-1.001, -1.001, -1.001])}
     exact = {"a": TaskScore(-1.0, "log_likelihood", 3, [-1.0, -1.0, -1.0])}

@@ -53,7 +53,7 @@ class Checked:
             if found.clear is not False and abs(points) >= ROUNDING:
                 lines.append(
                     f"as {self.form}, {task} scores {metric.shown(self.written[task].score)} instead of "
-                    f"{metric.shown(self.merged[task].score)}, which is more than rounding noise on "
+                    f"{metric.shown(self.merged[task].score)}, which is more than noise on "
                     f"{self.written[task].n} rows"
                 )
         return lines
