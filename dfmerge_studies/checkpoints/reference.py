@@ -15,7 +15,7 @@ from dfmerge_studies.errors import InputError, first_line
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?$")
 _PACKAGE = "package:"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]
 _HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # only where there are no safetensors
 
 
