@@ -18,7 +18,7 @@ import optuna
 from dfmerge_studies.errors import DFMergeError, RunError
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import join_study, open_storage
-from dfmerge_studies.trials import loop
+from dfmerge_studies.trials import loop, results
 from dfmerge_studies.trials.loop import work
 from dfmerge_studies.trials.queue import enqueue
 from dfmerge_studies.trials.results import Event, TrialResult
@@ -54,9 +54,16 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
 
+def _wait_until_there(file: Path) -> None:
+    until = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def work_as_told(settings: dict[str, Any]) -> None:
     """One call of `work`, and the end of this process."""
     loop.PATIENCE_SECONDS = settings.get("patience", loop.PATIENCE_SECONDS)
+    results.TELL_DELAYS = settings.get("tell_delays", results.TELL_DELAYS)
     log = Path(settings["log"])
     calls = 0
 
@@ -70,7 +77,7 @@ def work_as_told(settings: dict[str, Any]) -> None:
         if calls == settings.get("hang_at_call"):
             try:
                 print(json.dumps(["hanging"]), flush=True)
-                time.sleep(settings.get("hang_seconds", 60))
+                _wait_until_there(Path(settings["go"]))
             except KeyboardInterrupt:
                 if not settings.get("stubborn"):
                     raise

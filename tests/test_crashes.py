@@ -69,9 +69,10 @@ def test_a_worker_whose_postgres_stays_away_keeps_its_result_for_the_next_run(
     postgres: str, postgres_server: PostgresServer, tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "s", postgres, target=4)
-    worker = place.start(hang_at_call=2, hang_seconds=3, patience=0)
+    worker = place.start(hang_at_call=2, patience=0, tell_delays=[0.2])
     wait_for(worker, "hanging")
     postgres_server.stop()
+    place.release()
     try:
         output, errors = worker.communicate(timeout=300)
     finally:
@@ -108,7 +109,7 @@ def test_workers_outlive_a_storage_proxy_that_is_killed_and_started_again(
 def test_a_full_disk_ends_the_run_with_a_message_and_costs_no_result(
     kind: str, new_storage: NewStorage, tmp_path: Path
 ) -> None:
-    place = Place(tmp_path / "s", new_storage(kind), target=8, patience=1)
+    place = Place(tmp_path / "s", new_storage(kind), target=8, patience=1, tell_delays=[0.2])
     place.run(target=2)
     largest = max(file.stat().st_size for file in tmp_path.iterdir() if file.is_file())
     worker = place.start(target=500, file_limit=largest + 20_000)
@@ -154,7 +155,7 @@ def test_a_worker_that_slept_past_its_grace_finds_its_trial_taken_and_goes_on(
     kind: str, new_storage: NewStorage, tmp_path: Path
 ) -> None:
     place = Place(tmp_path / "s", new_storage(kind), target=3, heartbeat=1, grace=2)
-    sleeper = place.start(hang_at_call=1, hang_seconds=0.5)
+    sleeper = place.start(hang_at_call=1)
     wait_for(sleeper, "hanging")
     sleeper.send_signal(signal.SIGSTOP)
     try:
@@ -164,6 +165,7 @@ def test_a_worker_that_slept_past_its_grace_finds_its_trial_taken_and_goes_on(
             time.sleep(0.1)
         place.run(target=2)
     finally:
+        place.release()
         sleeper.send_signal(signal.SIGCONT)
     output, errors = sleeper.communicate(timeout=60)
     assert sleeper.returncode == 0, errors

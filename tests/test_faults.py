@@ -168,13 +168,14 @@ def test_a_grid_shared_by_several_processes_is_exhausted_exactly(tmp_path: Path)
 @pytest.mark.slow
 def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=4)
-    process = place.start(hang_at_call=3, hang_seconds=2)
+    process = place.start(hang_at_call=3)
     wait_for(process, "hanging")
     path, copy = place.folder / "s.db", place.folder / "copy"
     with sqlite3.connect(path) as source, sqlite3.connect(copy) as target:
         source.backup(target)
     for file in place.folder.glob("s.db*"):
         file.write_bytes(b"garbage" * (file.stat().st_size // 7 + 1))
+    place.release()
     output, errors = process.communicate(timeout=120)
     assert process.returncode in (1, 2), (output, errors)
     kind, message = json.loads(output.splitlines()[-1])

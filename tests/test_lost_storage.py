@@ -29,11 +29,20 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
-def another(url: str) -> None:
-    """A whole file of the same kind with a study of the same name, about something else."""
-    study = join_study(open_storage(url), "s", directions=["maximize"])
+@pytest.fixture(scope="module", params=STORAGES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def another(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole file of a kind with a study of the same name, about something else."""
+    url, name = STORAGES[kind]
+    folder = tmp_path_factory.mktemp("another")
+    study = join_study(open_storage(url.format(folder)), "s", directions=["maximize"])
     study.add_trials([optuna.trial.create_trial(value=7.0) for _ in range(20)])
     getattr(study._storage, "_backend", study._storage).__dict__.get("engine", type("", (), {"dispose": int})).dispose()
+    return folder / name
 
 
 def known(place: Place, file: Path) -> dict[int, float]:
@@ -52,21 +61,21 @@ def known(place: Place, file: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("kind", STORAGES)
 @pytest.mark.parametrize("call", [1, 4, 6], ids=["at the first trial", "in the middle", "at the last trial"])
 def test_a_file_that_is_lost_in_mid_run_is_told_and_every_result_is_kept(
-    tmp_path: Path, kind: str, damage: str, call: int
+    tmp_path: Path, kind: str, another: Path, damage: str, call: int
 ) -> None:
     url, name = STORAGES[kind]
     place = Place(tmp_path / "p", storage=url, target=6)
-    (tmp_path / "p/other").mkdir()
-    another(url.format(tmp_path / "p/other"))
-    process = place.start(hang_at_call=call, hang_seconds=1.0)
+    other = shutil.copy(another, place.folder / "other")
+    process = place.start(hang_at_call=call, tell_delays=[0.1])
     wait_for(process, "hanging")
     file = place.folder / name
     if damage == "cut-short" and file.stat().st_size < 2000:
+        process.kill()
         pytest.skip("nothing to cut")
-    DAMAGES[damage](file, place.folder / "other" / name)
+    DAMAGES[damage](file, other)
+    place.release()
     output, errors = process.communicate(timeout=120)
     if process.returncode == 0 and damage == "written-over":
         place.check_whole()  # SQLite had all of it in its log, and has written it over what was there

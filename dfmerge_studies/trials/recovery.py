@@ -21,7 +21,6 @@ from dfmerge_studies.trials.reading import MAX_RETRIES, crashes_of
 from dfmerge_studies.trials.results import OnEvent, fail, ignore
 
 GRACE_SECONDS = 180.0
-_TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 
 def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:

@@ -15,7 +15,7 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.storage import STORAGE_FAILURES, is_damaged, storage_of
 from dfmerge_studies.trials.marks import RESERVED, mark
 
-_TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
+TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two tries
 
 
 EventKind = Literal["started", "completed", "failed", "interrupted", "recovered", "applied", "superseded", "stopped"]
@@ -83,7 +83,7 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
         storage.STORAGE_FAILURES: the storage failed at every try.
     """
     storage = storage_of(study)
-    for delay in (*_TELL_DELAYS, None):
+    for delay in (*TELL_DELAYS, None):
         try:
             mark(study, trial_id, result.attributes)
             live = optuna.Trial(study, trial_id)
