@@ -48,6 +48,7 @@ def test_scores_are_those_of_the_models_own_forward_however_inputs_share_batches
             assert left == pytest.approx(right, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("animal", SUPPORTED, indirect=True)
 def test_importance_is_that_of_a_loop_over_single_rows(animal: str, caplog: pytest.LogCaptureFixture) -> None:
     family, (model, examples) = FAMILIES[animal], made(animal)
@@ -64,6 +65,7 @@ def test_importance_is_that_of_a_loop_over_single_rows(animal: str, caplog: pyte
     assert slow is ZOO[animal].slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("animal", ["opt", "mixtral", "bart", "deberta-v2", "mpnet"], indirect=True)
 def test_what_validate_passes_runs(animal: str, tmp_path: Path) -> None:
     project = make_project(tmp_path / "project", animal, rows=6, samples=2, trials=1)

@@ -193,6 +193,7 @@ def test_a_multi_task_model_is_a_row_that_is_scored_once_for_its_content(project
     assert stored_scores(study, row, "test") == latest.references["multi-task"][0]["test"]
 
 
+@pytest.mark.slow
 def test_the_ablation_takes_its_rows_from_the_same_studies(project):
     project.write(search={"trials": 3, "startup_trials": 2})
     printed = project.json("compare", "spec.yaml", "--ablation", "--split", "validation")

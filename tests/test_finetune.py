@@ -15,6 +15,7 @@ from scripts import finetune
 from tests.project import Project, load_parameters, make_project, start_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = pytest.mark.slow
 WORDS = ("river", "train", "wall")
 
 
@@ -42,7 +43,7 @@ def train(project: Project, *arguments: str, out: str = "new-red") -> dict[str, 
     return json.loads((project.folder / out / "training.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("gpt2", marks=SLOW), pytest.param("bert", marks=SLOW)])
 def test_an_expert_learns_its_task_and_takes_part_in_a_study(tmp_path: Path, family: str) -> None:
     project = trainable(tmp_path, family)
     record = train(project, "--task", "red", "--steps", "150")
@@ -55,6 +56,7 @@ def test_an_expert_learns_its_task_and_takes_part_in_a_study(tmp_path: Path, fam
     assert rows[-1]["validation"]["tasks"]["red"] >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "distilbert"])
 def test_a_multi_task_model_is_scored_on_every_task(tmp_path: Path, family: str) -> None:
     project = trainable(tmp_path, family)

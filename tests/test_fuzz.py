@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from tests.project import Project, make_project
 from tests.test_boundary import check_told, header_of, snapshot, with_header
 
+pytestmark = pytest.mark.slow  # what each kind of input must give stands, case by case, in test_boundary.py
+
 
 def bounded(examples: int) -> settings:
     return settings(

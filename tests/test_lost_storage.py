@@ -61,7 +61,11 @@ def known(place: Place, file: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("call", [1, 4, 6], ids=["at the first trial", "in the middle", "at the last trial"])
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(6, marks=pytest.mark.slow)],
+    ids=["at the first trial", "in the middle", "at the last trial"],
+)
 def test_a_file_that_is_lost_in_mid_run_is_told_and_every_result_is_kept(
     tmp_path: Path, kind: str, another: Path, damage: str, call: int
 ) -> None:
@@ -111,7 +115,7 @@ def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
     assert len(place.evaluations()) == max(12, begun)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_database_is_deleted_ends_with_code_1_and_the_next_one_goes_on(
     project: Project, workers: int
 ) -> None:

@@ -55,15 +55,14 @@ def with_dataset(project: Project, **fields: Any) -> None:
     project.write(tasks=tasks)
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {"token": CANARY},
-    {"storage_options": {"key": CANARY, "client_kwargs": {"headers": {"Authorization": f"Bearer {CANARY}"}}}},
-]
+SETTINGS: dict[str, Any] = {
+    "token": CANARY,
+    "storage_options": {"key": CANARY, "client_kwargs": {"headers": {"Authorization": f"Bearer {CANARY}"}}},
+}
 
 
-@pytest.mark.parametrize("fields", SETTINGS, ids=lambda f: next(iter(f)))
-def test_settings_of_a_data_set_that_are_secret_are_neither_stored_nor_exported(project, fields):
-    with_dataset(project, **fields)
+def test_settings_of_a_data_set_that_are_secret_are_neither_stored_nor_exported(project):
+    with_dataset(project, **SETTINGS)
     said = []
     for line in (
         "run spec.yaml --trials 1",
@@ -213,23 +212,16 @@ def command_lines(of: psutil.Process) -> Iterator[str]:
             continue
 
 
+WAYS = ("--set with quotes", "environment", "spec", "--storage", "--set")
+
+
 @pytest.mark.slow
 @pytest.mark.postgres
-@pytest.mark.parametrize("way", ["environment", "spec", "--storage", "--set", "--set with quotes"])
 def test_a_password_shows_in_nothing_that_a_whole_study_leaves(
-    project: Project, postgres: str, postgres_server: PostgresServer, way: str
+    project: Project, postgres: str, postgres_server: PostgresServer
 ) -> None:
-    """The server's own password, which has to be escaped; workers' command lines are read while they run."""
-    flags: list[str] = []
-    environment = {}
-    if way == "environment":
-        environment["DFMERGE_STORAGE"] = postgres
-    elif way == "spec":
-        project.write(storage=postgres)
-    elif way == "--storage":
-        flags = ["--storage", postgres]
-    else:
-        flags = ["--set", f"storage={json.dumps(postgres) if 'quotes' in way else postgres}"]
+    """The server's own password, which has to be escaped, given in every way; workers' command lines are read, too."""
+    flags, environment = given(project, postgres, WAYS[0])
     started = project.start("run", "spec.yaml", "--workers", "2", "--trials", "4", *flags, **environment)
     seen: set[str] = set()
     while started.poll() is None:
@@ -238,14 +230,33 @@ def test_a_password_shows_in_nothing_that_a_whole_study_leaves(
     said = [*seen, *started.communicate()]
     assert started.returncode == 0
     assert any("worker" in line for line in seen)
+    for number, way in enumerate(WAYS):
+        flags, environment = given(project, postgres, way)
+        for line in (
+            f"run spec.yaml --trials {5 + number}",
+            "status spec.yaml",
+            f"export spec.yaml --out merged-{number}",
+            f"report spec.yaml --out site-{number}",
+        ):
+            done = project.cli(*line.split(), *flags, **environment)
+            said += [done.stdout, done.stderr]
     assert "next:" in "".join(said)
-    for line in ("status spec.yaml", "export spec.yaml --out merged", "report spec.yaml --out site"):
-        done = project.cli(*line.split(), *flags, **environment)
-        said += [done.stdout, done.stderr]
     tables = postgres_server.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'", _name(postgres))
     rows = [str(postgres_server.execute(f"SELECT * FROM {table}", _name(postgres))) for (table,) in tables]
     secrets = (PASSWORD, quote(PASSWORD, safe=""), quote(PASSWORD), quote(PASSWORD, safe=" +"))
     assert_silent(*said, *rows, stored(project), secrets=secrets)
+
+
+def given(project: Project, url: str, way: str) -> tuple[list[str], dict[str, str]]:
+    """Flags and environment that name a storage in one of the ways there are; or the spec that does."""
+    project.write(storage=url if way == "spec" else None)
+    if way == "environment":
+        return [], {"DFMERGE_STORAGE": url}
+    if way == "--storage":
+        return ["--storage", url], {}
+    if way.startswith("--set"):
+        return ["--set", f"storage={json.dumps(url) if 'quotes' in way else url}"], {}
+    return [], {}
 
 
 def _name(url: str) -> str:

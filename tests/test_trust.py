@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.project import EXPERTS, Project, cli_environment
+from tests.project import EXPERTS, Project
 
 AT = "red=0.3,blue=0.8"
 MERGE = ("merge", "spec.yaml", "--method", "gta", "--coefficients", AT, "--out", "merged")
@@ -72,19 +70,11 @@ def test_what_comes_next_is_trusted_as_well(project):
     )
 
 
+@pytest.mark.slow
 def test_workers_import_nothing_from_the_folder_that_they_are_started_in(project):
     for name in ("yaml", "torch", "datasets", "dfmerge_studies", "sitecustomize"):
         (project.folder / f"{name}.py").write_text(f"open({str(project.folder / 'ran')!r}, 'a').write({name!r})\n")
-    code = "import sys; from dfmerge_studies.cli.app import main; main(sys.argv[1:])"  # as `dfmerge` does
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, "run", "spec.yaml", "--workers", "2", "--trials", "2"],
-        cwd=project.folder,
-        env=cli_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    project.cli("run", "spec.yaml", "--workers", "2", "--trials", "2", "--no-test")
     assert not (project.folder / "ran").exists()
 
 

@@ -168,6 +168,7 @@ def test_a_stepped_space_is_searched_on_its_steps_and_no_point_twice() -> None:
     assert not set(proposed) & {tuple(t.params.values()) for t in study.trials[:5]}
 
 
+@pytest.mark.slow
 def test_a_pareto_study_spreads_along_the_front() -> None:
     study = study_of(goal=Goal("pareto"), directions=["maximize", "maximize"])
     run(study, 15, pareto=True)
