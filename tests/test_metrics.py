@@ -282,7 +282,7 @@ def test_the_choice_on_a_share_of_the_rows_is_made_again_for_means_over_rows_onl
         assert {task: sum(row) / len(row) for task, row in rows.items()} == pytest.approx(trial.user_attrs["tasks"])
     found = reselect(session, [0.5, 1.0], draws=3)
     best = session.best()
-    assert [choices[-1] for choices in found["chosen"]] == [best.number] * 3
+    assert [choices[-1] for choices in found.chosen] == [best.number] * 3
     drawn = {figure.name: figure for figure in figures(StudyView.of(session.study))}["ratio"]
     assert drawn.plotly().layout.yaxis.title.text == "mean log_likelihood on test"
     project.write(tasks=with_metrics(project, red={"metric": "mcc"}), name="other", search={"trials": 2})

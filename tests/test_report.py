@@ -114,13 +114,13 @@ def test_importance_favours_the_coefficient_that_decides(tmp_path):
 def test_interpolation_runs_from_the_base_to_the_expert(session, copied):
     found = interpolate(session, 3)
     base, experts = (session.reference_scores(row, "validation") for row in ("base", "experts"))
-    assert found["lambdas"] == [0, 0.5, 1]
+    assert found.lambdas == [0, 0.5, 1]
     for expert in EXPERTS:
-        assert found["scores"][expert][0] == base
-        assert found["scores"][expert][-1][expert] == experts[expert]
+        assert found.scores[expert][0] == base
+        assert found.scores[expert][-1][expert] == experts[expert]
     copied.cli("merge", "spec.yaml", "--method", "gta", "--coefficients", "red=0.5,blue=0", "--out", "half")
     half = copied.json("evaluate", "spec.yaml", "--model", copied.folder / "half")["tasks"]
-    assert found["scores"]["red"][1] == {task: scored["score"] for task, scored in half.items()}
+    assert found.scores["red"][1] == {task: scored["score"] for task, scored in half.items()}
     drawn = by_name(StudyView.of(session.study))["interpolation"]
     assert drawn.own["red"][1] == half["red"]["score"]
     assert drawn.others["red"][1] == half["blue"]["score"]
@@ -148,20 +148,20 @@ def test_a_point_of_the_landscape_is_the_merge_at_its_coefficients(session, copi
     point = dict.fromkeys(EXPERTS, 0.5)
     base = weights(copied.folder / "base")
     taus = torch.stack([weights(copied.folder / expert) - base for expert in EXPERTS], dim=1)
-    corners = torch.tensor(found["corners"], dtype=torch.float64).T
+    corners = torch.tensor(found.corners, dtype=torch.float64).T
     for method in ("gta", "df-merge"):
-        x, y, score = found["methods"][method]["1 1"]
+        x, y, score = found.methods[method][1, 1]
         assert score == pytest.approx(fmean(merge(session.problem, point, method=method).tasks.values()))
         copied.cli("merge", "spec.yaml", "--method", method, "--coefficients", "0.5", "--out", method)
         # The projection onto the span of both task vectors, by least squares, in the coordinates of their corners.
         step = (weights(copied.folder / method) - base).unsqueeze(1)
         shares = torch.linalg.lstsq(taus, step).solution
         assert [x, y] == pytest.approx((corners @ shares).flatten().tolist(), rel=1e-3, abs=1e-4)
-    assert found["methods"]["gta"]["0 0"][:2] == pytest.approx([0, 0], abs=1e-6)
-    assert found["methods"]["gta"]["2 0"][:2] == pytest.approx(found["corners"][0], rel=1e-4, abs=1e-4)
-    assert found["best"]["number"] == session.best().number
+    assert found.methods["gta"][0, 0][:2] == pytest.approx([0, 0], abs=1e-6)
+    assert found.methods["gta"][2, 0][:2] == pytest.approx(found.corners[0], rel=1e-4, abs=1e-4)
+    assert found.best.number == session.best().number
     drawn = by_name(StudyView.of(session.study))["landscape-1-2"]
-    assert drawn.scores["df-merge"][1][1] == found["methods"]["df-merge"]["1 1"][2]
+    assert drawn.scores["df-merge"][1][1] == found.methods["df-merge"][1, 1][2]
     _, _, surface = drawn.surface("gta")
     assert np.nanmin(surface) >= drawn.range[0] - 1e-9
     assert np.nanmax(surface) <= drawn.range[1] + 1e-9
@@ -186,20 +186,20 @@ def test_two_of_three_experts_are_merged_alone(copied):
     found = landscape(three, 2, pair=("red", "blue"))
     copied.write(name="two")
     two = open_study(StudySpec.from_yaml(copied.file, ["storage=sqlite:///two.db"]))
-    assert found["methods"] == landscape(two, 2)["methods"]
-    assert "best" not in found
+    assert found.methods == landscape(two, 2).methods
+    assert found.best is None
 
 
 def test_a_choice_on_all_rows_is_the_study_s_own(session):
     found = reselect(session, [0.25, 1.0], draws=6)
     best = session.best()
-    assert {choices[-1] for choices in found["chosen"]} == {best.number}
-    assert found["scores"][str(best.number)] == pytest.approx(fmean(session.trial_scores(best, "test").values()))
+    assert {choices[-1] for choices in found.chosen} == {best.number}
+    assert found.scores[best.number] == pytest.approx(fmean(session.trial_scores(best, "test").values()))
     for trial in session.study.trials:
         right = row_scores(session, trial)
         assert {task: sum(row) / len(row) for task, row in right.items()} == trial.user_attrs["tasks"]
     drawn = by_name(StudyView.of(session.study))["ratio"]
-    assert [drawn.means[-1], drawn.lows[-1], drawn.highs[-1]] == pytest.approx([found["scores"][str(best.number)]] * 3)
+    assert [drawn.means[-1], drawn.lows[-1], drawn.highs[-1]] == pytest.approx([found.scores[best.number]] * 3)
     assert found == reselect(session, [0.25, 1.0], draws=6)
 
 

@@ -89,10 +89,10 @@ def report(
     missing = {figure.name: figure.reason for figure in found if not isinstance(figure, Drawing)}
     if json:
         told = verdict.described() if verdict is not None else None
-        common.print_json({"study": view.name, "verdict": told, **written, "missing": missing})
+        common.print_json({"study": view.name, "verdict": told, **written.described(), "missing": missing})
         return
     console = common.output()
-    console.print(f"{written['page']}: {len(found) - len(missing)} figures", markup=False)
+    console.print(f"{written.page}: {len(found) - len(missing)} figures", markup=False)
     for name, reason in missing.items():
         console.print(f"  no {name}: {reason}", markup=False)
 

@@ -57,6 +57,18 @@ class Page:
     spec: str
 
 
+@dataclass(frozen=True)
+class ReportFiles:
+    """Files of a report: the page, and every figure as PNG, SVG and JSON."""
+
+    page: Path
+    figures: Sequence[Path]
+
+    def described(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {"page": str(self.page), "figures": [str(file) for file in self.figures]}
+
+
 def study_page(view: StudyView, command: str) -> Page:
     """What the page of a study says.
 
@@ -107,16 +119,13 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -> dict[str, str | list[str]]:
+def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -> ReportFiles:
     """Write the page and, beside it, every figure as PNG, SVG and JSON.
 
     Args:
         out: directory; made if it is not there.
         page: what the page says.
         drawings: the figures, and those that are missing.
-
-    Returns:
-        `page`, a path, and `figures`, paths.
 
     Raises:
         InputError: there is another page or picture, or the directory is a file.
@@ -135,7 +144,7 @@ def write_report(out: Path, page: Page, drawings: Sequence[Drawing | Missing]) -
         raise RunError(
             f"cannot be written: {first_line(error)}", where=str(out), hint="Free space or choose another place"
         ) from error
-    return {"page": str(out / PAGE), "figures": [str(file) for file in written]}
+    return ReportFiles(out / PAGE, written)
 
 
 def check_out(out: Path, figures: Iterable[str]) -> None:

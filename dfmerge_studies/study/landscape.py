@@ -27,10 +27,9 @@ from dfmerge_studies.methods import Coefficients, Importance, Method
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.study.probes import keep_probe, stored_probe
+from dfmerge_studies.study.probed import BestPlace, ScoredPlace, ScoredPlane
 from dfmerge_studies.study.session import Session
 
-LANDSCAPE = "landscape"
 GRID = 9
 _PARALLEL = 1e-6  # relative length of tau[1] off u below which there is no plane
 
@@ -131,7 +130,7 @@ def landscape_methods(method: Method) -> list[str]:
 
 def landscape(
     session: Session, grid: int = GRID, *, pair: Sequence[str] | None = None, progress: Progress = silent
-) -> dict[str, Any]:
+) -> ScoredPlane:
     """Score two experts' merges over a grid of their coefficients, with GTA and with the study's method or DF-Merge.
 
     Args:
@@ -139,11 +138,6 @@ def landscape(
         grid: coefficients per expert, from 0 to 1.
         pair: two experts; the first two by default.
         progress: told of every merge.
-
-    Returns:
-        `experts`, `tasks` (those whose mean is the score), `lambdas`, `corners` (places of the experts), and
-        `methods`: per method `{"i j": [x, y, score]}` for the merge at lambdas[i], lambdas[j].  With no other expert in
-        the study also `best`: `method`, `number` and `place` of its best trial.
 
     Raises:
         InputError: the pair or the grid cannot be used.
@@ -153,45 +147,43 @@ def landscape(
     names = chosen_pair(session.problem.experts, pair)
     problem = _of_two(session.problem, names)
     plane = plane_of(problem.resident)
-    wanted: dict[str, Any] = {
-        "experts": list(names),
-        "tasks": _tasks(problem),
-        "lambdas": [i / (grid - 1) for i in range(grid)],
-        "corners": [list(corner) for corner in plane.corners],
-    }
-    found = stored_probe(session.study, _name(session, names))
-    if found is None or any(found[key] != wanted[key] for key in ("experts", "tasks", "lambdas")):
-        found = {**wanted, "methods": {}}
+    places = session.problem.experts.index(names[0]), session.problem.experts.index(names[1])
+    found = ScoredPlane(names, _tasks(problem), [i / (grid - 1) for i in range(grid)], plane.corners, {})
+    former = ScoredPlane.of(session.study, *places)
+    if former is not None and all(
+        getattr(former, field) == getattr(found, field) for field in ("experts", "tasks", "lambdas")
+    ):
+        found = former
     with ExitStack() as stack:
         cache = session.merger.importances.shelf.cache
         if cache is None:  # every Fisher serves a whole row of the grid
             cache = LocalCache(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dfmerge-"))))
         for method in landscape_methods(session.method):
-            cells = found["methods"].setdefault(method, {})
+            cells = dict(found.methods.get(method, {}))
             merger = Merger(problem, problem.spec.row_of(method), cache)
             merger.ask_experts_("validation")
-            for i, first in enumerate(wanted["lambdas"]):
-                row = {f"{i} {j}": (first, second) for j, second in enumerate(wanted["lambdas"])}
-                missing = {key: point for key, point in row.items() if key not in cells}
-                for key, point in missing.items():
+            for i, first in enumerate(found.lambdas):
+                missing = {j: second for j, second in enumerate(found.lambdas) if (i, j) not in cells}
+                for j, second in missing.items():
                     progress(f"landscape of {method}", len(cells), grid * grid)
-                    cells[key] = _cell(merger, plane, dict(zip(names, point, strict=True)), wanted["tasks"])
+                    cells[i, j] = _scored(merger, plane, {names[0]: first, names[1]: second}, found.tasks)
                 if missing:
-                    keep_probe(session.study, _name(session, names), found)
+                    found = replace(found, methods={**found.methods, method: dict(cells)})
+                    found.keep(session.study, *places)
         best = session.best()
         if best is not None and len(session.problem.experts) == 2:
             session.merge_(best)
             place = plane.place(dict(problem.resident.model.named_parameters()))
-            found["best"] = {"method": session.method.name, "number": best.number, "place": list(place)}
-            keep_probe(session.study, _name(session, names), found)
+            found = replace(found, best=BestPlace(session.method.name, best.number, place))
+            found.keep(session.study, *places)
     return found
 
 
-def _cell(merger: Merger, plane: Plane, coefficients: Mapping[str, float], tasks: Sequence[str]) -> list[float]:
+def _scored(merger: Merger, plane: Plane, coefficients: Mapping[str, float], tasks: Sequence[str]) -> ScoredPlace:
     merger.merge_(coefficients)
     x, y = plane.place(dict(merger.problem.resident.model.named_parameters()))
     metrics = merger.problem.spec.metrics("validation").only(tasks)
-    return [x, y, metrics.mean_of({task: merger.result(task, "validation").score for task in tasks})]
+    return ScoredPlace(x, y, metrics.mean_of({task: merger.result(task, "validation").score for task in tasks}))
 
 
 def _of_two(problem: Problem, names: Sequence[str]) -> Problem:
@@ -215,12 +207,3 @@ def _tasks(problem: Problem) -> list[str]:
     """The two experts' own tasks, or all where one has none of its own."""
     own = [expert.task for expert in problem.spec.experts.values()]
     return list(problem.tasks) if None in own else list(dict.fromkeys(task for task in own if task is not None))
-
-
-def _name(session: Session, names: Sequence[str]) -> str:
-    return landscape_name(*(session.problem.experts.index(name) for name in names))
-
-
-def landscape_name(first: int, second: int) -> str:
-    """Name under which a pair's landscape is kept; by position, since an expert's name may hold anything."""
-    return f"{LANDSCAPE}:{first}:{second}"

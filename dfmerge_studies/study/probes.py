@@ -11,14 +11,13 @@ interruption is not computed again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
+from dfmerge_studies.study.probed import Rechosen, ScoredLines, keep_probe, stored_probe
 from dfmerge_studies.study.rows import packed, trial_rows, unpacked
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.selection import largest_drop
@@ -29,26 +28,12 @@ from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.reading import results
 
-PROBE = "dfmerge:probe"  # study attribute: what a probe found, by its name
-INTERPOLATION = "interpolation"
-RATIOS = "ratios"
 POINTS = 11
 DRAWS = 20
 DEFAULT_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
-def stored_probe(study: optuna.Study, name: str) -> dict[str, Any] | None:
-    """What a probe found, if it has been made."""
-    found = study.user_attrs.get(f"{PROBE}:{name}")
-    return dict(found) if found is not None else None
-
-
-def keep_probe(study: optuna.Study, name: str, found: Mapping[str, Any]) -> None:
-    """Write what a probe found."""
-    study.set_user_attr(f"{PROBE}:{name}", dict(found))
-
-
-def interpolate(session: Session, points: int = POINTS, *, progress: Progress = silent) -> dict[str, Any]:
+def interpolate(session: Session, points: int = POINTS, *, progress: Progress = silent) -> ScoredLines:
     """Validation scores along theta_pre + lam * tau[i] for lam in 0..1, for each expert (paper, Figure 2).
 
     Args:
@@ -56,31 +41,27 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
         points: positions, both ends included.
         progress: told of every model that is scored.
 
-    Returns:
-        `lambdas`, and `scores` as `{expert: [{task: score} per lambda]}`.
-
     Raises:
         InputError: fewer than two points.
     """
     if points < 2:
         raise InputError(f"{points} points make no line", where="--points", hint="Give at least 2")
     lambdas = [i / (points - 1) for i in range(points)]
-    found = stored_probe(session.study, INTERPOLATION)
-    if found is None or found["lambdas"] != lambdas:
-        found = {"lambdas": lambdas, "scores": {}}
+    former = ScoredLines.of(session.study)
+    scores = dict(former.scores) if former is not None and former.lambdas == lambdas else {}
     base = session.reference_scores("base", "validation")
     session.merger.ask_experts_("validation")
     for index, expert in enumerate(session.problem.experts):
-        if expert in found["scores"]:
+        if expert in scores:
             continue
         line = [dict(base)]
         for position, lam in enumerate(lambdas[1:], start=1):
             progress(f"{expert}: interpolation", position, points)
             session.problem.resident.load_scaled_(index, lam)
             line.append(session.merger.scores("validation"))
-        found["scores"][expert] = line
-        keep_probe(session.study, INTERPOLATION, found)
-    return found
+        scores[expert] = line
+        ScoredLines(lambdas, scores).keep(session.study)
+    return ScoredLines(lambdas, scores)
 
 
 def row_scores(session: Session, trial: FrozenTrial) -> dict[str, list[float]]:
@@ -122,7 +103,7 @@ def reselect(
     *,
     draws: int = DRAWS,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Rechosen:
     """How good the chosen trial is when the choice sees only a share of the validation rows (after paper, Figure 5).
 
     The trials stay those of the study, which saw all rows while it searched; only the choice among them is made again,
@@ -134,11 +115,6 @@ def reselect(
         ratios: shares of every task's validation rows, in (0, 1].
         draws: orders of the rows.
         progress: told of every trial that is merged again.
-
-    Returns:
-        `ratios`, `split` (test where all tasks have one, else validation), `chosen` (per draw, a trial's number per
-        ratio), `scores` (by trial number, what it is worth on the whole split), `trials` (numbers of those that could
-        be chosen).
 
     Raises:
         InputError: a ratio is not a share, or the study has constraints or no trials.
@@ -162,9 +138,9 @@ def reselect(
     picked = sorted({number for choices in chosen for number in choices})
     for position, number in enumerate(picked, start=1):
         progress(f"{split} of chosen trials", position, len(picked))
-        scores[str(number)] = _worth(session, session.trial_scores(by_number[number], split), split)
-    found = {"ratios": ratios, "split": split, "chosen": chosen, "scores": scores, "trials": sorted(rows)}
-    keep_probe(session.study, RATIOS, found)
+        scores[number] = _worth(session, session.trial_scores(by_number[number], split), split)
+    found = Rechosen(ratios, split, chosen, scores, sorted(rows))
+    found.keep(session.study)
     return found
 
 

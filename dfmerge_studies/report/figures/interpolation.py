@@ -28,7 +28,7 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.probes import INTERPOLATION, stored_probe
+from dfmerge_studies.study.probed import ScoredLines
 
 NAME, TITLE = "interpolation", "From the base to each expert"
 
@@ -100,24 +100,31 @@ class Interpolation(Drawing):
 
 def interpolation(view: StudyView) -> Interpolation | Missing:
     """The figure, if its scores have been computed."""
-    found = stored_probe(view.study, INTERPOLATION)
-    if found is None or set(found["scores"]) != set(view.experts):
+    found = ScoredLines.of(view.study)
+    if found is None or set(found.scores) != set(view.experts):
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
     own, others, metrics = {}, {}, view.metrics("validation")
     if len({metric.unit for metric in metrics.values()}) > 1:
         return Missing(NAME, TITLE, f"{metrics.text}: scores in percent and others do not share an axis.")
     for expert, task in view.experts.items():
-        line = found["scores"][expert]
+        line = found.scores[expert]
         if task is not None:
             own[expert] = [scores[task] for scores in line]
         rest = [[value for name, value in scores.items() if name != task] for scores in line]
         if all(rest):
             others[expert] = [fmean(values) for values in rest]
     caption = (
-        f"Validation {metrics.text} of θ_pre + λ·τ for one expert at a time, at {len(found['lambdas'])} points from "
+        f"Validation {metrics.text} of θ_pre + λ·τ for one expert at a time, at {len(found.lambdas)} points from "
         "the base (λ = 0) to the expert (λ = 1): solid on the expert's own task, dotted the mean of the other tasks. "
         "Where a solid line is high before its end, the expert can be scaled down at little cost."
     )
     return Interpolation(
-        NAME, TITLE, caption, metric=metrics.short, unit=metrics.unit, lambdas=found["lambdas"], own=own, others=others
+        NAME,
+        TITLE,
+        caption,
+        metric=metrics.short,
+        unit=metrics.unit,
+        lambdas=list(found.lambdas),
+        own=own,
+        others=others,
     )

@@ -29,8 +29,7 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.landscape import LANDSCAPE, landscape_name
-from dfmerge_studies.study.probes import stored_probe
+from dfmerge_studies.study.probed import ScoredPlane
 from dfmerge_studies.tasks.metrics import Metrics
 
 NAME, TITLE = "landscape", "Landscape of two experts"
@@ -221,39 +220,30 @@ def landscapes(view: StudyView) -> list[Landscape | Missing]:
     if len(view.experts) < 2:
         return [Missing(NAME, TITLE, "A landscape needs two experts.")]
     found = [
-        _landscape(i, j, stored, view.metrics("validation").only(stored["tasks"]))
+        _landscape(i, j, stored, view.metrics("validation").only(stored.tasks))
         for i, j in permutations(range(len(view.experts)), 2)
-        if (stored := stored_probe(view.study, landscape_name(i, j))) is not None and _is_whole(stored)
+        if (stored := ScoredPlane.of(view.study, i, j)) is not None and stored.whole
     ]
-    return list(found) or [
-        Missing(NAME, TITLE, f"Not computed yet: add {LANDSCAPE} to --figures; it needs the models.")
-    ]
+    return list(found) or [Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")]
 
 
-def _is_whole(found: dict[str, Any]) -> bool:
-    cells = len(found["lambdas"]) ** 2
-    return bool(found["methods"]) and all(len(method) == cells for method in found["methods"].values())
-
-
-def _landscape(i: int, j: int, found: dict[str, Any], metrics: Metrics) -> Landscape:
-    names = (found["experts"][0], found["experts"][1])
-    count = range(len(found["lambdas"]))
+def _landscape(i: int, j: int, found: ScoredPlane, metrics: Metrics) -> Landscape:
+    names, count = found.experts, range(len(found.lambdas))
 
     def table(method: str, part: int) -> list[list[float]]:
-        return [[found["methods"][method][f"{a} {b}"][part] for b in count] for a in count]
+        return [[found.methods[method][a, b][part] for b in count] for a in count]
 
-    (ax, ay), (bx, by) = found["corners"]
+    (ax, ay), (bx, by) = found.corners
     common = {"base": (0.0, 0.0), names[0]: (ax, ay), names[1]: (bx, by), "averaging": ((ax + bx) / 2, (ay + by) / 2)}
     marks = {}
-    for method, cells in found["methods"].items():
-        x, y, _ = max(cells.values(), key=lambda cell: metrics.mean.worth(cell[2]))
+    for method, cells in found.methods.items():
+        x, y, _ = max(cells.values(), key=lambda cell: metrics.mean.worth(cell.score))
         marks[method] = {**common, "best of the grid": (x, y)}
-        best = found.get("best")
-        if best is not None and best["method"] == method:
-            marks[method][f"best trial ({best['number']})"] = tuple(best["place"])
-    methods = list(found["methods"])
+        if found.best is not None and found.best.method == method:
+            marks[method][f"best trial ({found.best.number})"] = found.best.place
+    methods = list(found.methods)
     caption = (
-        f"Mean validation {metrics.short} on {', '.join(found['tasks'])} of the merges of {names[0]} and {names[1]} "
+        f"Mean validation {metrics.short} on {', '.join(found.tasks)} of the merges of {names[0]} and {names[1]} "
         f"alone, at {len(count)} by {len(count)} coefficients from 0 to 1 (dots). The plane holds the base and both "
         f"experts: u runs along {names[0]}'s task vector, v along the part of {names[1]}'s that is orthogonal to it. "
         f"Merges of {methods[0]} lie in it; those of {methods[-1]} do not and are drawn where they project onto it."
@@ -265,7 +255,7 @@ def _landscape(i: int, j: int, found: dict[str, Any], metrics: Metrics) -> Lands
         metric=metrics.short,
         unit=metrics.unit,
         experts=names,
-        lambdas=found["lambdas"],
+        lambdas=list(found.lambdas),
         x={method: table(method, 0) for method in methods},
         y={method: table(method, 1) for method in methods},
         scores={method: table(method, 2) for method in methods},

@@ -22,7 +22,8 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
 )
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.probes import RATIOS, stored_probe, why_not_reselect
+from dfmerge_studies.study.probed import Rechosen
+from dfmerge_studies.study.probes import why_not_reselect
 
 NAME, TITLE = "ratio", "Score against the share of the validation set"
 
@@ -122,21 +123,18 @@ def ratio(view: StudyView) -> Ratio | Missing:
     reason = why_not_reselect(view.fingerprint.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
     if reason is not None:
         return Missing(NAME, TITLE, f"{reason[0].upper()}{reason[1:]}.")
-    found = stored_probe(view.study, RATIOS)
+    found = Rechosen.of(view.study)
     if found is None:
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
-    if found["trials"] != sorted(trial.number for trial in view.trials):
+    if found.trials != sorted(trial.number for trial in view.trials):
         return Missing(
             NAME, TITLE, f"Computed before the latest trials: add {NAME} to --figures to bring it up to date."
         )
-    by_ratio = [
-        [metrics.mean.worth(found["scores"][str(draw[i])]) for draw in found["chosen"]]
-        for i in range(len(found["ratios"]))
-    ]
+    by_ratio = [[metrics.mean.worth(found.scores[draw[i]]) for draw in found.chosen] for i in range(len(found.ratios))]
     caption = (
-        f"{view.measure.capitalize()} on {found['split']} of the trial that would have been chosen had only a share of "
-        f"every task's validation rows been seen, over {len(found['chosen'])} seeded orders of the rows in which a "
-        f"larger share contains the smaller ones. The {len(found['trials'])} trials are the study's own, whose search "
+        f"{view.measure.capitalize()} on {found.split} of the trial that would have been chosen had only a share of "
+        f"every task's validation rows been seen, over {len(found.chosen)} seeded orders of the rows in which a "
+        f"larger share contains the smaller ones. The {len(found.trials)} trials are the study's own, whose search "
         "saw all rows: this is the effect on the choice, not on the search."
     )
     return Ratio(
@@ -145,10 +143,10 @@ def ratio(view: StudyView) -> Ratio | Missing:
         caption,
         measure=view.measure,
         unit=view.unit,
-        split=found["split"],
-        ratios=found["ratios"],
+        split=found.split,
+        ratios=list(found.ratios),
         means=[sum(values) / len(values) for values in by_ratio],
         lows=[min(values) for values in by_ratio],
         highs=[max(values) for values in by_ratio],
-        draws=len(found["chosen"]),
+        draws=len(found.chosen),
     )
