@@ -25,6 +25,7 @@ from dfmerge_studies.report.notes import artifact_folder, escape, publish
 from dfmerge_studies.report.serving import dashboard_server
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import open_storage
+from dfmerge_studies.study.scores import stored_scores
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.trials.reading import results
 from tests.project import Project, make_project
@@ -110,8 +111,12 @@ def test_notes_say_what_the_study_merges_and_how_to_export_it(finished: Project)
     assert f"trial {best.number}" in note
     assert "dfmerge export" in note
     trial_note = get_note(optuna.Trial(study, best._trial_id))
+    experts = stored_scores(study, "experts", "validation")
+    assert experts is not None
     for task, score in best.user_attrs["tasks"].items():
-        assert f"| {task} | accuracy, % | {100 * score:.1f} |" in trial_note
+        difference = escape(f"{100 * (score - experts[task]):+.1f}")
+        cells = [task, "accuracy, %", f"{100 * score:.1f}", f"{100 * experts[task]:.1f}", difference]
+        assert f"| {' | '.join(cells)} |" in trial_note
     drop = max(best.user_attrs["drops"].values())
     assert f"Constraint {'kept' if drop <= 1 else 'violated'}: largest drop {drop:.1f} points, allowed 1." in trial_note
     assert "within 1 points of its own expert" in note

@@ -18,6 +18,8 @@ from optuna.trial import FrozenTrial
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from dfmerge_studies.report.figures import plotly_figures
+from dfmerge_studies.report.renderings import beside_experts
+from dfmerge_studies.report.standings import Scored, side_by_side
 from dfmerge_studies.report.tables import selection_text
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
@@ -25,7 +27,7 @@ from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import WARM_START, stored_fingerprint
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.study.warm_start import origin_text
-from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
+from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS
 from dfmerge_studies.trials.reading import violation
 
 BEST = 3  # trials that get a note
@@ -137,25 +139,16 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
         trial: one of its completed trials.
         rank: 1 for the best.
     """
-    experts, metrics = view.scores("experts", "validation") or {}, view.metrics("validation")
-    rows = []
-    for task, score in trial.user_attrs[TASKS].items():
-        own, metric = experts.get(task), metrics[task]
-        difference = "" if own is None else metric.shown(score - own)
-        rows.append(
-            [
-                task,
-                f"{metric.name}, {metric.unit}" if metric.unit else metric.name,
-                metric.shown(score),
-                "-" if own is None else metric.shown(own),
-                "-" if own is None else difference if difference.startswith("-") else f"+{difference}",
-            ]
-        )
+    scored = [
+        Scored("merged", {"validation": view.trial_scores(trial, "validation") or {}}),
+        Scored("own expert", {"validation": view.scores("experts", "validation") or {}}, compete=False),
+    ]
+    found = side_by_side(scored, {"validation": view.metrics("validation")})["validation"]
     return "\n".join(
         [
             f"**Number {rank} of the study** (on the validation splits)",
             "",
-            *_table(["task", "metric", "merged", "own expert", "difference"], rows),
+            *_table(["task", "metric", "merged", "own expert", "difference"], beside_experts(found)),
             *_constraint(view, trial),
             *(_export(f" --trial {trial.number}") if "base" in view.spec else []),
             _SIGNED,

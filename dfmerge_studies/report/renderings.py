@@ -224,6 +224,29 @@ def _scores_of(table: Standings, row: Standing) -> dict[str, str]:
     return {task: found[0] for task in table.tasks if (found := shown(table, row, task)) is not None}
 
 
+def beside_experts(found: Standings) -> list[list[str]]:
+    """Cells of a line per task: the task, its metric, a merge, the task's own expert, how much higher the merge is.
+
+    Args:
+        found: the row of a merge and, where there are scores of them, that of the experts.
+    """
+    merged, *experts = found.rows
+    lines = []
+    for task, metric in found.metrics.items():
+        own = experts[0].cells.get(task) if experts else None
+        difference = "-" if own is None else metric.shown(merged.cells[task].mean - own.mean)
+        lines.append(
+            [
+                task,
+                f"{metric.name}, {metric.unit}" if metric.unit else metric.name,
+                *(cell[0] if (cell := shown(found, row, task)) else "-" for row in found.rows),
+                *(["-"] if not experts else []),
+                difference if difference.startswith("-") else f"+{difference}",
+            ]
+        )
+    return lines
+
+
 def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
     mean = row.cells.get(MEAN)
     return {
