@@ -5,6 +5,7 @@ Every test plants a canary and then looks for it wherever somebody else could re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sqlite3
@@ -205,11 +206,10 @@ def test_a_spec_that_is_no_yaml_is_refused_without_the_lines_around(project, tex
 
 
 def command_lines(of: psutil.Process) -> Iterator[str]:
-    for process in of.children(recursive=True):
-        try:
-            yield " ".join(process.cmdline())
-        except psutil.Error:
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+        for process in of.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                yield " ".join(process.cmdline())
 
 
 WAYS = ("--set with quotes", "environment", "spec", "--storage", "--set")
@@ -223,9 +223,9 @@ def test_a_password_shows_in_nothing_that_a_whole_study_leaves(
     """The server's own password, which has to be escaped, given in every way; workers' command lines are read, too."""
     flags, environment = given(project, postgres, WAYS[0])
     started = project.start("run", "spec.yaml", "--workers", "2", "--trials", "4", *flags, **environment)
-    seen: set[str] = set()
+    process, seen = psutil.Process(started.pid), set[str]()
     while started.poll() is None:
-        seen.update(command_lines(psutil.Process(started.pid)))
+        seen.update(command_lines(process))
         time.sleep(0.2)
     said = [*seen, *started.communicate()]
     assert started.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 
@@ -71,3 +72,18 @@ def test_add_on_the_command_line_counts_each_time(project) -> None:
     (name,) = optuna.get_all_study_names(f"sqlite:///{file}")
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{file}")
     assert stored_total(study) == len([t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]) == 4
+
+
+@pytest.mark.slow
+def test_workers_go_on_to_what_was_added_while_they_worked_and_their_parent_does_not_undo_it(project) -> None:
+    project.write(search={**project.spec["search"], "trials": 2})
+    project.cli("run", "spec.yaml", "--no-test")
+    process = project.start("run", "spec.yaml", "--workers", "2", "--add", "1", "--no-test", "--json")
+    assert any(": process " in line for line in process.stderr)  # the first worker has joined: the total is told
+    study = optuna.load_study(study_name="colours", storage=open_storage(f"sqlite:///{project.folder}/colours.db"))
+    assert stored_total(study) == 3
+    add_trials(study, 2, at_least=2)  # what another `--add 2` does
+    output, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    trials = json.loads(output)["trials"]
+    assert (trials["target"], trials["complete"], stored_total(study)) == (5, 5, 5)
