@@ -78,6 +78,19 @@ def test_what_cannot_be_scored_is_refused_by_name_before_anything_is_stored(anim
     project = make_project(tmp_path / "project", animal, rows=6, samples=2, trials=1)
     problems = project.cli("validate", "spec.yaml", "--json", check=2).stdout
     assert re.search(ZOO[animal].refused or "", problems), problems
-    refused = project.cli("run", "spec.yaml", check=2).stderr
-    assert re.search(ZOO[animal].refused or "", refused), refused
+    for command in (
+        ("run", "spec.yaml"),
+        ("merge", "spec.yaml", "--coefficients", "0.5", "--out", "out"),
+        ("fisher", "spec.yaml", "--expert", "red", "--out", "out"),
+    ):
+        refused = project.cli(*command, check=2).stderr
+        assert re.search(ZOO[animal].refused or "", refused), refused
     assert not list(project.folder.rglob("*.db"))
+    assert not (project.folder / "out").exists()
+
+
+@pytest.mark.parametrize("animal", ["fnet"], indirect=True)
+def test_a_merge_without_importance_asks_nothing_of_models_that_cannot_be_scored(animal: str, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "project", animal, rows=6, samples=2, trials=1)
+    project.cli("merge", "spec.yaml", "--method", "averaging", "--out", "out")
+    assert (project.folder / "out" / "config.json").is_file()

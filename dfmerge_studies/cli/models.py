@@ -10,7 +10,7 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common, forms
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import Coefficients, Point, coefficient_range, fixed_coefficients
+from dfmerge_studies.methods import Coefficients, Importance, Point, coefficient_range, fixed_coefficients
 from dfmerge_studies.tasks.splits import as_split
 
 if TYPE_CHECKING:
@@ -62,11 +62,14 @@ def merge(
         common.quiet_libraries()
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
+        from dfmerge_studies.objective.rehearsal import rehearse_
         from dfmerge_studies.report.card import Merged
         from dfmerge_studies.report.export import export_merge
         from dfmerge_studies.study.session import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
+        if row.importance is not Importance.UNIFORM:  # what has no importance puts no input through the models
+            rehearse_(problem, row)
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
         exported = export_merge(merger, settings, Merged(row.name, point), out, form, force=force)
     result = {
@@ -111,11 +114,13 @@ def fisher(
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
+        from dfmerge_studies.objective.rehearsal import rehearse_
         from dfmerge_studies.study.session import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         method = settings.row  # which may prescribe an estimator
         method = method if method.estimator else settings.row_of("df-merge")
+        rehearse_(problem, method)
         merger = Merger(problem, method, spec_cache(settings), progress=progress)
         index, names = problem.experts.index(expert), merger.all_names()
         values, cached = merger.importance(index, coefficient, names=names)
