@@ -296,3 +296,15 @@ def test_settings_that_cannot_stop_a_search_are_refused(
     overrides = [part for setting in settings for part in ("--set", setting)]
     refused = project.cli("validate", "spec.yaml", *overrides, check=2).stderr
     assert all(word in refused for word in words), refused
+
+
+def test_several_worker_processes_stop_together_and_say_so_once(project: Project) -> None:
+    project.write(search={"trials": 30, "startup_trials": 2, "patience": 2, "sampler": "random", "step": 0.5})
+    run = project.process("run", "spec.yaml", "--workers", "2", "--no-test")
+    status = project.json("status", "spec.yaml")
+    trials, stopped = status["trials"], status["stopped"]
+    assert stopped["after"] <= trials["complete"] == trials["target"] <= stopped["after"] + 1
+    assert (trials["running"], trials["waiting"]) == (0, 0)
+    words = f"stopped after {stopped['after']} of 30"
+    assert run.stderr.count(words) == 1
+    assert f"{trials['complete']} trials complete, {words}" in run.stdout

@@ -110,11 +110,11 @@ def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split]) -
                 str(spec.file),
                 workdir,
                 wanted.total,
-                wanted.owed,
                 splits,
                 index,
                 count,
                 bars.watched,
+                wanted.owed,
             )
             for index in range(count)
         ]

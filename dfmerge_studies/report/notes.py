@@ -17,6 +17,7 @@ from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.trial import FrozenTrial
 from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
+from dfmerge_studies.report.expectations import expectation_text, gain_left, gain_text
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.renderings import beside_experts
 from dfmerge_studies.report.standings import Scored, side_by_side
@@ -88,6 +89,7 @@ def study_note(view: StudyView) -> str:
                 ["expert", "coefficient"],
                 [[name, f"{value:.4g}"] for name, value in best.user_attrs[COEFFICIENTS].items()],
             ),
+            *_gain_left(view),
             *_own_best(view),
             *_way_to_the_model(view),
         ]
@@ -149,6 +151,7 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
             f"**Number {rank} of the study** (on the validation splits)",
             "",
             *_table(["task", "metric", "merged", "own expert", "difference"], beside_experts(found)),
+            *_expectation(view, trial),
             *_constraint(view, trial),
             *(_export(f" --trial {trial.number}") if "base" in view.spec else []),
             _SIGNED,
@@ -210,6 +213,16 @@ def _constraint(view: StudyView, trial: FrozenTrial) -> list[str]:
     worst = max(trial.user_attrs[DROPS].values(), default=0.0)
     verdict = "kept" if violation(trial) == 0 else "violated"
     return [f"Constraint {verdict}: largest drop {worst:.1f} points, allowed {allowed:g}.", ""]
+
+
+def _expectation(view: StudyView, trial: FrozenTrial) -> list[str]:
+    text = expectation_text(trial, view.metrics("validation"))
+    return [escape(text), ""] if text is not None else []
+
+
+def _gain_left(view: StudyView) -> list[str]:
+    left = gain_left(view.trials)
+    return [] if left is None else [f"Gain to come: {escape(gain_text(left, view.metrics('validation')))}.", ""]
 
 
 def _model(spec: Mapping[str, Any], expert: str) -> str:

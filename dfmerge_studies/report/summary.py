@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.report.expectations import gain_left
 from dfmerge_studies.report.pace import pace, workers_alive
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
@@ -45,6 +46,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
         "warm_start": study.user_attrs.get(provenance.WARM_START),
         "trials": {"target": target, **counted},
         "stopped": stop_of(study),
+        "expected_gain": gain_left(trials),
         "metric": metrics.text,
         "task_metrics": metrics.names,
         "best": _best(best, plan, selection_of(study, completed)) if best is not None else None,

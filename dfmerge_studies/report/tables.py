@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfmerge_studies.methods import METHODS, label
+from dfmerge_studies.report.expectations import gain_text
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.tasks.metrics import Metrics
 
@@ -136,6 +137,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         if "drops" in best:
             text = "  ".join(f"{task} {drop:+.1f}" for task, drop in best["drops"].items())
             table.add_row("drop vs expert", f"{text}  ({'within' if best['feasible'] else 'NOT within'} max_drop)")
+    if summary["expected_gain"] is not None:
+        table.add_row("gain to come", gain_text(summary["expected_gain"], metrics))
     if summary["seconds_per_trial"]:
         phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in summary["seconds_per_trial"].items())
         table.add_row("seconds per trial", phases)

@@ -41,22 +41,22 @@ class Orders:
         file: the spec's file.
         workdir: where relative outputs go, if not beside it.
         target: the total to reach, None for what the study has, or the spec.
-        owed: results that are wanted whatever would stop the search before.
         splits: what will be scored.
         index: of the worker, from 0.
         workers: how many there are.
         phases: whether to report the phases of a trial.
+        owed: results that are wanted whatever would stop the search before.
     """
 
     fields: Mapping[str, Any]
     file: str
     workdir: str | None
     target: int | None
-    owed: int
     splits: Sequence[Split]
     index: int
     workers: int
     phases: bool = False
+    owed: int = 0
 
     @property
     def spec(self) -> StudySpec:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 from matplotlib.figure import Figure
@@ -12,9 +13,11 @@ from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
 from dfmerge_studies.methods import Coefficients
+from dfmerge_studies.report.expectations import expected_of
 from dfmerge_studies.report.figures.base import (
     BLUE,
     DARK,
+    GREY,
     Drawing,
     Missing,
     axis_label,
@@ -70,6 +73,10 @@ class Trajectory(Drawing):
         coefficients: what every trial chose, per expert, or for all of them, and the method's own parameters.
         chosen: what those are.
         levels: value of other merges, drawn as level lines.
+        expected: value that the sampler expected of every trial, None where it expected nothing.
+        deviations: of what it expected.
+        half_widths: of the trust region that every trial was looked for in, as a share of the range.
+        restarts: places of the trials that a new region begins with.
     """
 
     measure: str
@@ -83,13 +90,33 @@ class Trajectory(Drawing):
     coefficients: dict[str, list[float]]
     chosen: str
     levels: dict[str, float]
+    expected: list[float | None]
+    deviations: list[float | None]
+    half_widths: list[float | None]
+    restarts: list[int]
+
+    @property
+    def has_regions(self) -> bool:
+        """Whether some trial was looked for in a trust region."""
+        return any(width is not None for width in self.half_widths)
+
+    def _expectations(self) -> tuple[list[int], list[float], list[float]]:
+        """Places, values and deviations of what was expected, as they are shown."""
+        known = [
+            (place, mean, deviation)
+            for place, mean, deviation in zip(self.places, self.expected, self.deviations, strict=True)
+            if mean is not None and deviation is not None
+        ]
+        means, deviations = ([row[column] for row in known] for column in (1, 2))
+        return [row[0] for row in known], scaled(means, self.unit), scaled(deviations, self.unit)
 
     def _of_kind(self, kind: str) -> list[int]:
         return [i for i, own in enumerate(self.kinds) if own == kind]
 
     def plotly(self) -> go.Figure:
-        """Two panels over one axis of trials."""
-        figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
+        """Two panels over one axis of trials, and one of trust regions where there are any."""
+        heights = [0.5, 0.34, 0.16] if self.has_regions else [0.6, 0.4]
+        figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.06)
         first, last = self.places[0], self.places[-1]
         for position, (name, level) in enumerate(self.levels.items()):
             shade, dashes = _level_looks(position)
@@ -130,6 +157,7 @@ class Trajectory(Drawing):
                     row=1,
                     col=1,
                 )
+        self._add_expectations_(figure)
         for position, (expert, values) in enumerate(self.coefficients.items()):
             figure.add_scatter(
                 x=self.places,
@@ -144,17 +172,60 @@ class Trajectory(Drawing):
             )
         figure.update_yaxes(title_text=axis_label(self.measure, self.unit), row=1, col=1)
         figure.update_yaxes(title_text=self.chosen, row=2, col=1)
-        figure.update_xaxes(title_text="trial", row=2, col=1)
+        figure.update_xaxes(title_text="trial", row=len(heights), col=1)
         figure.update_xaxes(tick0=0, dtick=whole_step(last - first))
         layout_(figure, height=560)
         return figure.update_layout(
             legend={"y": 1, "yanchor": "top"}, legend2={"y": 0.37, "yanchor": "top"}, hovermode="closest"
         )
 
+    def _add_expectations_(self, figure: go.Figure) -> None:
+        places, means, deviations = self._expectations()
+        if places:
+            figure.add_scatter(
+                x=places,
+                y=means,
+                error_y={"type": "data", "array": deviations, "thickness": 1, "width": 2},
+                mode="markers",
+                marker={"symbol": "line-ew-open", "size": 9, "color": GREY},
+                name="expected ± deviation",
+                row=1,
+                col=1,
+            )
+        if self.has_regions:
+            figure.add_scatter(
+                x=self.places,
+                y=self.half_widths,
+                mode="lines",
+                line={"color": GREY, "shape": "hv"},
+                showlegend=False,
+                row=3,
+                col=1,
+            )
+            figure.update_yaxes(title_text="region", rangemode="tozero", row=3, col=1)
+        for place in self.restarts:
+            figure.add_vline(x=place, line={"color": GREY, "width": 1, "dash": "dot"})
+
     def static(self) -> Figure:
         """The same for a file."""
         with canvas():
-            figure, (top, bottom) = blank(2, 1, size=(8.6, 5.6), sharex=True, height_ratios=(3, 2))
+            panels = 3 if self.has_regions else 2
+            ratios = (3, 2, 1)[:panels]
+            figure, axes = blank(panels, 1, size=(8.6, 4.4 + 0.6 * panels), sharex=True, height_ratios=ratios)
+            top, bottom, *others = axes
+            places, means, deviations = self._expectations()
+            if places:
+                top.errorbar(
+                    places, means, deviations, fmt="_", color=GREY, elinewidth=0.8, label="expected ± deviation"
+                )
+            for region in others:
+                widths = [math.nan if width is None else width for width in self.half_widths]
+                region.plot(self.places, widths, color=GREY, drawstyle="steps-post")
+                region.set_ylim(bottom=0)
+                tidy_(region, x="trial", y="region")
+            for place in self.restarts:
+                for each in axes:
+                    each.axvline(place, color=GREY, linewidth=0.8, linestyle=":")
             top.plot(
                 self.places,
                 [math.nan if value is None else value for value in scaled_or_none(self.best, self.unit)],
@@ -186,7 +257,7 @@ class Trajectory(Drawing):
                     label=label(expert),
                 )
             tidy_(top, y=axis_label(self.measure, self.unit))
-            tidy_(bottom, x="trial", y=self.chosen)
+            tidy_(bottom, x="" if others else "trial", y=self.chosen)
             bottom.xaxis.get_major_locator().set_params(integer=True)
             legend_(top)
             legend_(bottom)
@@ -248,7 +319,29 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
         coefficients=view.points(),
         chosen=", ".join(["coefficient", *view.searched_parameters]),
         levels=levels,
+        expected=[_shown_mean(view, trial) for trial in view.trials],
+        deviations=[expected_of(trial).get("deviation") for trial in view.trials],
+        half_widths=[_region(trial).get("half_width") for trial in view.trials],
+        restarts=_restarts(view.trials),
     )
+
+
+def _shown_mean(view: StudyView, trial: FrozenTrial) -> float | None:
+    mean = expected_of(trial).get("mean")
+    return None if mean is None else view.metrics("validation").mean.worth(mean)
+
+
+def _region(trial: FrozenTrial) -> Mapping[str, Any]:
+    return expected_of(trial).get("region") or {}
+
+
+def _restarts(trials: Sequence[FrozenTrial]) -> list[int]:
+    """Places of the first trials of all regions but the first."""
+    firsts: dict[int, int] = {}
+    for trial in trials:
+        if number := _region(trial).get("number"):
+            firsts.setdefault(int(number), place_of(trial))
+    return [place for number, place in sorted(firsts.items()) if number > 1]
 
 
 def _level(view: StudyView, other: StudyView) -> float:
@@ -272,6 +365,13 @@ def _caption(view: StudyView) -> str:
         "have been chosen so far; level lines are the best merges of other methods in the same storage. Bottom: the "
         "coefficients that the trial used."
     )
+    if any("mean" in expected_of(trial) for trial in view.trials):
+        what += " Grey bars: what the sampler expected of a trial before it ran, and its deviation."
+    if any(map(_region, view.trials)):
+        what += (
+            " Lowest panel: half width of the trust region, as a share of the range; dotted lines are restarts, "
+            "where a new region begins."
+        )
     if view.fingerprint.get("search.max_drop") is not None:
         allowed = view.fingerprint["search.max_drop"]
         what += (

@@ -1,0 +1,69 @@
+"""What the sampler expected of proposed trials, as they keep it: the value, the gain, the trust region."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.trials.marks import PROPOSAL, place_of
+
+
+def expected_of(trial: FrozenTrial) -> Mapping[str, Any]:
+    """What was expected of a trial's point; nothing of one that was not proposed, or that an earlier version made."""
+    found: Mapping[str, Any] = trial.user_attrs.get(PROPOSAL, {})
+    return found
+
+
+def gain_left(trials: Sequence[FrozenTrial]) -> dict[str, Any] | None:
+    """The largest gain that was expected when a point was last proposed.
+
+    Args:
+        trials: of one study, in whatever order.
+
+    Returns:
+        The `trial` and its `gain`, in the unit of values; None where none was.
+    """
+    proposed = [trial for trial in trials if "gain" in expected_of(trial)]
+    if not proposed:
+        return None
+    last = max(proposed, key=place_of)
+    return {"trial": last.number, "gain": float(expected_of(last)["gain"])}
+
+
+def gain_text(left: Mapping[str, Any], metrics: Metrics) -> str:
+    """That gain in a few words.
+
+    Args:
+        left: from `gain_left`.
+        metrics: of the scores.
+    """
+    mean = metrics.mean
+    points = " points" if mean.percent else ""
+    return f"{mean.shown(left['gain'], 2)}{points} at most, when trial {left['trial']} was proposed"
+
+
+def expectation_text(trial: FrozenTrial, metrics: Metrics) -> str | None:
+    """What was expected of a trial and where it was looked for, in a sentence; None where nothing was.
+
+    Args:
+        trial: a completed one.
+        metrics: of the scores.
+    """
+    expected, mean = expected_of(trial), metrics.mean
+    if "mean" not in expected:
+        return None
+    text = f"Expected {mean.shown(mean.worth(expected['mean']))} ± {mean.shown(expected['deviation'])}"
+    text += f", found {mean.shown(mean.worth(trial.values[0]))}"
+    region = expected.get("region")
+    if region is None:
+        return f"{text}."
+    where = (
+        "the whole space"
+        if region["centre"] is None
+        else f"half width {region['half_width']:g} of the range around "
+        + ", ".join(f"{name} {value:.2f}" for name, value in region["centre"].items())
+    )
+    return f"{text}; trust region {region['number']}: {where}."
