@@ -151,5 +151,9 @@ def _tell(error: DFMergeError, given: list[str]) -> int:
     rank = launched_rank()  # one that follows another has only errors of its own to tell
     terminal.warn(f"error: {f'rank {rank}: ' if rank else ''}{error}")
     if "--json" in given and not rank:
-        terminal.print_json({"ok": False, "problems": terminal.problems_json([error])})
+        try:
+            terminal.print_json({"ok": False, "problems": terminal.problems_json([error])})
+        except DFMergeError as unwritten:  # it cannot be told there; from now on the stream leads to nothing
+            terminal.warn(f"error: {unwritten}")
+            return unwritten.exit_code
     return error.exit_code

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-import psutil
 from torch import Tensor
 
 from dfmerge_studies.importance.cache.base import FisherCache
@@ -194,6 +193,8 @@ class Shelf:
     def _keep(self, entry: _Held) -> None:
         if self._writer is None:
             assert self.cache is not None
+            import psutil  # where it is used: on some systems it needs what tests of others take away
+
             room = min(_ROOM, psutil.virtual_memory().available // 8)
             self._writer = Writer(self.cache, room, self._writing.add)
         taken = self._writer.put(entry.key, entry.values, wait=self.policy == "all")
