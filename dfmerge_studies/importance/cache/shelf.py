@@ -193,7 +193,7 @@ class Shelf:
     def _keep(self, entry: _Held) -> None:
         if self._writer is None:
             assert self.cache is not None
-            import psutil  # where it is used: on some systems it needs what tests of others take away
+            import psutil  # only where it is needed, as everywhere in the package
 
             room = min(_ROOM, psutil.virtual_memory().available // 8)
             self._writer = Writer(self.cache, room, self._writing.add)
