@@ -203,6 +203,6 @@ def _spec(classification: bool, samples: int, trials: int) -> dict[str, Any]:
         "experts": {"red": {"model": "red", "task": "red"}, "blue": "blue"},
         "tasks": {name: task(name) for name in EXPERTS},
         "importance": {"samples": samples},
-        "search": {"trials": trials, "startup_trials": 2},
+        "search": {"trials": trials, "startup_trials": 2, "sampler": "gp"},  # a tenth of the time of `auto`
         "device": "cpu",
     }

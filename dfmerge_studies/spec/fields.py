@@ -16,7 +16,7 @@ from dfmerge_studies.trials.space import is_multiple
 
 KnownMethod = Annotated[str, one_of("methods", lambda: METHODS)]
 
-DEFAULT_SAMPLER = "gp"  # of a new study whose spec names none; one that is there keeps its own
+DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is there keeps its own
 
 # Searches that a spec may name instead of writing their fields.
 SEARCHES: Mapping[str, Mapping[str, Any]] = {

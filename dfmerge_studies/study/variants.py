@@ -42,6 +42,7 @@ class Variant:
 NO_SEARCH = "df-merge-no-search"
 _OTHERS = (
     Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
+    Variant("df-merge-gp", "df-merge", {"search": {"sampler": "gp"}}),
     Variant(
         "df-merge-ucb",
         "df-merge",
@@ -62,6 +63,7 @@ def variants() -> dict[str, Variant]:
 ABLATION: Mapping[str, str] = {
     "df-merge": "df-merge",
     "df-merge-scaled": "scaled importance (df-merge-scaled)",
+    "df-merge-gp": "one GP of the objective, no trust region (df-merge-gp)",
     "df-merge-ucb": "UCB instead of EI (df-merge-ucb)",
     "df-merge-static": "static Fisher (df-merge-static)",
     "gta": "no Fisher (gta)",
