@@ -364,11 +364,10 @@ def test_settings_and_scores_that_cannot_be_are_refused(score: Any, options: dic
         optimize_merge(base, experts, score, **options)
 
 
-def test_a_study_keeps_its_sampler_where_the_call_names_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_keeps_its_sampler_where_the_call_names_none(tmp_path: Path) -> None:
     base, experts = toys("a", "b")
     kept: dict[str, Any] = {"storage": f"sqlite:///{tmp_path}/s.db", "startup_trials": 2}
-    optimize_merge(base, experts, target_score, trials=3, **kept)
-    monkeypatch.setattr("dfmerge_studies.study.in_memory.DEFAULT_SAMPLER", "auto")
+    optimize_merge(base, experts, target_score, trials=3, sampler="gp", **kept)
     grown = optimize_merge(base, experts, target_score, trials=5, **kept).study.trials
     whole = optimize_merge(base, experts, target_score, trials=5, startup_trials=2, sampler="gp").study.trials
     assert [trial.params for trial in grown] == [trial.params for trial in whole]

@@ -82,10 +82,7 @@ def test_a_cut_study_of_an_earlier_version_ends_as_the_uncut_one_did(project: Pr
 
 
 @pytest.mark.parametrize("stated", [True, False], ids=["stored", "of a version before the field"])
-def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(
-    project: Project, monkeypatch: pytest.MonkeyPatch, stated: bool
-) -> None:
-    monkeypatch.setattr("dfmerge_studies.study.plan.DEFAULT_SAMPLER", "auto")
+def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(project: Project, stated: bool) -> None:
     study = load_study(open_storage(f"sqlite:///{project.folder}/done.db"), "colours")
     about = dict(study.user_attrs[FINGERPRINT])
     assert about[SAMPLER] == "gp"
@@ -107,7 +104,6 @@ def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(
 def test_a_new_study_states_the_sampler_that_a_spec_leaves_open(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfmerge_studies.study.plan.DEFAULT_SAMPLER", "auto")
     new = ("spec.yaml", "--set", "name=new")
     assert project.json("validate", *new)["search"]["sampler"] == "auto"
     project.json("run", *new, "--trials", "1")
