@@ -220,7 +220,7 @@ def markdown(table: dict[str, Any]) -> list[str]:
         cells = []
         for column in columns:
             text = "" if values.get(column) is None else f"{100 * values[column]:.1f}"
-            mark = {1: "**", 2: "*"}.get(row["ranks"].get(column, 0), "")
+            mark = {1: "**", 2: "*"}.get(row.get("marks", row["ranks"]).get(column, 0), "")
             cells.append(f"{mark}{text}{mark}")
         cells.append("" if row["std"] is None or not row["merged"] else f"{100 * row['std']:.1f}")
         cells.append(f"{row['drop']['points']:.1f} {row['drop']['task']}" if row["drop"] else "")
