@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, create_trial
 
 from dfmerge_studies import InputError, optimize_merge
 from dfmerge_studies.spec import WarmStart
-from dfmerge_studies.study.provenance import FINGERPRINT
+from dfmerge_studies.study.provenance import FINGERPRINT, without_secrets
 from dfmerge_studies.study.warm_start import NEAR, best_points
 from dfmerge_studies.trials.marks import FIXED
 from dfmerge_studies.trials.space import Space
@@ -173,6 +173,14 @@ def test_what_cannot_be_started_from_is_refused_before_anything_is_loaded(
         refused = finished.cli(command, *new, check=2).stderr
         assert all(word in refused for word in ["search.warm_start", *words]), refused
     assert optuna.get_all_study_names(f"sqlite:///{finished.folder}/colours.db") == ["colours"]
+
+
+def test_the_password_of_the_other_storage_is_not_kept_with_the_study() -> None:
+    url = "postgresql+psycopg://me:geheim@host/studies"
+    kept = without_secrets({"search": {"seed": 3, "warm_start": {"study": "first", "storage": url, "points": 5}}})
+    assert "geheim" not in str(kept)
+    assert kept["search"]["seed"] == 3
+    assert kept["search"]["warm_start"]["study"] == "first"
 
 
 def test_a_baseline_that_the_study_starts_from_starts_from_nothing_itself(finished: Project, tmp_path: Path) -> None:
