@@ -7,6 +7,7 @@ SEED = 2**63 - 1
 COUNT = 10**9  # of rows, inputs, tokens
 COEFFICIENT = 10**6  # by its size
 STEPS = 10**6  # between the bounds of a coefficient
+LAYERS = 10**4  # of a model
 WORKERS = 1024  # processes on one machine
 SEEDS = 1000  # of a comparison
 POINTS = 10**4  # of a figure's line; the models of a landscape are the square

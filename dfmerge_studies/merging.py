@@ -4,7 +4,7 @@
 
     theta_pre   base parameters                {name: tensor}
     tau[i]      task vector of expert i        {name: tensor}, shapes of theta_pre; absent names are zero
-    lam[i]      coefficient of expert i        number
+    lam[i]      coefficient of expert i        number, or one per name
     C[i]        importance, F[i] + floor       {name: tensor}, shapes of theta_pre; None: uniform, C[i] = 1
     M           number of experts
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.params import TaskVector, at_least_float32
+from dfmerge_studies.points import Coefficient, coefficient_at
 
 
 class WeightedSum:
@@ -43,7 +44,7 @@ class WeightedSum:
         self._sums: list[tuple[str | None, str, Tensor]] = []  # expert (None: the merge), parameter, sum of its entries
 
     @torch.no_grad()
-    def add(self, task_vector: TaskVector, coefficient: float, importance: Mapping[str, Tensor] | None) -> None:
+    def add(self, task_vector: TaskVector, coefficient: Coefficient, importance: Mapping[str, Tensor] | None) -> None:
         """Fold in one expert.
 
         Args:
@@ -60,16 +61,16 @@ class WeightedSum:
             raise ValueError("either all experts have an importance or none")
         self._experts += 1
         for name in self._names:
-            delta = task_vector.deltas.get(name)
+            delta, lam = task_vector.deltas.get(name), coefficient_at(coefficient, name)
             if importance is None:
                 if delta is not None:
-                    self._accumulate(self._numerator, name, delta.to(at_least_float32(delta)) * coefficient)
+                    self._accumulate(self._numerator, name, delta.to(at_least_float32(delta)) * lam)
                 continue
             fisher = importance[name]
             weight = fisher.to(at_least_float32(fisher)) + self._floor
             self._sums.append((task_vector.expert, name, weight.sum()))
             if delta is not None:
-                self._accumulate(self._numerator, name, (weight * delta).mul_(coefficient))
+                self._accumulate(self._numerator, name, (weight * delta).mul_(lam))
             self._accumulate(self._denominator, name, weight)
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ def merge_into_(
     model: nn.Module,
     base: Mapping[str, Tensor],
     task_vectors: Sequence[TaskVector],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, Coefficient],
     importance: Callable[[int], Mapping[str, Tensor] | None],
     *,
     floor: float,

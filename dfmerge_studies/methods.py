@@ -1,6 +1,7 @@
 """The method table: every way to merge is a choice of importance C, coefficients lambda, and transform Phi.
 
-    point   what a trial of a method has: a coefficient per expert, and a value of each parameter that the method has
+    point   what a trial of a method has: a coefficient per expert (or more, see `points.py`), and a value of each
+            parameter that the method has
 
 A new method is a new row here, and a function in `transforms` if its Phi is new.  What the spec accepts, the flags of
 `merge`, what is searched, stored, shown and compared follow from the row.  Nothing heavy is imported, so that names
@@ -10,11 +11,12 @@ can be checked at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.points import GROUPS, Coefficient, Point, fine_name
 from dfmerge_studies.trials.space import Space
 
 SHARED = "lambda"  # name, on a grid, of the one coefficient that all experts share
@@ -67,29 +69,6 @@ class Coefficients(Enum):
     FIXED = "1/M"
     SHARED_GRID = "one shared value on a grid"
     PER_EXPERT = "one per expert, Bayesian"
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one merge needs to know besides the models.
-
-    Attributes:
-        coefficients: lambda per expert.
-        parameters: value of each of the method's parameters.
-    """
-
-    coefficients: Mapping[str, float]
-    parameters: Mapping[str, float] = field(default_factory=dict)
-
-    def on_step(self, step: float | None) -> Point:
-        """The same with coefficients that are free of rounding: 3 * 0.1 and 0.3 are one point, and one Fisher.
-
-        Args:
-            step: distance between coefficients; None: they are left as they are.
-        """
-        if step is None:
-            return self
-        return replace(self, coefficients={name: round(value, 12) for name, value in self.coefficients.items()})
 
 
 @dataclass(frozen=True)
@@ -278,13 +257,16 @@ class Method:
                 place = "--" + name.replace("_", "-") if flags else where
                 raise InputError(f"the method {self.name!r} has no {label(name)}", where=place, hint=hint)
 
-    def space(self, experts: Sequence[str], bounds: tuple[float, float], step: float | None) -> Space:
+    def space(
+        self, experts: Sequence[str], bounds: tuple[float, float], step: float | None, groups: Sequence[str] = ()
+    ) -> Space:
         """What the trials of a study of this method differ in.
 
         Args:
             experts: their names.
             bounds: of every coefficient, where they are searched.
             step: distance between coefficients, where they are searched.
+            groups: of parameters that have a coefficient each, where they are searched.
         """
         if self.coefficients is Coefficients.SHARED_GRID:
             ranges = {name: (min(values), max(values)) for name, values in self.grid.items()}
@@ -292,30 +274,34 @@ class Method:
         if self.coefficients is Coefficients.FIXED:
             return Space(tuple(experts))
         own = {each.name: each.bounds for each in self.parameters if each.bounds is not None}
-        return Space((*experts, *own), *bounds, step, own)
+        tied = {fine_name(expert, group): expert for expert in experts for group in groups}
+        return Space((*(tied or experts), *own), *bounds, step, own, tied)
 
-    def point(self, values: Mapping[str, float], experts: Sequence[str]) -> Point:
+    def point(self, values: Mapping[str, float], experts: Sequence[str], groups: Sequence[str] = ()) -> Point:
         """The point of a trial.
 
         Args:
             values: what the sampler proposed, by name of the space.
             experts: names of the experts.
+            groups: of parameters that have a coefficient each.
         """
+        parameters = self.complete({each.name: values[each.name] for each in self.searched})
+        if groups:
+            fine = {expert: {group: values[fine_name(expert, group)] for group in groups} for expert in experts}
+            return Point.grouped(fine, parameters)
         shared = self.coefficients is Coefficients.SHARED_GRID
-        coefficients = {expert: values[SHARED if shared else expert] for expert in experts}
-        given = {each.name: values[each.name] for each in self.searched}
-        return Point(coefficients, self.complete(given))
+        return Point({expert: values[SHARED if shared else expert] for expert in experts}, parameters)
 
-    def stored_point(self, coefficients: Mapping[str, float], attributes: Mapping[str, float]) -> Point:
+    def stored_point(self, coefficients: Mapping[str, float], attributes: Mapping[str, Any]) -> Point:
         """The point of a trial that is stored.
 
         Args:
             coefficients: per expert.
             attributes: of the trial.
         """
-        return Point(dict(coefficients), self.stored_parameters(attributes))
+        return Point(dict(coefficients), self.stored_parameters(attributes), attributes.get(GROUPS, {}))
 
-    def stored_parameters(self, attributes: Mapping[str, float]) -> dict[str, float]:
+    def stored_parameters(self, attributes: Mapping[str, Any]) -> dict[str, float]:
         """The parameters of a trial; those that an earlier version did not store had their default.
 
         Args:
@@ -408,6 +394,6 @@ def coefficient_range(method: Method, bounds: tuple[float, float]) -> tuple[floa
     return min(values), max(values)
 
 
-def importance_coefficient(method: Method, coefficient: float) -> float:
+def importance_coefficient(method: Method, coefficient: Coefficient) -> Coefficient:
     """The lambda at which an expert's Fisher information is estimated."""
     return coefficient if method.importance is Importance.AT_SCALED_EXPERT else 1.0

@@ -44,6 +44,8 @@ HALF_WIDTH = 0.4  # of a new region, in the unit cube
 SMALLEST = 0.05  # a region smaller than that has ended
 PATIENCE = 4  # trials without gain after which a region is halved
 DRAWS = 64  # of the processes, per evaluation of the acquisition
+_FEW = 8  # dimensions up to which processes are fitted to the end; beyond that it takes most of a suggestion's time
+_STEPS = 40  # of the optimiser that fits them beyond that
 _BATCH = 256  # points that are compared at once
 _ELSEWHERE = 64  # points of the cube, outside the region too, where the gain is looked for
 _SAMPLES = 512  # of the tasks' scores at the proposed point, from which the utility's mean and deviation follow
@@ -297,5 +299,9 @@ def fitted(x: Tensor, y: Tensor) -> SingleTaskGP:
         y: values (n, T), mean 0 and deviation 1.
     """
     model = SingleTaskGP(x, y, outcome_transform=None)
-    fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+    likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+    if x.shape[1] <= _FEW:
+        fit_gpytorch_mll(likelihood)
+    else:
+        fit_gpytorch_mll(likelihood, optimizer_kwargs={"options": {"maxiter": _STEPS}})
     return model

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import save_file
 
 from dfmerge_studies.errors import DFMergeError
-from dfmerge_studies.methods import METHODS, Point
+from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Group
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import open_study

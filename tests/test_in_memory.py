@@ -353,6 +353,7 @@ def test_a_number_alone_is_a_score_and_a_trial_whose_score_is_not_finite_fails()
         (target_score, {"objective": "agreement"}, "tasks of a spec"),
         (target_score, {"objective": "best"}, "kind|objective"),
         (target_score, {"holdout": 5}, "none can be held back"),
+        (target_score, {"granularity": {"blocks": 2}}, "need the models of a spec"),
         (lambda model: 1.0, {"max_drop": 5}, "no task has the name of an expert"),
         (target_score, {"storage": "mysql://host/name"}, "not supported"),
         (target_score, {"name": "a/b"}, "study's name"),

@@ -14,10 +14,11 @@ import pytest
 from optuna.trial import TrialState
 from safetensors.torch import load_file
 
-from dfmerge_studies.methods import METHODS, Point
+from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Ranks, launched
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.session import Session, open_study, stored_study

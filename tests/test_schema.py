@@ -85,6 +85,8 @@ SHORT = {
     "a search by one word": {"search": "paper"},
     "points as one number": {"search": {"enqueue": [0.5, {"a": 1.0, "c": 0.0, "d": 1.0}]}},
     "another study by its name": {"search": {"warm_start": "former"}},
+    "no groups": {"search": {"granularity": "model"}},
+    "groups": {"search": {"granularity": {"groups": {"attention": "attn"}}, "holdout": 0.2}},
     "rows in a file": {"importance": {"indices": "rows.json"}},
     "no cache": {"cache": None},
     "parameters": {"parameters": {"ties": {"density": [0.1, 0.2]}}},
@@ -112,7 +114,8 @@ def test_every_field_with_a_short_form_is_among_those_that_the_schema_knows():
         if each.info.mode == "before"
         for name in each.info.fields
     }
-    assert fields == {"experts", "tasks", "objective", "search", "warm_start"}, "teach spec/schema.py the new form"
+    known = {"experts", "tasks", "objective", "search", "warm_start", "granularity"}
+    assert fields == known, "teach spec/schema.py the new form"
 
 
 def slips() -> Iterator[tuple[str, dict[str, Any]]]:

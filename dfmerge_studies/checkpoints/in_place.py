@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.params import TaskVector
+from dfmerge_studies.points import Coefficient, coefficient_at
 
 
 @dataclass
@@ -37,15 +38,15 @@ class InPlace:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def load_scaled_(self, expert: int, coefficient: float) -> None:
-        """Write theta_pre + lambda * tau[expert] into the model."""
+    def load_scaled_(self, expert: int, coefficient: Coefficient) -> None:
+        """Write theta_pre + lambda * tau[expert] into the model, lambda being one number or one per parameter."""
         parameters = dict(self.model.named_parameters())
         deltas = self.task_vectors[expert].deltas
         for name in self.names:
             parameter = parameters[name]
             parameter.copy_(self.base[name])
             if name in deltas:
-                parameter.add_(deltas[name], alpha=coefficient)
+                parameter.add_(deltas[name], alpha=coefficient_at(coefficient, name))
 
     @torch.no_grad()
     def load_base_(self) -> None:

@@ -150,6 +150,9 @@ def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | No
     out.print(
         f"  {estimate.parameters:,} parameters, {estimate.changed_parameters:,} changed by {estimate.experts} experts"
     )
+    if estimate.groups:
+        parts = ", ".join(f"{group} {count:,}" for group, count in estimate.groups.items())
+        out.print(f"  a coefficient per expert for each of {len(estimate.groups)} groups: {parts}", markup=False)
     for task, count in estimate.validation_inputs.items():
         cut = estimate.truncated_inputs[task]
         fisher = estimate.fisher_inputs[task]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common, forms
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import Coefficients, Importance, Point, coefficient_range, fixed_coefficients
+from dfmerge_studies.methods import Coefficients, Importance, coefficient_range, fixed_coefficients
 from dfmerge_studies.tasks.splits import as_split
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ def merge(
     out: OutOption,
     coefficients: Annotated[
         str | None,
-        typer.Option("--coefficients", metavar="a=0.4,b=0.9", help="One per expert, or one number for all."),
+        typer.Option(
+            "--coefficients",
+            metavar="a=0.4,b=0.9",
+            help="One per expert, or one number for all; with search.granularity also a.GROUP=0.4, or JSON.",
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="Row of the method table.")] = None,
     parameters: common.MethodParameters = None,
@@ -51,7 +56,7 @@ def merge(
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, method=method, device=device, cache=cache)
     row = settings.row
-    point = Point(_parse_coefficients(settings, coefficients), row.complete(parameters or {}, flags=True))
+    given, own = _parse_coefficients(settings, coefficients), row.complete(parameters or {}, flags=True)
     from dfmerge_studies.report.forms import check_form
     from dfmerge_studies.report.outputs import model_target
 
@@ -60,6 +65,7 @@ def merge(
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
+        from dfmerge_studies.objective.given import point_of
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
@@ -68,6 +74,7 @@ def merge(
         from dfmerge_studies.study.session import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
+        point = point_of(problem, row, given, own, "--coefficients")
         if row.importance is not Importance.UNIFORM:  # what has no importance puts no input through the models
             rehearse_(problem, row)
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
@@ -249,15 +256,17 @@ def _described(score: TaskScore, metric: Metric) -> dict[str, Any]:
     return {"score": score.score, "metric": score.metric, "n": score.n, "standard_error": error}
 
 
-def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
-    """`a=0.4,b=0.9`, or one number for all, as a checked coefficient per expert."""
+def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float | dict[str, float]]:
+    """`a=0.4,b=0.9`, one number for all, or JSON, as coefficients that are checked as far as the spec alone says."""
     from dfmerge_studies.spec import check_coefficients
 
     where = "--coefficients"
     if text is None:
         if spec.row.coefficients is not Coefficients.FIXED:
             raise InputError(f"the method {spec.method!r} needs coefficients", where=where, hint="Give one per expert")
-        return fixed_coefficients(list(spec.experts))
+        return {**fixed_coefficients(list(spec.experts))}
+    if text.lstrip().startswith("{"):
+        return _json_coefficients(text, where)
     point: dict[str, float] = {}
     for part in text.split(","):
         name, sign, value = part.rpartition("=")
@@ -268,4 +277,20 @@ def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float]:
         if name.strip() in point:
             raise InputError(f"{name.strip()!r} is given twice", where=where, hint="Give it once")
         point.update({name.strip(): number} if sign else dict.fromkeys(spec.experts, number))
-    return check_coefficients(spec, point, where, bounds=coefficient_range(spec.row, spec.search.bounds))
+    finer = any(name.startswith(f"{expert}.") for name in point.keys() - spec.experts.keys() for expert in spec.experts)
+    if spec.search.granularity is None or not finer:
+        check_coefficients(spec, point, where, bounds=coefficient_range(spec.row, spec.search.bounds))
+    return {**point}
+
+
+def _json_coefficients(text: str, where: str) -> dict[str, float | dict[str, float]]:
+    """Coefficients by expert, by EXPERT.GROUP, or by expert and then by group."""
+    hint = 'Write e.g. {"a": 0.4, "b": {"attention": 0.5, "mlp": 0.9}}'
+    try:
+        found = json_module.loads(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} is no JSON: {error}", where=where, hint=hint) from error
+    numbers = [n for value in found.values() for n in (value.values() if isinstance(value, dict) else [value])]
+    if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+        raise InputError(f"{text!r} holds something else than numbers", where=where, hint=hint)
+    return dict(found)

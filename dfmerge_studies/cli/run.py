@@ -175,6 +175,7 @@ def _splits(spec: StudySpec, test: bool) -> list[Split]:
 
 def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> dict[Split, Standings]:
     """Base, experts, baselines and the winner; what is not in the study yet is scored now."""
+    from dfmerge_studies.points import groups_json
     from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, side_by_side
 
     with common.progress_bar() as progress:
@@ -190,7 +191,7 @@ def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> 
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
             point = each.point(best)
-            detail = {"coefficients": dict(point.coefficients), **point.parameters}
+            detail = {"coefficients": dict(point.coefficients), **groups_json(point), **point.parameters}
             rows.append(Scored(name, scores, detail=detail, results=_results(each, best, splits)))
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
 
@@ -252,7 +253,10 @@ def _tell(
         if best["selection"] is not None:
             out.print(f"  {selection_text(best['selection'], spec.metrics('validation'))}", markup=False)
         own = "".join(f", {label(name)} {value:g}" for name, value in method_parameters(spec.method, best).items())
-        out.print(f"  coefficients: {coefficients_text(best['coefficients'])}{own}", markup=False)
+        means = " (means)" * ("groups" in best)
+        out.print(f"  coefficients{means}: {coefficients_text(best['coefficients'])}{own}", markup=False)
+        for expert, groups in best.get("groups", {}).items():
+            out.print(f"    {expert}: {coefficients_text(groups)}", markup=False)
         if not best.get("feasible", True):
             out.print("  no trial keeps every task within max_drop; this one comes closest")
     if kept is not None and (text := kept.text()):

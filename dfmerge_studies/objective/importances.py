@@ -14,6 +14,7 @@ from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import task_fisher, whole
 from dfmerge_studies.methods import Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.tasks.sampling import torch_generator
 
@@ -48,7 +49,7 @@ class Importances:
         problem: Problem,
         method: Method,
         cache: Shelf | FisherCache | None,
-        uses: Callable[[int, float], float] = lambda index, coefficient: 1.0,
+        uses: Callable[[int, Coefficient], float] = lambda index, coefficient: 1.0,
     ) -> None:
         self.problem = problem
         self.shelf = cache if isinstance(cache, Shelf) else Shelf(cache)
@@ -56,7 +57,7 @@ class Importances:
         self.estimator = check_importance(problem, method)
 
     def at(
-        self, index: int, coefficient: float, names: Sequence[str] | None = None, *, progress: Progress = silent
+        self, index: int, coefficient: Coefficient, names: Sequence[str] | None = None, *, progress: Progress = silent
     ) -> tuple[dict[str, Tensor], bool]:
         """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
 
@@ -64,7 +65,7 @@ class Importances:
 
         Args:
             index: position of the expert.
-            coefficient: lambda.
+            coefficient: lambda, one number or one per parameter.
             names: parameters; those on which an expert differs by default.
             progress: told how far it is.
 
@@ -114,7 +115,7 @@ class Importances:
         assert kept is not None
         return self._by_parameter(kept, names), False
 
-    def key(self, index: int, coefficient: float, names: Sequence[str]) -> FisherKey:
+    def key(self, index: int, coefficient: Coefficient, names: Sequence[str]) -> FisherKey:
         """Identity of a Fisher."""
         problem, settings = self.problem, self.problem.spec.importance
         expert = problem.experts[index]
@@ -134,7 +135,7 @@ class Importances:
             base=problem.base_digest,
             expert=problem.expert_digests[expert],
             expert_name=expert,
-            coefficient=float(coefficient).hex(),
+            coefficient=_exactly(coefficient),
             estimator=self.estimator.value,
             inputs=json_digest(inputs),
             indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
@@ -159,3 +160,10 @@ class Importances:
             return None
         owners = (name for name, expert in self.problem.spec.experts.items() if expert.task == task)
         return self.problem.expert_digests[next(owners)]
+
+
+def _exactly(coefficient: Coefficient) -> str:
+    """Lambda as a key has it, to the last bit: one number, or a digest of one per parameter."""
+    if isinstance(coefficient, Mapping):
+        return f"by parameter {json_digest({name: float(lam).hex() for name, lam in sorted(coefficient.items())})}"
+    return float(coefficient).hex()

@@ -29,12 +29,12 @@ from dfmerge_studies.methods import (
     Importance,
     Method,
     Normalise,
-    Point,
     Scale,
     fixed_coefficients,
     importance_coefficient,
 )
 from dfmerge_studies.params import align, changed_names, check_finite, float_parameters, task_vector
+from dfmerge_studies.points import Point
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import TRANSFORMS, Prepared
 from dfmerge_studies.trials.space import Space

@@ -16,14 +16,16 @@ from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
-from dfmerge_studies.methods import Importance, Method, Point, coefficient_range, importance_coefficient
+from dfmerge_studies.methods import Importance, Method, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.given import point_of
 from dfmerge_studies.objective.importances import Importances
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import float_parameters
+from dfmerge_studies.points import Coefficient, Point
 from dfmerge_studies.progress import Progress, counted, silent
-from dfmerge_studies.spec import StudySpec, check_coefficients
+from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
 from dfmerge_studies.tasks.sampling import torch_generator
@@ -118,7 +120,7 @@ class Merger:
         method: Method,
         cache: Shelf | FisherCache | None,
         *,
-        uses: Callable[[int, float], float] = lambda index, coefficient: 1.0,
+        uses: Callable[[int, Coefficient], float] = lambda index, coefficient: 1.0,
         progress: Progress = silent,
     ) -> None:
         self.problem = problem
@@ -158,7 +160,7 @@ class Merger:
         """
         if not isinstance(point, Point):
             point = Point(point, self.method.complete({}))
-        resident, spec, at = self.problem.resident, self.problem.spec, point.coefficients
+        resident, spec, at = self.problem.resident, self.problem.spec, self._coefficients(point)
         hits: list[bool] = []
 
         def importance(index: int) -> Mapping[str, Tensor] | None:
@@ -176,10 +178,13 @@ class Merger:
         seconds["merge"] += preparing
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
+    def _coefficients(self, point: Point) -> dict[str, Coefficient]:
+        return point.spread(self.problem.groups if point.groups else {})
+
     @_everywhere
     @memory_errors()
     def importance(
-        self, index: int, coefficient: float, *, names: Sequence[str] | None = None
+        self, index: int, coefficient: Coefficient, *, names: Sequence[str] | None = None
     ) -> tuple[dict[str, Tensor], bool]:
         """`Importances.at` on every rank.
 
@@ -330,7 +335,7 @@ class Merger:
 
 def merge(
     problem: Problem,
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, float | Mapping[str, float]],
     *,
     method: str | None = None,
     cache: FisherCache | None = None,
@@ -350,7 +355,8 @@ def merge(
 
     Args:
         problem: the loaded spec.
-        coefficients: lambda per expert.
+        coefficients: lambda per expert; with `search.granularity` also per group, as `{"EXPERT.GROUP": x}` or
+            `{"EXPERT": {"GROUP": x}}`.
         method: row of the method table; the spec's by default.
         cache: where Fishers are looked up and kept, if anywhere.
         **parameters: the method's own, by the names of its row; the spec's or their defaults otherwise.
@@ -360,6 +366,5 @@ def merge(
         RunError: something is not finite, or memory ran out.
     """
     row = problem.spec.row_of(method or problem.spec.method)
-    bounds = coefficient_range(row, problem.spec.search.bounds)
-    point = check_coefficients(problem.spec, coefficients, "coefficients", bounds=bounds)
-    return Merger(problem, row, cache).run(Point(point, row.complete(parameters, "merge")))
+    found = point_of(problem, row, coefficients, row.complete(parameters, "merge"), "coefficients")
+    return Merger(problem, row, cache).run(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_experts
+from dfmerge_studies.objective.groups import Groups, parameter_groups
 from dfmerge_studies.objective.inputs import (
     check_labels,
     encode_for_all,
@@ -119,6 +121,15 @@ class Problem:
     def experts(self) -> list[str]:
         """Names of the experts, in the order of the spec."""
         return list(self.spec.experts)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Names of the parameters of each group that has coefficients of its own; empty where experts have one each.
+
+        Raises:
+            InputError: the spec's groups do not fit the model.
+        """
+        return parameter_groups(self.spec, self.resident.model, self.resident.names)
 
     def fisher_indices(self) -> dict[str, list[int]]:
         """Validation rows of the Fisher inputs, by task."""

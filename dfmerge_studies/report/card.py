@@ -9,8 +9,9 @@ from typing import Any
 
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.checkpoints.write import PROVENANCE
-from dfmerge_studies.methods import METHODS, Point, label
+from dfmerge_studies.methods import METHODS, label
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.points import Point, fine_name, groups_json
 from dfmerge_studies.report.adapters import AdapterExport
 from dfmerge_studies.report.checked import Checked
 from dfmerge_studies.report.origins import CARD as CARD
@@ -88,6 +89,7 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         "method": merged.method,
         "coefficients": dict(merged.point.coefficients),
         "coefficients_hex": {name: float(value).hex() for name, value in merged.point.coefficients.items()},
+        **groups_json(merged.point),
         **merged.point.parameters,
         "scores": merged.scores,
         "expert_scores": merged.expert_scores,
@@ -196,6 +198,7 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged, task: str | None) -
         "",
         f"Base: `{origins['base'].name}`",
         "",
+        *_groups(merged),
         *license_lines(origins),
         *_parameters(spec, merged),
         *_score_table(spec, merged),
@@ -225,6 +228,19 @@ def _verdict(merged: Merged) -> list[str]:
     return [f"**{lines[0]}**", "", *(f"- {line}" for line in lines[1:]), *([""] if lines[1:] else [])] if lines else []
 
 
+def _groups(merged: Merged) -> list[str]:
+    """Coefficients by expert and group of parameters, whose means the table above has."""
+    if not merged.point.groups:
+        return []
+    names = list(next(iter(merged.point.groups.values())))
+    rows = [
+        f"| {expert} | {' | '.join(f'{own[name]:.6g}' for name in names)} |"
+        for expert, own in merged.point.groups.items()
+    ]
+    head = ["These are means. Each group of parameters has its own:", "", f"| expert | {' | '.join(names)} |"]
+    return [*head, "|---" * (1 + len(names)) + "|", *rows, ""]
+
+
 def _parameters(spec: StudySpec, merged: Merged) -> list[str]:
     """The method's own parameters, and the seed that some of them are drawn with."""
     values = [f"{label(name).capitalize()}: {value:g}" for name, value in merged.point.parameters.items()]
@@ -232,7 +248,8 @@ def _parameters(spec: StudySpec, merged: Merged) -> list[str]:
 
 
 def _command(spec: StudySpec, merged: Merged) -> str:
-    coefficients = ",".join(f"{name}={value!r}" for name, value in merged.point.coefficients.items())
+    fine = {fine_name(expert, g): v for expert, own in merged.point.groups.items() for g, v in own.items()}
+    coefficients = ",".join(f"{name}={value!r}" for name, value in (fine or merged.point.coefficients).items())
     command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method} --coefficients {coefficients}"
     own = [f"{each.flag} {merged.point.parameters[each.name]!r}" for each in METHODS[merged.method].parameters]
     return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own else command

@@ -21,11 +21,11 @@ from dfmerge_studies.checkpoints.write import (
     save_model,
     write_texts,
 )
-from dfmerge_studies.methods import Point
 from dfmerge_studies.objective.classes import head_labels
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.points import Point, groups_json
 from dfmerge_studies.report.adapters import AdapterExport, write_adapters
 from dfmerge_studies.report.card import CARD, Merged, model_card, provenance_json
 from dfmerge_studies.report.checked import Checked
@@ -76,6 +76,7 @@ class Exported:
         return {
             **worth,
             "coefficients": dict(self.point.coefficients),
+            **groups_json(self.point),
             **self.point.parameters,
             "digest": self.digest,
             "fishers": dict(self.fishers),

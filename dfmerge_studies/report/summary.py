@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.points import GROUPS
 from dfmerge_studies.report.expectations import gain_left
 from dfmerge_studies.report.pace import pace, workers_alive
 from dfmerge_studies.report.verdict import verdict_of
@@ -78,6 +79,7 @@ def _best(best: optuna.trial.FrozenTrial, plan: Plan, selection: Selection | Non
         "number": best.number,
         "value": trial_value(best),
         "coefficients": best.user_attrs[COEFFICIENTS],
+        **({GROUPS: best.user_attrs[GROUPS]} if GROUPS in best.user_attrs else {}),
         **plan.method.stored_parameters(best.user_attrs),
         "tasks": scores,
         "selection": selection.described() if selection is not None else None,

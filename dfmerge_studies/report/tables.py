@@ -128,7 +128,10 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         table.add_row("best", f"trial {best['number']}: {metrics.value_text([best['value']])} ({summary['metric']})")
         if best["selection"] is not None:
             table.add_row("named", selection_text(best["selection"], metrics))
-        table.add_row("coefficients", coefficients_text(best["coefficients"]))
+        means = "mean " * ("groups" in best)
+        table.add_row(f"{means}coefficients", coefficients_text(best["coefficients"]))
+        for expert, groups in best.get("groups", {}).items():
+            table.add_row(Text(f"  {expert}"), coefficients_text(groups))
         for name, value in method_parameters(summary["method"], best).items():
             table.add_row(label(name), f"{value:g}")
         table.add_row(

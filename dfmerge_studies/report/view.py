@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, label
+from dfmerge_studies.points import fine_name
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
@@ -211,26 +212,31 @@ class StudyView:
     @property
     def dimensions(self) -> dict[str, str]:
         """What each trial chooses, as figures call it, by name of its Optuna parameter; nothing if all is fixed."""
+        groups = provenance.groups_of(self.fingerprint)
+        return self._chosen([fine_name(expert, group) for expert in self.experts for group in groups] or self.experts)
+
+    def _chosen(self, coefficients: Iterable[str]) -> dict[str, str]:
         if self.policy is Coefficients.FIXED:
             return {}
-        chosen = (
-            {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else dict.fromkeys(self.experts)
-        )
+        shared = {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else {}
         row = METHODS.get(self.method)
         known = [each.name for each in row.parameters] if row is not None else []
         own = {name: label(name) for name in known if any(name in trial.params for trial in self.trials[:1])}
-        return {**{name: words or name for name, words in chosen.items()}, **own}
+        return {**(shared or {name: name for name in coefficients}), **own}
 
     @property
     def searched_parameters(self) -> list[str]:
         """The method's own parameters in which trials differ, as figures call them."""
         known = {SHARED, *self.experts}
-        return [words for name, words in self.dimensions.items() if name not in known]
+        return [words for name, words in self._chosen(self.experts).items() if name not in known]
 
     def points(self) -> dict[str, list[float]]:
-        """What the completed trials have chosen, by name out of `dimensions`' values, in the order of `trials`."""
+        """What the completed trials have chosen, as figures call it, in the order of `trials`.
+
+        Of experts whose groups of parameters have a coefficient each, their means.
+        """
         found, first = {}, next(iter(self.experts))
-        for name, words in self.dimensions.items():
+        for name, words in self._chosen(self.experts).items():
             values = [
                 {**trial.user_attrs, SHARED: self.coefficients(trial)[first], **self.coefficients(trial)}
                 for trial in self.trials

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.reading import shortened
 from dfmerge_studies.trials.space import Space
@@ -26,6 +27,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *labels_lacking(spec),
         *_odd_baselines(spec),
         *_starts_from_itself(spec),
+        *_nothing_to_split(spec),
         *_unknown_tasks(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
@@ -93,6 +95,13 @@ def _starts_from_itself(spec: StudySpec) -> Iterator[Finding]:
             f"{warm.study!r} is this study itself",
             "Name another one, or give this one a new name",
         )
+
+
+def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
+    if spec.search.granularity is not None and not spec.row.searches:
+        of_experts = ", ".join(name for name, row in METHODS.items() if row.searches)
+        what = f"the method {spec.method!r} has no coefficient per expert to make finer"
+        yield "search.granularity", what, f"Leave it out, or use one of {of_experts}"
 
 
 def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:

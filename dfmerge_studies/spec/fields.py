@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dfmerge_studies import limits
 from dfmerge_studies.errors import did_you_mean
 from dfmerge_studies.methods import METHODS, Estimator, Normalise, Scale
+from dfmerge_studies.names import NAME
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
 
@@ -92,6 +93,33 @@ class WarmStart(Settings):
     points: int = Field(5, gt=0, le=limits.TRIALS, description="how many of its points are tried at most")
 
 
+class Granularity(Settings):
+    """Coefficients that are finer than an expert's whole model; one of the two ways."""
+
+    blocks: int | None = Field(None, gt=0, le=limits.LAYERS, description="so many runs of consecutive layers")
+    groups: dict[str, str] | None = Field(None, description="regular expressions of parameters' names, by group")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Granularity:
+        if (self.blocks is None) == (self.groups is None):
+            raise ValueError("write model, {blocks: K} or {groups: {NAME: REGEX, ...}}")
+        return self
+
+    @field_validator("groups")
+    @classmethod
+    def _groups_have_names_and_expressions(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None and not value:
+            raise ValueError("there is no group; write model")
+        for name, text in (value or {}).items():
+            if not NAME.fullmatch(name) or "." in name or name == "rest":
+                raise ValueError(f"{name!r} is no usable name of a group: use letters, digits, '_' and '-', not 'rest'")
+            try:
+                re.compile(text)
+            except re.error as error:
+                raise ValueError(f"{text!r} is no regular expression: {error}") from None
+        return value
+
+
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
@@ -111,6 +139,11 @@ class SearchSettings(Settings):
     bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
     step: float | None = Field(None, gt=0, description="propose only multiples, so that Fishers recur in the cache")
     seed: int = Field(0, ge=0, le=limits.SEED, description="of everything random")
+    granularity: Granularity | None = Field(
+        None,
+        description="what has a coefficient of its own: model, every expert; {blocks: K} or {groups: {NAME: REGEX}}, "
+        "every group of an expert's parameters",
+    )
     holdout: int | float | None = Field(
         None,
         ge=0,
@@ -149,6 +182,11 @@ class SearchSettings(Settings):
         if max(map(abs, value)) > limits.COEFFICIENT:
             raise ValueError(f"no coefficient can be larger than {limits.COEFFICIENT}")
         return value
+
+    @field_validator("granularity", mode="before")
+    @classmethod
+    def _model_is_the_usual(cls, value: Any) -> Any:
+        return None if value == "model" else value
 
     @field_validator("holdout")
     @classmethod

@@ -18,6 +18,7 @@ from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, referenc
 from dfmerge_studies.spec.examine import Examined, examine_
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
+    Granularity,
     ImportanceSettings,
     KnownMethod,
     ObjectiveSettings,
@@ -349,6 +350,6 @@ _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "experts": [ExpertSettings],
     "tasks": [ChoiceTask, ClassificationTask],
     "importance": [ImportanceSettings],
-    "search": [SearchSettings, WarmStart],
+    "search": [SearchSettings, WarmStart, Granularity],
     "objective": [ObjectiveSettings],
 }

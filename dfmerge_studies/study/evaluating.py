@@ -38,7 +38,7 @@ class Trials:
     def __call__(self, point: Mapping[str, float]) -> TrialResult:
         """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept."""
         session, spec = self._session, self._session.spec
-        at = session.method.point(point, session.problem.experts).on_step(spec.search.step)
+        at = session.method.point(point, session.problem.experts, session.plan.groups).on_step(spec.search.step)
         with session.merger.importances.shelf.trial() as fishers:
             outcome = session.merger.run(at)
             result = trial_result(

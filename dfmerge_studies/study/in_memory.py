@@ -173,6 +173,9 @@ def optimize_merge(
     how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
     if how.kind == "agreement":
         raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
+    if settings.granularity is not None:
+        hint = "Leave it out: every expert has one coefficient here"
+        raise InputError("groups of parameters need the models of a spec", where="granularity", hint=hint)
     if settings.holdout is not None:
         hint = "Score the best trials on other rows yourself: they are in the study"
         raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ class Plan:
         trials: total that it should reach: the spec's, or as many points as a method without a search has.
         url: of its storage, absolute; it may hold a password: never print it, print `place`.
         proposer: what proposes its trials, in the words of `search.sampler`: the spec's, or what a new study has.
+        groups: of parameters that have a coefficient each; none where experts have one, or before the study is there.
     """
 
     spec: StudySpec
@@ -39,6 +40,7 @@ class Plan:
     trials: int
     url: str
     proposer: str
+    groups: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: StudySpec) -> Plan:
@@ -65,9 +67,23 @@ class Plan:
             study: its study.
         """
         fingerprint = provenance.stored_fingerprint(study)
-        if fingerprint is None or self.spec.search.stated_sampler is not None:
+        if fingerprint is None:
             return self
-        return replace(self, proposer=provenance.sampler_of(fingerprint))
+        stated, groups = self.spec.search.stated_sampler, provenance.groups_of(fingerprint)
+        proposer = provenance.sampler_of(fingerprint) if stated is None else self.proposer
+        return replace(self.with_groups(groups), proposer=proposer)
+
+    def with_groups(self, groups: Sequence[str]) -> Plan:
+        """The plan with a coefficient for each group of an expert's parameters; which there are, the models say.
+
+        Args:
+            groups: names of the groups; none where every expert has one coefficient.
+        """
+        if not groups or not self.method.searches:
+            return self
+        search = self.spec.search
+        space = self.method.space(list(self.spec.experts), search.bounds, search.step, groups)
+        return replace(self, groups=tuple(groups), space=space, points=tuple(map(space.spread, self.points)))
 
     @property
     def place(self) -> str:

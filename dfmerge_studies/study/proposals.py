@@ -10,7 +10,9 @@ from optuna.samplers import BaseSampler
 from dfmerge_studies.methods import Coefficients, Method, fixed_coefficients
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
+from dfmerge_studies.study.totals import stored_total
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tied import TiedSampler
 from dfmerge_studies.trials.space import Space
 from dfmerge_studies.trust_region import Goal
 
@@ -70,16 +72,20 @@ def study_sampler(
         sampler = "ucb"
     if not method.searches:
         sampler = "grid" if method.grid else "random"
-    return make_sampler(
-        sampler,
-        seed=search.seed,
-        study_name=name,
-        space=space,
-        startup_trials=search.startup_trials,
-        grid=method.grid or None,
-        kappa=search.kappa,
-        goal=goal,
-    )
+
+    def of(searched: Space) -> BaseSampler:
+        return make_sampler(
+            sampler,
+            seed=search.seed,
+            study_name=name,
+            space=searched,
+            startup_trials=search.startup_trials,
+            grid=method.grid or None,
+            kappa=search.kappa,
+            goal=goal,
+        )
+
+    return TiedSampler(of(space.coarse), of(space), space=space, total=stored_total) if space.tied else of(space)
 
 
 def goal_of(objective: ObjectiveSettings, metrics: Metrics) -> Goal:

@@ -15,6 +15,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage
 
+from dfmerge_studies.checkpoints.digest import json_digest
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
@@ -46,10 +47,13 @@ _LIBRARIES = (
 )
 
 
+GRANULARITY, _GROUPS = "search.granularity", "groups of parameters"  # of a fingerprint
+
 # What studies did before a field came to be stated: whoever does not state it, did this.
 _FORMERLY: Mapping[str, Any] = {
     "importance.normalise": "none",
     "importance.power": 1.0,
+    GRANULARITY: "model",
     "positive": {},
     "parameters": {},
 }
@@ -81,6 +85,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
         "search.startup_trials": search.startup_trials,
+        **({GRANULARITY: granularity} if (granularity := _granularity(spec)) is not None else {}),
         "search.bounds": list(search.bounds),
         "search.step": search.step,
         "search.seed": search.seed,
@@ -93,6 +98,21 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
 def stated_sampler(search: SearchSettings) -> dict[str, str]:
     """What a fingerprint says of the sampler that settings name; nothing of one that they leave to the study."""
     return {SAMPLER: search.stated_sampler} if search.stated_sampler is not None else {}
+
+
+def _granularity(spec: StudySpec) -> dict[str, Any] | None:
+    """What of a spec decides which groups of parameters have a coefficient each, None where experts have one."""
+    settings = spec.search.granularity
+    return settings.model_dump(exclude_none=True) if settings is not None and spec.row.searches else None
+
+
+def groups_of(fingerprint: Mapping[str, Any]) -> list[str]:
+    """Names of the groups of parameters that have a coefficient each in a stored study; none where experts have one.
+
+    Args:
+        fingerprint: what the study is about.
+    """
+    return [name for name, _, _ in fingerprint.get(_GROUPS, [])]
 
 
 def sampler_of(fingerprint: Mapping[str, Any]) -> str:
@@ -142,7 +162,14 @@ def whole_fingerprint(spec: StudySpec, problem: Problem) -> dict[str, Any]:
         spec: the settings of the study; a baseline's differ from those that `problem` was loaded with.
         problem: the loaded models and data.
     """
-    return {**stated_fingerprint(spec), **measured_fingerprint(problem)}
+    return {**stated_fingerprint(spec), **measured_fingerprint(problem), **_measured_groups(spec, problem)}
+
+
+def _measured_groups(spec: StudySpec, problem: Problem) -> dict[str, Any]:
+    """Which parameters are in which group: name, number of parameters, digest of their names."""
+    if _granularity(spec) is None:
+        return {}
+    return {_GROUPS: [[name, len(found), json_digest(found)] for name, found in problem.groups.items()]}
 
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

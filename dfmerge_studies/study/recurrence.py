@@ -7,10 +7,12 @@ by name, which other seeds, baselines and people ask for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from dfmerge_studies.methods import Importance
+from dfmerge_studies.points import Coefficient
 from dfmerge_studies.study.plan import Plan
 
 
@@ -38,7 +40,8 @@ class Recurrence:
         self._plan = plan
         self._experts = list(plan.spec.experts)
         search = plan.spec.search
-        named = [search.bounds, *([point[name] for name in self._experts if name in point] for point in plan.points)]
+        names = [*plan.space.tied, *self._experts]
+        named = [search.bounds, *([point[name] for name in names if name in point] for point in plan.points)]
         self._named = {float(value) for values in named for value in values}
 
     @property
@@ -50,13 +53,15 @@ class Recurrence:
         low, high = search.bounds
         return None if search.step is None else round((high - low) / search.step) + 1
 
-    def uses(self, index: int, coefficient: float) -> float:
+    def uses(self, index: int, coefficient: Coefficient) -> float:
         """How often a Fisher will be asked for again, 0 where nothing is known to.
 
         Args:
             index: position of the expert.
             coefficient: at which it is estimated.
         """
+        if isinstance(coefficient, Mapping):  # one per parameter: a vector does not recur
+            return 0.0
         if self.steps is not None:
             return max(1.0, self._plan.trials / self.steps)
         return float(any(abs(coefficient - value) < 1e-12 for value in self._named))

@@ -13,13 +13,14 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import FisherCache, Shelf, default_limit, open_cache
-from dfmerge_studies.methods import Method, Point
+from dfmerge_studies.methods import Method
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.preflight import check_extras
 from dfmerge_studies.objective.problem import Problem, load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
+from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
@@ -127,7 +128,9 @@ class Session:
             total = self.total(target)
             self._check_total(total)
             state_total(self.study, total, lower=lower)
-            enqueue(self.study, self.plan.space, [*self.plan.points, *points_of(self.warm)])
+            enqueue(
+                self.study, self.plan.space, [*self.plan.points, *map(self.plan.space.spread, points_of(self.warm))]
+            )
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
             trial = Trials(self, expert_scores)

@@ -48,6 +48,7 @@ class Estimate:
             and `limit` in bytes, None for no limit.
         peak_bytes: of a trial, the activations of a batch aside.
         available_bytes: of the device.
+        groups: parameters of each group that has coefficients of its own; empty where experts have one each.
     """
 
     parameters: int
@@ -60,6 +61,7 @@ class Estimate:
     cache: dict[str, Any]
     peak_bytes: int
     available_bytes: int
+    groups: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def memory_estimate(problem: Problem) -> Estimate:
         cache=_cache(problem.spec, fisher_bytes),
         peak_bytes=width * (parameters + changed + vectors) + sums + kept + waiting,
         available_bytes=_available(problem),
+        groups={group: sum(resident.base[n].numel() for n in names) for group, names in problem.groups.items()},
     )
 
 
@@ -230,7 +233,7 @@ def _plan(spec: StudySpec, problem: Problem) -> Plan:
     plan = Plan.of(spec)
     stored = plan.study_if_any()
     if stored is None:
-        return plan
+        return plan.with_groups(list(problem.groups))
     found = provenance.stored_fingerprint(stored)
     fingerprint = provenance.whole_fingerprint(provenance.as_stored(spec, found), problem)
     provenance.refuse_other_fingerprint(spec.name, found, fingerprint, plan.place)

@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.methods import Point
+from dfmerge_studies.points import Point, groups_json
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
@@ -100,6 +100,7 @@ def trial_result(
         values=objective_values(objective, scores, metrics),
         attributes={
             COEFFICIENTS: dict(point.coefficients),
+            **groups_json(point),
             **point.parameters,
             TASKS: dict(scores),
             **attributes,

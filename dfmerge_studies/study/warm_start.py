@@ -169,7 +169,8 @@ def moved(trial: FrozenTrial, space: Space, count: int) -> dict[str, float]:
         count: M, the number of experts there.
     """
     known: Mapping[str, Any] = {**trial.params, **trial.user_attrs, **trial.user_attrs[COEFFICIENTS]}
-    return {name: inside(space, name, float(known.get(name, 1.0 / count))) for name in space.names}
+    default = 1.0 / count
+    return {n: inside(space, n, float(known.get(n, known.get(space.tied.get(n, n), default)))) for n in space.names}
 
 
 def _best_first(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> list[FrozenTrial]:

@@ -16,6 +16,7 @@ What the loop writes beside the result, which may not use these names:
 What a result has; each of its method's parameters is another, under the parameter's own name:
 
     coefficients  lambda per expert
+    groups        lambda per expert and group of parameters, where they have one each; `coefficients` has their means
     tasks         score per task
     seconds       wall-clock time per phase
     fishers       how many were computed, how many came from the cache

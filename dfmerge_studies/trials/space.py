@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import InputError, did_you_mean
@@ -29,6 +29,7 @@ class Space:
         high: largest coefficient allowed.
         step: distance between allowed values, counted from `low`; None for a continuous range.
         own: smallest and largest value of names that have a range of their own, continuous.
+        tied: the coarser name that some of the names belong to; those of one have the same value where they are tied.
 
     Raises:
         InputError: the names or the range cannot be searched.
@@ -39,6 +40,7 @@ class Space:
     high: float = 1.0
     step: float | None = None
     own: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
@@ -50,6 +52,23 @@ class Space:
             raise InputError(
                 f"the step must be positive and divide the range [{self.low}, {self.high}], got {self.step}"
             )
+
+    @property
+    def coarse(self) -> Space:
+        """The space of the coarser names; the same where there are none."""
+        names = tuple(dict.fromkeys(self.tied.get(name, name) for name in self.names))
+        return replace(self, names=names, tied={})
+
+    def spread(self, point: Mapping[str, float]) -> dict[str, float]:
+        """A point of the coarser space in this one.
+
+        Args:
+            point: of `coarse`; one that is here already, and any point of a space without coarser names, is left as it
+                is.
+        """
+        if not self.tied or set(self.names) <= set(point):
+            return dict(point)
+        return {name: point[self.tied.get(name, name)] for name in self.names}
 
     def distributions(self) -> dict[str, FloatDistribution]:
         """Return the Optuna distribution of each coefficient."""

@@ -20,7 +20,7 @@ class FisherKey:
         base: digest of the base.
         expert: digest of the expert.
         expert_name: for people; not part of the identity.
-        coefficient: lambda, exactly, as `float.hex` writes it.
+        coefficient: lambda, exactly: as `float.hex` writes it, or a digest of one per parameter.
         estimator: exact, sampled, empirical or mask-nodes.
         inputs: digest of the tokenised inputs, in order (data, prompts, tokenizer, truncation).
         indices: rows of the validation split that they are, by task.
