@@ -10,6 +10,7 @@ plain transactions two workers can take the same waiting trial.  No password eve
 """
 
 from dfmerge_studies.storage.copies import Known, write_study
+from dfmerge_studies.storage.drawing import Drawing, drawn_from
 from dfmerge_studies.storage.engines import check_url, open_storage
 from dfmerge_studies.storage.failures import (
     DATABASE_ERRORS,
@@ -33,16 +34,21 @@ from dfmerge_studies.storage.studies import (
 )
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
 from dfmerge_studies.storage.watch import SQLiteWatch, watch_of
+from dfmerge_studies.storage.writes import TrialWrite, begin_trial, write_trial
 
 __all__ = [
     "DATABASE_ERRORS",
     "STORAGE_FAILURES",
+    "Drawing",
     "Known",
     "SQLiteWatch",
+    "TrialWrite",
+    "begin_trial",
     "check_constraints",
     "check_name",
     "check_url",
     "create_study",
+    "drawn_from",
     "id_of",
     "is_damaged",
     "is_read_only",
@@ -66,4 +72,5 @@ __all__ = [
     "study_names",
     "watch_of",
     "write_study",
+    "write_trial",
 ]

@@ -80,7 +80,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
     trials = study.get_trials(deepcopy=False)
     return Report(
         study.study_name,
-        [{**_trial(trial), **_owner(study, trial)} for trial in stale_trials(study)],
+        [{**_trial(trial), **_owner(study, trial)} for trial in stale_trials(study, trials)],
         [{"file": str(e.path), "trial": e.trial, "state": e.state} for e in Outbox(outbox, study).entries()],
         [{**_trial(trial), "error": trial.user_attrs.get(ERROR)} for trial in failures(trials)],
         provenance.is_unfinished(study),

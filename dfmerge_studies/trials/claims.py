@@ -1,8 +1,9 @@
 """Claiming trials: a study's total is exact over any number of workers and restarts.
 
 Before a worker takes a place it counts what has a result, runs or waits; afterwards it looks again, and gives the place
-back if others were as quick.  A new trial has the highest number, so it yields to lower ones; a trial from the queue
-yields whenever there are too many.  The last to arrive therefore always sees the others, and yields.
+back if others were as quick.  It need not look where its new trial's number tells that nobody has made one meanwhile.
+A new trial has the highest number, so it yields to lower ones; a trial from the queue yields whenever there are too
+many.  The last to arrive therefore always sees the others, and yields.
 
 A worker that finds every place taken waits until the others are done: should one of them die, its trial is taken up.
 """
@@ -18,14 +19,14 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.storage import id_of, storage_of, study_id_of
+from dfmerge_studies.storage import begin_trial, id_of, storage_of
 from dfmerge_studies.trials.guards import Interrupts
 from dfmerge_studies.trials.marks import DISCARDED, OWNER, PLACE, mark, place_of
 from dfmerge_studies.trials.queue import put_back
 from dfmerge_studies.trials.reading import free_place, holders, settled, started
-from dfmerge_studies.trials.recovery import recover
+from dfmerge_studies.trials.recovery import mend
 from dfmerge_studies.trials.results import OnEvent, fail
 
 _WAITS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at the trials of others; the last one repeats
@@ -57,10 +58,12 @@ class Claims:
         raised: asked, once the target is reached, whether it has become larger meanwhile.
         interrupts: a signal ends the waiting.
         on_event: told of the trials of dead workers that were put back.
-        answered: called whenever the storage has answered.
+        answered: told the study's trials whenever the storage has answered.
         enough: asked before each trial whether the study stops here.
 
     Attributes:
+        target: the total, which may rise.
+        seen: the study's trials as they were read last, the claimed one among them.
         stopped: why the study has stopped before its total.
     """
 
@@ -71,12 +74,13 @@ class Claims:
         raised: Callable[[], int] | None,
         interrupts: Interrupts,
         on_event: OnEvent,
-        answered: Callable[[], None],
+        answered: Callable[[Sequence[FrozenTrial]], None],
         enough: Enough | None = None,
     ) -> None:
         self.target = target
         self.stopped: Stop | None = None
         self._enough = enough
+        self.seen: Sequence[FrozenTrial] = ()
         self._study = study
         self._storage = storage_of(study)
         self._raised = raised
@@ -88,9 +92,9 @@ class Claims:
         """Take the next waiting trial or a new one; None when the study has its total, or a signal came."""
         waits = itertools.chain(_WAITS, itertools.repeat(_WAITS[-1]))
         while not self._interrupts.requested:
-            recover(self._study, on_event=self._on_event)
-            kept = holders(self._study.get_trials(deepcopy=False))
-            self._answered()
+            _, self.seen = mend(self._study, self._read(), self._on_event)
+            kept = holders(self.seen)
+            self._answered(self.seen)
             begun = started(kept)
             waiting = sorted((t for t in kept if t.state == TrialState.WAITING), key=lambda t: (place_of(t), t.number))
             if len(begun) >= self.target:
@@ -118,6 +122,14 @@ class Claims:
         self._pause(seconds)
         return False
 
+    def _read(self) -> Sequence[FrozenTrial]:
+        self.seen = self._study.get_trials(deepcopy=False)
+        return self.seen
+
+    def _seen(self, trial_id: int) -> FrozenTrial:
+        """A trial among those that were read last; by itself if a storage shows it later than it says so."""
+        return next((t for t in self.seen if id_of(t) == trial_id), None) or self._storage.get_trial(trial_id)
+
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while not self._interrupts.requested and (left := until - time.monotonic()) > 0:
@@ -132,18 +144,20 @@ class Claims:
                 return None
         except UpdateFinishedTrialError:
             return None
-        begun = started(self._study.get_trials(deepcopy=False))
-        if len(begun) > self.target:
+        if len(started(self._read())) > self.target:
             put_back(self._study, trial_id)
             return None
-        return self._storage.get_trial(trial_id)
+        return self._seen(trial_id)
 
     def _create(self, place: int, owner: Mapping[str, Any]) -> FrozenTrial | None:
         # Owner and place are part of the row from its first moment.
-        template = create_trial(state=TrialState.RUNNING, user_attrs={PLACE: place, OWNER: owner})
-        trial_id = self._storage.create_new_trial(study_id_of(self._study), template_trial=template)
-        trial = self._storage.get_trial(trial_id)
-        lower = [t for t in holders(self._study.get_trials(deepcopy=False)) if t.number < trial.number]
+        trial = begin_trial(self._study, {PLACE: place, OWNER: owner})
+        if trial.number == len(self.seen):  # nobody has made a trial since: what was seen still decides
+            self.seen = [*self.seen, trial]
+            return trial
+        trial_id = id_of(trial)
+        self._read()
+        lower = [t for t in holders(self.seen) if t.number < trial.number]
         live = [t for t in lower if t.state != TrialState.FAIL]
         if len(live) >= self.target or any(place_of(t) == place for t in lower):
             fail(self._study, trial_id, {DISCARDED: True})

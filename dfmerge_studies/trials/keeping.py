@@ -6,11 +6,11 @@ What a storage has taken may still be lost: its file may be deleted, replaced or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.storage import STORAGE_FAILURES, Known, SQLiteWatch, storage_errors, watch_of, write_study
@@ -41,11 +41,12 @@ class Keeper:
         self._told[number] = kept
         if self._watch is None:
             self._release()
-        with contextlib.suppress(*STORAGE_FAILURES):  # what it knew before will do
-            self.learn()
 
-    def check(self) -> None:
+    def check(self, trials: Sequence[FrozenTrial] | None = None) -> None:
         """Look whether the storage has what it was told; what it has need not be kept any longer.
+
+        Args:
+            trials: the study's, if they were read just now.
 
         Raises:
             StorageLost: its file was deleted, replaced or damaged; says where the results are.
@@ -54,20 +55,28 @@ class Keeper:
         if (lost := self.lost()) is not None:
             raise lost
         self._release()
-        self.learn()
+        self.learn(trials)
+        if self._watch is not None and trials is not None:
+            self._known.attributes = self._study.user_attrs
 
     def lost(self) -> StorageLost | None:
         """The error to raise where the file is lost, after it was written again; None if it is not lost."""
         how = None if self._watch is None else self._watch.lost(self._study.study_name, self._told)
         return None if how is None else self._rescued(how)
 
-    def learn(self) -> None:
+    def learn(self, trials: Sequence[FrozenTrial] | None = None) -> None:
         """Take in what the study is now: it is what is written where nothing else is left.
+
+        Args:
+            trials: the study's, if they were read just now.
 
         Raises:
             storage.STORAGE_FAILURES: the storage failed.
         """
         if self._watch is None:
+            return
+        if trials is not None:
+            self._known.trials = list(trials)
             return
         self._known.trials = self._study.get_trials(deepcopy=False)
         self._known.attributes = self._study.user_attrs

@@ -7,12 +7,13 @@ it left is mended like what a dead worker leaves.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,19 @@ from dfmerge_studies.errors import DFMergeError, InputError, RunError, first_lin
 from dfmerge_studies.storage import (
     DATABASE_ERRORS,
     STORAGE_FAILURES,
+    Drawing,
+    TrialWrite,
+    drawn_from,
     id_of,
     may_pass,
     root_text,
     storage_errors,
+    write_trial,
 )
 from dfmerge_studies.trials.claims import Claims, Enough, Stop
 from dfmerge_studies.trials.guards import Interrupts, signs_of_life
 from dfmerge_studies.trials.keeping import Keeper, StorageLost
-from dfmerge_studies.trials.marks import DISCARDED, DRAWN, ERROR, INTERRUPTED, OWNER, mark, place_of
+from dfmerge_studies.trials.marks import DISCARDED, DRAWN, ERROR, INTERRUPTED, OWNER, place_of
 from dfmerge_studies.trials.outbox import Outbox
 from dfmerge_studies.trials.owner import working
 from dfmerge_studies.trials.queue import put_back
@@ -222,18 +227,17 @@ class _Worker:
         time.sleep(random.uniform(0.5, 1.5))  # so that many workers do not come back at one moment
         return True
 
-    def _answered(self) -> None:
+    def _answered(self, trials: Sequence[FrozenTrial]) -> None:
         self.away_since = self.undelivered = None
-        self.keeper.check()
+        self.keeper.check(trials)
 
     # Running a trial
 
     def _run(self, trial: FrozenTrial) -> None:
         with signs_of_life(self.study, id_of(trial)):
             try:
-                self.turns.wait(trial)
-                coefficients = self._suggest(id_of(trial))
-                self.keeper.learn()
+                seen = self.turns.wait(trial, self.claims.seen)
+                coefficients = self._suggest(trial, seen)
                 self._event("started", trial, coefficients)
                 result = self._evaluate(trial, coefficients)
                 if result is not None:
@@ -295,12 +299,16 @@ class _Worker:
         self.failures.clear()
         self._event("completed", trial, coefficients, result.values)
 
-    def _suggest(self, trial_id: int) -> dict[str, float]:
-        live = optuna.Trial(self.study, trial_id)
+    def _suggest(self, trial: FrozenTrial, seen: Sequence[FrozenTrial]) -> dict[str, float]:
+        trial_id = id_of(trial)
+        drawing = Drawing(self.study, seen)
+        live = optuna.Trial(drawn_from(self.study, drawing), trial_id)
         ranges = self.space.distributions().items()
         coefficients = {name: live.suggest_float(name, each.low, each.high, step=each.step) for name, each in ranges}
         # The owner once more: a rival that lost the race for a waiting trial may have written its own name last.
-        mark(self.study, trial_id, {OWNER: self.owner, DRAWN: True})
+        marks = {OWNER: self.owner, DRAWN: True}
+        write_trial(self.study, trial_id, TrialWrite(marks, drawing.params))
+        self.keeper.learn([_drawn(t, coefficients, self.space, marks) if id_of(t) == trial_id else t for t in seen])
         return coefficients
 
     def _check(self, result: TrialResult, constraints: int | None) -> None:
@@ -336,3 +344,14 @@ class _Worker:
         message: str | None = None,
     ) -> None:
         self.on_event(Event(kind, trial.number, place_of(trial), coefficients, values, message))
+
+
+def _drawn(
+    trial: FrozenTrial, coefficients: Mapping[str, float], space: Space, marks: Mapping[str, Any]
+) -> FrozenTrial:
+    """A trial as it is stored once it has been drawn."""
+    drawn = copy.copy(trial)
+    drawn.distributions = dict(space.distributions())
+    drawn.params = dict(coefficients)
+    drawn.user_attrs = {**trial.user_attrs, **marks}
+    return drawn

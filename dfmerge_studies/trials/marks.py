@@ -32,7 +32,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.storage import storage_of
+from dfmerge_studies.storage import TrialWrite, write_trial
 
 PLACE = "place"
 OWNER = "owner"
@@ -70,5 +70,5 @@ def mark(study: optuna.Study, trial_id: int, marks: Mapping[str, Any]) -> None:
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: it has.
     """
-    for key, value in marks.items():
-        storage_of(study).set_trial_user_attr(trial_id, key, value)
+    if marks:
+        write_trial(study, trial_id, TrialWrite(attributes=marks))

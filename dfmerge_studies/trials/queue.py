@@ -43,7 +43,9 @@ def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, flo
     return added
 
 
-def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
+def retry_vacated(
+    study: optuna.Study, trials: Sequence[FrozenTrial], on_event: OnEvent | None = None
+) -> tuple[int, Sequence[FrozenTrial]]:
     """Put the coefficients of every vacated trial that is owed a retry back in the queue, and drop duplicates.
 
     Ending a trial and queueing its successor are two steps; because this looks at the study and not at who died, a
@@ -51,21 +53,23 @@ def retry_vacated(study: optuna.Study, on_event: OnEvent | None = None) -> int:
 
     Args:
         study: the study to look after.
+        trials: all of its trials, as read just now.
         on_event: told "recovered" of every trial put back; None tells nobody.
 
     Returns:
-        The number of trials put back.
+        The number of trials put back, and all trials as they are then.
     """
-    trials = study.get_trials(deepcopy=False)
     back = pending_retries(trials)
     for trial in back:
         point = point_of(trial) or {}
         study.enqueue_trial(point, user_attrs=_again(trial, crashes_of(trial)))
         if on_event is not None:
             on_event(Event("recovered", trial.number, place_of(trial), point))
-    for trial in duplicates(study.get_trials(deepcopy=False) if back else trials):
+    trials = study.get_trials(deepcopy=False) if back else trials
+    extra = duplicates(trials)
+    for trial in extra:
         fail(study, id_of(trial), {DISCARDED: True})
-    return len(back)
+    return len(back), study.get_trials(deepcopy=False) if extra else trials
 
 
 def _again(trial: FrozenTrial, crashes: int) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def _again(trial: FrozenTrial, crashes: int) -> dict[str, Any]:
 def put_back(study: optuna.Study, trial_id: int) -> None:
     """End a running trial that is not at fault, and put its coefficients back in the queue."""
     fail(study, trial_id, {INTERRUPTED: True})
-    retry_vacated(study)
+    retry_vacated(study, study.get_trials(deepcopy=False))
 
 
 def retry_failures(study: optuna.Study) -> int:

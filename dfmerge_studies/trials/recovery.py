@@ -7,6 +7,7 @@ back in the queue; from then on, the result itself is applied at the next start.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -35,18 +36,40 @@ def recover(study: optuna.Study, *, on_event: OnEvent = ignore) -> int:
     Returns:
         The number of trials put back.
     """
-    for trial in stale_trials(study):
+    return mend(study, study.get_trials(deepcopy=False), on_event)[0]
+
+
+def mend(
+    study: optuna.Study, trials: Sequence[FrozenTrial], on_event: OnEvent = ignore
+) -> tuple[int, Sequence[FrozenTrial]]:
+    """The same for who has read the trials just now.
+
+    Args:
+        study: the study to look after.
+        trials: all of its trials.
+        on_event: told of every trial that was put back.
+
+    Returns:
+        The number of trials put back, and all trials as they are then.
+    """
+    stale = stale_trials(study, trials)
+    for trial in stale:
         marks: dict[str, Any] = {}
         if crashes_of(trial) > MAX_RETRIES:
             marks[ERROR] = f"its process died {crashes_of(trial)} times on these coefficients"
         fail(study, id_of(trial), marks)
-    return retry_vacated(study, on_event)
+    return retry_vacated(study, study.get_trials(deepcopy=False) if stale else trials, on_event)
 
 
-def stale_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """List the running trials whose worker is gone."""
-    silent = stale_ids(study)
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+def stale_trials(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """List the running trials whose worker is gone.
+
+    Args:
+        study: their study.
+        trials: all of its trials, as read just now.
+    """
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+    silent = stale_ids(study) if running else set()
     return [trial for trial in running if id_of(trial) in silent or _is_stale(trial)]
 
 

@@ -12,7 +12,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from dfmerge_studies.errors import RunError
-from dfmerge_studies.storage import STORAGE_FAILURES, is_damaged, storage_of
+from dfmerge_studies.storage import STORAGE_FAILURES, TrialWrite, is_damaged, storage_of, write_trial
 from dfmerge_studies.trials.marks import RESERVED, mark
 
 TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two tries
@@ -85,14 +85,9 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
     storage = storage_of(study)
     for delay in (*TELL_DELAYS, None):
         try:
-            mark(study, trial_id, result.attributes)
-            live = optuna.Trial(study, trial_id)
-            stored = live.constraints
-            for index, value in enumerate(result.constraints):
-                # Zero-padded, so that the order of names is the order of constraints in every storage.
-                if f"{index:03d}" not in stored:
-                    live.set_constraint(f"{index:03d}", value)
-            storage.set_trial_state_values(trial_id, TrialState.COMPLETE, result.values)
+            # Zero-padded, so that the order of names is the order of constraints in every storage.
+            constraints = {f"{index:03d}": value for index, value in enumerate(result.constraints)}
+            write_trial(study, trial_id, TrialWrite(result.attributes, {}, constraints, result.values))
             return
         except UpdateFinishedTrialError:
             # Either another worker ended it, or an earlier try got through although its answer did not come back.

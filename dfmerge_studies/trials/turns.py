@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -31,20 +32,30 @@ class Turns:
         self._interrupts = interrupts
         self._overdue: set[int] = set()  # numbers of trials whose turn has been waited for long enough
 
-    def wait(self, trial: FrozenTrial) -> None:
-        """Wait until it is a trial's turn, or for as long as that is worth; not at all if its point is given."""
+    def wait(self, trial: FrozenTrial, seen: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+        """Wait until it is a trial's turn, or for as long as that is worth; not at all if its point is given.
+
+        Args:
+            trial: the trial.
+            seen: the study's trials as read just now.
+
+        Returns:
+            The study's trials as they were read last.
+        """
         if point_of(trial) is not None:
-            return
+            return seen
         until = time.monotonic() + _TURN_SECONDS
         while not self._interrupts.requested:
-            running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            running = [t for t in seen if t.state == TrialState.RUNNING]
             drawing = {t.number for t in running if t.number < trial.number and _draws(t)} - self._overdue
             if not drawing:
-                return
+                return seen
             if time.monotonic() >= until:
                 self._overdue |= drawing
-                return
+                return seen
             time.sleep(_TURN)
+            seen = self._study.get_trials(deepcopy=False)
+        return seen
 
 
 def _draws(trial: FrozenTrial) -> bool:

@@ -1,0 +1,69 @@
+"""A study while a trial is drawn: its trials as read a moment ago, and parameters that are written together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.trial import FrozenTrial, TrialState
+
+from dfmerge_studies.storage.handles import id_of, storage_of
+
+
+class Drawing:
+    """Stands before a storage: knows the trials, and takes parameters without writing them.
+
+    Args:
+        study: the study.
+        trials: all of its trials, in the order of their numbers, as read just now; the one to draw among them.
+    """
+
+    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+        self._behind = storage_of(study)
+        self._trials = trials
+        self.params: dict[str, tuple[float, BaseDistribution]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """See Optuna's storages."""
+        found = [trial for trial in self._trials if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """See Optuna's storages."""
+        found = next((trial for trial in self._trials if id_of(trial) == trial_id), None)
+        return self._behind.get_trial(trial_id) if found is None else copy.deepcopy(found)
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        """See Optuna's storages."""
+        return self.get_trial(trial_id).system_attrs
+
+    def set_trial_param(self, trial_id: int, name: str, value: float, distribution: BaseDistribution) -> None:
+        """Keep a parameter for who writes it.
+
+        Raises:
+            ValueError: the study's trials have this name for something else.
+        """
+        former = next((each.distributions[name] for each in self._trials if name in each.distributions), None)
+        if former is not None:
+            check_distribution_compatibility(former, distribution)
+        self.params[name] = (value, distribution)
+
+
+def drawn_from(study: optuna.Study, drawing: Drawing) -> optuna.Study:
+    """The study, asked through `drawing`.
+
+    Args:
+        study: the study.
+        drawing: stands before its storage.
+    """
+    other = copy.copy(study)
+    other._storage = drawing  # type: ignore[assignment]  # it has all that samplers and trials ask for
+    return other
