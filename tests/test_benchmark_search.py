@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +101,15 @@ def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monke
     benchmark_search.main()  # nothing is left to do
     assert capsys.readouterr().out == first
     assert read_log(out / "searches.jsonl") == lines
+
+
+def test_the_recorded_surfaces_of_the_quickstart_are_there():
+    grid = Grid.load(Path(benchmark_search.__file__).parent / "surfaces" / "quickstart.npz")
+    assert grid.experts == grid.tasks == ["sentiment", "continent", "syllables"]
+    for variant in ("df-merge", "gta"):
+        values = grid.validation[variant]
+        assert values.shape == (11, 11, 11, 3)
+        base, expert = values[0, 0, 0], values[10, 0, 0]  # the base, and a merge with no step but the first expert's
+        assert base.tolist() == pytest.approx([50.0, 70.0, 33.33], abs=0.01)
+        assert variant == "df-merge" or expert[0] == pytest.approx(86.67, abs=0.01)  # gta at (1, 0, 0) is the expert
+    assert round(grid.best("df-merge"), 1) == 81.7
