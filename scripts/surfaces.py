@@ -57,7 +57,7 @@ class Merges:
         folder = open_cache(str(cache), Path.cwd()) if cache is not None else None
         self._mergers = {name: Merger(problem, METHODS[name], folder) for name in ("df-merge", "gta")}
         self._fishers: dict[tuple[int, float], dict[str, torch.Tensor]] = {}
-        self._dtype = getattr(torch, problem.spec.importance.dtype)
+        self._dtype = getattr(torch, problem.spec.importance.rounding)
 
     def fisher(self, index: int, coefficient: float) -> dict[str, torch.Tensor]:
         """Fisher information of an expert at a coefficient, in float32."""

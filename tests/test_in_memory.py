@@ -139,7 +139,7 @@ def test_a_tied_model_s_state_dict_names_a_matrix_twice_and_is_the_same_expert()
 
 def test_merges_in_memory_are_those_of_a_spec(project_of: Any) -> None:
     project: Project = project_of("gpt2")
-    problem = load_problem(StudySpec.from_yaml(project.file))
+    problem = load_problem(StudySpec.from_yaml(project.file, ["importance.dtype=float32"]))
     resident, at = problem.resident, {"red": 0.3, "blue": 0.8}
     resident.load_base_()
     base = copy.deepcopy(resident.model)

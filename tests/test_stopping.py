@@ -204,7 +204,8 @@ def test_a_trial_put_back_in_the_queue_keeps_what_was_expected_of_it(tmp_path: P
 
 def test_three_workers_stop_together_and_none_waits_for_places_that_nobody_will_take(tmp_path: Path) -> None:
     study = stopped_study(f"sqlite:///{tmp_path}/s.db", workers=3)
-    assert 4 <= complete(study) <= 6  # those that ran when the fourth ended are finished
+    # What ran when the first four places had ended is finished; while a slow worker is at one of them, others go on.
+    assert 4 <= complete(study) < 20
     assert stored_total(study) == complete(study) == len([t for t in study.trials if t.state != TrialState.FAIL])
     stop = stop_of(study)
     assert stop is not None

@@ -61,7 +61,14 @@ def test_a_run_reaches_its_total_and_says_what_it_did(project):
     listed = project.json("list", "spec.yaml")
     whose = {"metric": "accuracy", "task_metrics": {"red": "accuracy", "blue": "accuracy"}}
     assert listed == [
-        {"study": "colours", "method": "df-merge", "trials": printed["trials"], "best_value": best["value"], **whose}
+        {
+            "study": "colours",
+            "method": "df-merge",
+            "trials": printed["trials"],
+            "best_value": best["value"],
+            "stopped": None,
+            **whose,
+        }
     ]
 
 
