@@ -24,6 +24,7 @@ from dfmerge_studies.storage import (
     join_study,
     open_storage,
     storage_of,
+    take_trial,
     write_trial,
 )
 from dfmerge_studies.storage.handles import backend_of
@@ -109,6 +110,19 @@ def test_a_begun_trial_has_its_attributes_and_the_next_number(study: optuna.Stud
             assert each.user_attrs == {"place": number, "owner": {"pid": 1}}
         assert id_of(trial) == id_of(stored)
         assert stored.datetime_start is not None
+
+
+def test_of_two_workers_that_want_a_waiting_trial_the_one_that_gets_it_stands_on_it(study: optuna.Study) -> None:
+    study.enqueue_trial({"a": 0.5})
+    (waiting,) = study.get_trials()
+    assert take_trial(study, id_of(waiting), {"owner": "first"})
+    assert not take_trial(study, id_of(waiting), {"owner": "second"})
+    (taken,) = study.get_trials()
+    assert (taken.state, taken.user_attrs["owner"]) == (TrialState.RUNNING, "first")
+    assert taken.datetime_start is not None
+    study.tell(taken.number, 1.0)
+    with pytest.raises(UpdateFinishedTrialError):
+        take_trial(study, id_of(waiting), {"owner": "third"})
 
 
 def test_parameters_attributes_and_a_result_come_back_as_they_were_written(study: optuna.Study) -> None:

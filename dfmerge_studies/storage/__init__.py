@@ -34,7 +34,7 @@ from dfmerge_studies.storage.studies import (
 )
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
 from dfmerge_studies.storage.watch import SQLiteWatch, watch_of
-from dfmerge_studies.storage.writes import TrialWrite, begin_trial, write_trial
+from dfmerge_studies.storage.writes import TrialWrite, begin_trial, take_trial, write_trial
 
 __all__ = [
     "DATABASE_ERRORS",
@@ -70,6 +70,7 @@ __all__ = [
     "storage_of",
     "study_id_of",
     "study_names",
+    "take_trial",
     "watch_of",
     "write_study",
     "write_trial",

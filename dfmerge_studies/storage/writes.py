@@ -73,6 +73,43 @@ def begin_trial(study: optuna.Study, attributes: Mapping[str, Any]) -> FrozenTri
     return trial
 
 
+def take_trial(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]) -> bool:
+    """Set a waiting trial running, with attributes that are there from that moment; only one process can.
+
+    In a database whoever comes second changes nothing.  On other storages the attributes come first, so that a process
+    that is killed in between leaves them, and one that comes within that moment may replace them.
+
+    Args:
+        study: the trial's study.
+        trial_id: the storage's id of the trial.
+        attributes: user attributes by name; JSON values.
+
+    Returns:
+        Whether it was waiting.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: it has finished.
+    """
+    storage = storage_of(study)
+    backend = backend_of(storage)
+    if not (isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS):
+        state = storage.get_trial(trial_id).state
+        storage.check_trial_is_updatable(trial_id, state)
+        if state != TrialState.WAITING:
+            return False
+        _write_one_by_one(study, storage, trial_id, TrialWrite(attributes))
+        return storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    with _create_scoped_session(backend.scoped_session) as session:
+        trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+        backend.check_trial_is_updatable(trial_id, trial.state)
+        if trial.state != TrialState.WAITING:
+            return False
+        _put_attributes(session, backend, trial_id, attributes)
+        trial.state = TrialState.RUNNING
+        trial.datetime_start = datetime.now()
+    return True
+
+
 def write_trial(study: optuna.Study, trial_id: int, write: TrialWrite) -> None:
     """Write on a trial that has not finished.
 
@@ -100,13 +137,7 @@ def _write_at_once(backend: RDBStorage, trial_id: int, write: TrialWrite) -> Non
         if write.params:
             session.execute(insert(models.TrialParamModel).values(_params(trial_id, write.params)))
         if write.attributes:
-            rows = _attributes(trial_id, write.attributes)
-            put = insert(models.TrialUserAttributeModel).values(rows)
-            session.execute(
-                put.on_conflict_do_update(
-                    index_elements=["trial_id", "key"], set_={"value_json": put.excluded.value_json}
-                )
-            )
+            _put_attributes(session, backend, trial_id, write.attributes)
         if write.constraints:
             rows = _attributes(trial_id, {_constraint_key(name): value for name, value in write.constraints.items()})
             session.execute(insert(models.TrialSystemAttributeModel).values(rows).on_conflict_do_nothing())
@@ -116,6 +147,12 @@ def _write_at_once(backend: RDBStorage, trial_id: int, write: TrialWrite) -> Non
             session.execute(put.on_conflict_do_update(index_elements=["trial_id", "objective"], set_=changed))
             trial.state = TrialState.COMPLETE
             trial.datetime_complete = datetime.now()
+
+
+def _put_attributes(session: Any, backend: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    put = _INSERTS[backend.engine.name](models.TrialUserAttributeModel).values(_attributes(trial_id, attributes))
+    changed = {"value_json": put.excluded.value_json}
+    session.execute(put.on_conflict_do_update(index_elements=["trial_id", "key"], set_=changed))
 
 
 def _write_one_by_one(study: optuna.Study, storage: BaseStorage, trial_id: int, write: TrialWrite) -> None:

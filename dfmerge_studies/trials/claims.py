@@ -21,9 +21,9 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from dfmerge_studies.storage import begin_trial, id_of, storage_of
+from dfmerge_studies.storage import begin_trial, id_of, storage_of, take_trial
 from dfmerge_studies.trials.guards import Interrupts
-from dfmerge_studies.trials.marks import DISCARDED, OWNER, PLACE, mark, place_of
+from dfmerge_studies.trials.marks import DISCARDED, OWNER, PLACE, place_of
 from dfmerge_studies.trials.queue import put_back
 from dfmerge_studies.trials.reading import free_place, holders, settled, started
 from dfmerge_studies.trials.recovery import mend
@@ -138,9 +138,8 @@ class Claims:
     def _take(self, waiting: FrozenTrial, owner: Mapping[str, Any]) -> FrozenTrial | None:
         trial_id = id_of(waiting)
         try:
-            # Named before it runs: were it the other way round, a process killed in between would leave no owner.
-            mark(self._study, trial_id, {OWNER: owner, PLACE: place_of(waiting)})
-            if not self._storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+            # In one step: of two workers that want it, the one that gets it must be the one that stands on it.
+            if not take_trial(self._study, trial_id, {OWNER: owner, PLACE: place_of(waiting)}):
                 return None
         except UpdateFinishedTrialError:
             return None
