@@ -101,7 +101,8 @@ def test_merged_weights_and_accuracies_are_the_reference_s(problem, reference, t
 
 def test_base_and_expert_accuracies_are_the_reference_s(problem, reference):
     merger = Merger(problem, METHODS["df-merge"], None)
-    assert_at_most_one_row(merger.base_scores("validation"), reference["base_accuracy"], problem, "validation")
+    base = {task: result.score for task, result in merger.base_results("validation").items()}
+    assert_at_most_one_row(base, reference["base_accuracy"], problem, "validation")
     for index, expert in enumerate(TASKS):
         problem.resident.load_scaled_(index, 1.0)
         theirs = reference["expert_accuracy"][expert]
