@@ -55,12 +55,12 @@ def begin_trial(study: optuna.Study, attributes: Mapping[str, Any]) -> FrozenTri
         The trial; its number is how many trials the study had before.
     """
     storage, study_id = storage_of(study), study_id_of(study)
-    backend = backend_of(storage)
+    database = _database(storage)
     trial = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
-    if not (isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS):
+    if database is None:
         return storage.get_trial(storage.create_new_trial(study_id, template_trial=trial))
-    insert = _INSERTS[backend.engine.name]
-    with _create_scoped_session(backend.scoped_session) as session:
+    insert = _INSERTS[database.engine.name]
+    with _create_scoped_session(database.scoped_session) as session:
         # The study's row is locked, as Optuna does it: numbers are given one after the other.
         models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
         row: Any = models.TrialModel(study_id=study_id, state=TrialState.RUNNING)
@@ -91,20 +91,19 @@ def take_trial(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]
         optuna.exceptions.UpdateFinishedTrialError: it has finished.
     """
     storage = storage_of(study)
-    backend = backend_of(storage)
-    if not (isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS):
+    database = _database(storage)
+    if database is None:
         state = storage.get_trial(trial_id).state
         storage.check_trial_is_updatable(trial_id, state)
         if state != TrialState.WAITING:
             return False
         _write_one_by_one(study, storage, trial_id, TrialWrite(attributes))
         return storage.set_trial_state_values(trial_id, TrialState.RUNNING)
-    with _create_scoped_session(backend.scoped_session) as session:
-        trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-        backend.check_trial_is_updatable(trial_id, trial.state)
+    with _create_scoped_session(database.scoped_session) as session:
+        trial = _locked(session, database, trial_id)
         if trial.state != TrialState.WAITING:
             return False
-        _put_attributes(session, backend, trial_id, attributes)
+        _put_attributes(session, database, trial_id, attributes)
         trial.state = TrialState.RUNNING
         trial.datetime_start = datetime.now()
     return True
@@ -122,22 +121,34 @@ def write_trial(study: optuna.Study, trial_id: int, write: TrialWrite) -> None:
         optuna.exceptions.UpdateFinishedTrialError: it has finished; nothing is written then.
     """
     storage = storage_of(study)
-    backend = backend_of(storage)
-    if isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS:
-        _write_at_once(backend, trial_id, write)
+    database = _database(storage)
+    if database is not None:
+        _write_at_once(database, trial_id, write)
     else:
         _write_one_by_one(study, storage, trial_id, write)
 
 
-def _write_at_once(backend: RDBStorage, trial_id: int, write: TrialWrite) -> None:
-    insert = _INSERTS[backend.engine.name]
-    with _create_scoped_session(backend.scoped_session) as session:
-        trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-        backend.check_trial_is_updatable(trial_id, trial.state)
+def _database(storage: BaseStorage) -> RDBStorage | None:
+    """The database behind a storage, if it is one that this module knows."""
+    backend = backend_of(storage)
+    return backend if isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS else None
+
+
+def _locked(session: Any, database: RDBStorage, trial_id: int) -> Any:
+    """The row of a trial that has not finished, for this transaction alone."""
+    trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+    database.check_trial_is_updatable(trial_id, trial.state)
+    return trial
+
+
+def _write_at_once(database: RDBStorage, trial_id: int, write: TrialWrite) -> None:
+    insert = _INSERTS[database.engine.name]
+    with _create_scoped_session(database.scoped_session) as session:
+        trial = _locked(session, database, trial_id)
         if write.params:
             session.execute(insert(models.TrialParamModel).values(_params(trial_id, write.params)))
         if write.attributes:
-            _put_attributes(session, backend, trial_id, write.attributes)
+            _put_attributes(session, database, trial_id, write.attributes)
         if write.constraints:
             rows = _attributes(trial_id, {_constraint_key(name): value for name, value in write.constraints.items()})
             session.execute(insert(models.TrialSystemAttributeModel).values(rows).on_conflict_do_nothing())
@@ -149,8 +160,8 @@ def _write_at_once(backend: RDBStorage, trial_id: int, write: TrialWrite) -> Non
             trial.datetime_complete = datetime.now()
 
 
-def _put_attributes(session: Any, backend: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
-    put = _INSERTS[backend.engine.name](models.TrialUserAttributeModel).values(_attributes(trial_id, attributes))
+def _put_attributes(session: Any, database: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
+    put = _INSERTS[database.engine.name](models.TrialUserAttributeModel).values(_attributes(trial_id, attributes))
     changed = {"value_json": put.excluded.value_json}
     session.execute(put.on_conflict_do_update(index_elements=["trial_id", "key"], set_=changed))
 

@@ -305,7 +305,8 @@ class _Worker:
         live = optuna.Trial(drawn_from(self.study, drawing), trial_id)
         ranges = self.space.distributions().items()
         coefficients = {name: live.suggest_float(name, each.low, each.high, step=each.step) for name, each in ranges}
-        # The owner once more: a rival that lost the race for a waiting trial may have written its own name last.
+        # The owner once more: on storages that are no database, a rival that lost the race for a waiting trial may have
+        # written its own name last.
         marks = {OWNER: self.owner, DRAWN: True}
         write_trial(self.study, trial_id, TrialWrite(marks, drawing.params))
         self.keeper.learn([_drawn(t, coefficients, self.space, marks) if id_of(t) == trial_id else t for t in seen])
