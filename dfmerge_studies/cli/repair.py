@@ -62,7 +62,7 @@ def repair(
         if apply:
             for study in studies:
                 folder = outbox_folder(settings.workdir, url, study.study_name)
-                done = repairs.hint(study, folder, failures=retry_failed)
+                done = repairs.mend(study, folder, failures=retry_failed)
                 mended = {what: count + done[what] for what, count in mended.items()}
             deleted = repairs.delete_unfinished(
                 [s for s, report in zip(studies, reports, strict=True) if report.unfinished]

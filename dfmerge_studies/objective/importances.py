@@ -31,6 +31,14 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
     return estimator
 
 
+Uses = Callable[[int, Coefficient], float]  # from an expert's position and its coefficient: see `Importances`
+
+
+def asked_once(index: int, coefficient: Coefficient) -> float:
+    """Every Fisher will be asked for once more."""
+    return 1.0
+
+
 class Importances:
     """Importances of a problem's experts; those that are computed overwrite the resident model.
 
@@ -49,7 +57,7 @@ class Importances:
         problem: Problem,
         method: Method,
         cache: Shelf | FisherCache | None,
-        uses: Callable[[int, Coefficient], float] = lambda index, coefficient: 1.0,
+        uses: Uses = asked_once,
     ) -> None:
         self.problem = problem
         self.shelf = cache if isinstance(cache, Shelf) else Shelf(cache)

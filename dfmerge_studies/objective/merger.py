@@ -20,7 +20,7 @@ from dfmerge_studies.methods import Importance, Method, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.given import point_of
-from dfmerge_studies.objective.importances import Importances
+from dfmerge_studies.objective.importances import Importances, Uses, asked_once
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
@@ -120,7 +120,7 @@ class Merger:
         method: Method,
         cache: Shelf | FisherCache | None,
         *,
-        uses: Callable[[int, Coefficient], float] = lambda index, coefficient: 1.0,
+        uses: Uses = asked_once,
         progress: Progress = silent,
     ) -> None:
         self.problem = problem
@@ -236,17 +236,6 @@ class Merger:
             split: of the tasks' data.
         """
         return self.problem.spec.metrics(split)[task].result(self._answers(task, split))
-
-    def row_scores(self, task: str, split: Split) -> list[float]:
-        """One score per input of the model as it stands; their mean is its score.
-
-        Args:
-            task: name of the task; its metric is a mean over inputs.
-            split: of the tasks' data.
-        """
-        of_rows = self.problem.spec.metrics(split)[task].of_rows
-        assert of_rows is not None
-        return list(of_rows(self._answers(task, split)))
 
     def _answers(self, task: str, split: Split) -> Answers:
         spec, losses = self.problem.spec, self.losses(task, split)

@@ -119,8 +119,8 @@ def _hub_errors(repository: str, kept: Path | None) -> Iterator[None]:
         said = str(getattr(error, "server_message", None) or "")
         reason = f"{response.status_code} {response.reason_phrase}" if response is not None else first_line(error)
         text = ": ".join([reason, *([said.splitlines()[0][:300]] if said else [])])
-        for secret in filter(None, [get_token() if kept is not None else None]):
-            text = text.replace(secret, HIDDEN)
+        if kept is not None and (token := get_token()):
+            text = text.replace(token, HIDDEN)
         where = f"; the model is kept in {kept}" if kept is not None else ""
         raise RunError(
             f"cannot be pushed to {repository} ({text}){where}",

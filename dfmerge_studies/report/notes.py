@@ -26,7 +26,7 @@ from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
 from dfmerge_studies.study.provenance import WARM_START, stored_fingerprint
-from dfmerge_studies.study.value import best_trial
+from dfmerge_studies.study.value import best_first
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS
 from dfmerge_studies.trials.reading import violation
@@ -186,15 +186,9 @@ def escape(text: str) -> str:
 
 
 def _best_trials(view: StudyView) -> list[FrozenTrial]:
-    chosen = [view.best] if view.best is not None else []
-    left = [trial for trial in view.trials if trial not in chosen]
-    while left and len(chosen) < BEST:
-        best = best_trial(left, view.objective)
-        if best is None:
-            break
-        chosen.append(best)
-        left.remove(best)
-    return chosen
+    named = [view.best] if view.best is not None else []
+    others = [trial for trial in view.trials if trial not in named]
+    return [*named, *best_first(others, view.objective)][:BEST]
 
 
 def _feasible(view: StudyView) -> str:

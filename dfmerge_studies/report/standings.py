@@ -18,14 +18,13 @@ from types import MappingProxyType
 from typing import Any
 
 from dfmerge_studies.study.comparison import FINE_TUNED, ComparedStudy, Comparison
-from dfmerge_studies.tasks.metrics import MEAN, Metric, Metrics, TaskScore, largest_drop
+from dfmerge_studies.tasks.metrics import MEAN, SAME, Metric, Metrics, TaskScore, largest_drop
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.uncertainty import difference, mean_error, mean_rows, standard_error
 
 BASE, EXPERTS = "base, unmerged", "each task's own expert"  # rows of a study's own tables
 OURS = "df-merge"
 SIGNIFICANT = 0.05
-_SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 
 
 @dataclass(frozen=True)
@@ -331,7 +330,7 @@ def ranked(values: Mapping[str, float], metric: Metric) -> dict[str, int]:
     for rank in (1, 2):
         rest = {name: metric.worth(value) for name, value in values.items() if name not in ranks}
         top = max(rest.values(), default=0.0)
-        ranks.update({name: rank for name, value in rest.items() if value > top - _SAME})
+        ranks.update({name: rank for name, value in rest.items() if value > top - SAME})
     return ranks
 
 
@@ -349,7 +348,7 @@ def paired_p(ours: Mapping[int, float], theirs: Mapping[int, float], metric: Met
     seeds = sorted(ours.keys() & theirs.keys())
     better = "greater" if metric.higher_is_better else "less"
     differences = [ours[seed] - theirs[seed] for seed in seeds]
-    if len(seeds) < 2 or max(differences) - min(differences) < _SAME:
+    if len(seeds) < 2 or max(differences) - min(differences) < SAME:
         return None
     found = ttest_rel([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds], alternative=better)
     return float(found.pvalue)

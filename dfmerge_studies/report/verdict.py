@@ -16,7 +16,7 @@ from typing import Any
 
 from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.value import trial_value
+from dfmerge_studies.study.value import task_weights, trial_value
 from dfmerge_studies.tasks.metrics import Metrics, TaskScore, largest_drop
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.uncertainty import Difference, difference, standard_error
@@ -140,14 +140,7 @@ def _against(view: StudyView, metrics: Metrics, merge: Scores, other: Scores) ->
 
 def _weights(view: StudyView, metrics: Metrics, scores: Scores) -> dict[str, float]:
     """Of every task in what a model is worth."""
-    objective = view.objective
-    if objective.kind == "min":
-        worst = min(scores, key=lambda task: metrics[task].worth(scores[task].score))
-        return {worst: 1.0}
-    if objective.kind == "weighted" and objective.weights:
-        total = sum(objective.weights.values())
-        return {task: objective.weights.get(task, 0.0) / total for task in scores}
-    return dict.fromkeys(scores, 1 / len(scores))
+    return task_weights(view.objective, metrics.worths(_plain(scores)))
 
 
 def _kept(merge: Scores, experts: Scores, metrics: Metrics) -> float | None:

@@ -80,7 +80,8 @@ def row_scores(session: Session, trial: FrozenTrial) -> dict[str, list[float]]:
     if found is None:
         session.merger.ask_experts_("validation")
         session.merge_(trial)
-        found = packed({task: session.merger.row_scores(task, "validation") for task in session.problem.tasks})
+        scored = session.merger.results("validation")
+        found = packed({task: result.rows for task, result in scored.items() if result.rows is not None})
         keep_probe(session.study, name, found)
     return unpacked(found)
 

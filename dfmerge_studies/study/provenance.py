@@ -254,12 +254,6 @@ def without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _with_public(entry: Any, field: str) -> Any:
-    if not isinstance(entry, Mapping):
-        return public(entry)
-    return {**entry, field: public(entry[field])} if field in entry else entry
-
-
 def library_versions() -> dict[str, str]:
     """Versions of what computes the results."""
     versions = {"python": platform.python_version()}

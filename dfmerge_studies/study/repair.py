@@ -87,7 +87,7 @@ def look(study: optuna.Study, outbox: Path) -> Report:
     )
 
 
-def hint(study: optuna.Study, outbox: Path, *, failures: bool = False) -> dict[str, int]:
+def mend(study: optuna.Study, outbox: Path, *, failures: bool = False) -> dict[str, int]:
     """Apply results, put stale trials back in the queue, and failed ones if asked.
 
     Args:

@@ -32,7 +32,7 @@ from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study.rows import trial_rows
 from dfmerge_studies.study.value import constraint_values, objective_values, trial_value
 from dfmerge_studies.study.winner import Rescored, Selection, keep_selection, selection_of
-from dfmerge_studies.tasks.metrics import Metric, Metrics, TaskScore
+from dfmerge_studies.tasks.metrics import SAME, Metric, Metrics, TaskScore
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.tasks.uncertainty import standard_error
 from dfmerge_studies.trials.marks import DROPS, TASKS, place_of
@@ -48,7 +48,6 @@ MOST = 5  # trials that are scored again
 LEVEL = 0.05  # share of resamples in which a trial must be as good as the best
 DRAWS = 1000
 _COMPARED = 20  # trials that are compared with the best: of more than that, no more are ever scored again
-_SAME = 1e-9  # values are counts over counts: what differs by less is the same number
 
 
 def name_winner_(session: Session) -> Selection | None:
@@ -159,7 +158,7 @@ def contenders(
             for draw in range(DRAWS)
         ]
     )
-    as_good = (values >= values[:, [0]] - _SAME).mean(axis=0)
+    as_good = (values >= values[:, [0]] - SAME).mean(axis=0)
     return [trial for trial, share in zip(rivals, as_good, strict=True) if share >= LEVEL]
 
 

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
 from dfmerge_studies.study.rows import trial_rows
 from dfmerge_studies.study.totals import Asked, go_on
-from dfmerge_studies.study.value import best_trial
+from dfmerge_studies.study.value import best_trial, task_weights
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.claims import Stop
 from dfmerge_studies.trials.marks import PROPOSAL, TASKS
@@ -68,15 +68,11 @@ class Noise:
 
     def of(self, trial: FrozenTrial) -> list[float]:
         """Standard error of each of a trial's values."""
-        errors, kind = self.errors(trial), self.objective.kind
-        if kind == "pareto":
+        errors = self.errors(trial)
+        if self.objective.kind == "pareto":
             return list(errors.values())
-        if kind == "min":
-            scores = self.metrics.worths(trial.user_attrs[TASKS]) if self.metrics else trial.user_attrs[TASKS]
-            return [errors[min(scores, key=scores.__getitem__)]]
-        weights = self.objective.weights or dict.fromkeys(errors, 1.0)
-        total = sum(weights.get(task, 0.0) for task in errors)
-        return [math.sqrt(sum((weights.get(task, 0.0) * error) ** 2 for task, error in errors.items())) / total]
+        scores = self.metrics.worths(trial.user_attrs[TASKS]) if self.metrics else trial.user_attrs[TASKS]
+        return [math.hypot(*(weight * errors[t] for t, weight in task_weights(self.objective, scores).items()))]
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,25 @@ def best_trial(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> F
     return max(trials, key=lambda trial: standing(trial.values, trial.constraints.values(), objective), default=None)
 
 
+def best_first(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> list[FrozenTrial]:
+    """Trials in the order in which `best_trial` would take them; among equals the earliest first."""
+    return sorted(trials, key=lambda trial: standing(trial.values, trial.constraints.values(), objective), reverse=True)
+
+
+def task_weights(objective: ObjectiveSettings, worths: Mapping[str, float]) -> dict[str, float]:
+    """Of every task in what a model is worth: of `min` its worst task has all, of `pareto` each has the same.
+
+    Args:
+        objective: how task scores become one value.
+        worths: scores per task, such that higher is better.
+    """
+    if objective.kind == "min":
+        return {min(worths, key=worths.__getitem__): 1.0}
+    weights = objective.weights or dict.fromkeys(worths, 1.0)
+    total = sum(weights.values())
+    return {task: weights.get(task, 0.0) / total for task in worths}
+
+
 def standing(values: Sequence[float], constraints: Iterable[float], objective: ObjectiveSettings) -> tuple[float, ...]:
     """What trials are compared by, the larger the better: points by which constraints are missed, then the worth.
 

@@ -21,7 +21,7 @@ from dfmerge_studies.storage import check_url, load_study, open_storage, resolve
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.proposals import inside
-from dfmerge_studies.study.value import best_trial, trial_value
+from dfmerge_studies.study.value import best_first, trial_value
 from dfmerge_studies.trials.marks import COEFFICIENTS
 from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
@@ -174,13 +174,9 @@ def moved(trial: FrozenTrial, space: Space, count: int) -> dict[str, float]:
 
 
 def _best_first(trials: Sequence[FrozenTrial], objective: ObjectiveSettings) -> list[FrozenTrial]:
-    left = [trial for trial in trials if not any(_dominates(other, trial) for other in trials)]
-    left = left if len(trials[0].values) > 1 else list(trials)
-    ordered = []
-    while (best := best_trial(left, objective)) is not None:
-        ordered.append(best)
-        left.remove(best)
-    return ordered
+    if len(trials[0].values) > 1:
+        trials = [trial for trial in trials if not any(_dominates(other, trial) for other in trials)]
+    return best_first(trials, objective)
 
 
 def _dominates(one: FrozenTrial, other: FrozenTrial) -> bool:

@@ -17,6 +17,7 @@ from functools import cached_property
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.splits import Split
 
+SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 

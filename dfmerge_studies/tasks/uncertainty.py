@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from dfmerge_studies.tasks.metrics import Metric, Metrics, TaskScore
+from dfmerge_studies.tasks.metrics import SAME, Metric, Metrics, TaskScore
 
 CLEAR = 2.0  # standard errors from which on two scores are told apart
 
@@ -38,15 +38,12 @@ class Difference:
     @property
     def clear(self) -> bool | None:
         """Whether the two are told apart: more than `CLEAR` standard errors; None where the error is not known."""
-        return None if self.error is None else abs(self.value) > CLEAR * self.error and abs(self.value) > _SAME
+        return None if self.error is None else abs(self.value) > CLEAR * self.error and abs(self.value) > SAME
 
     @property
     def beats(self) -> bool | None:
         """Whether the first is better by more than one standard error; None where that is not known."""
-        return None if self.error is None else self.value > self.error and self.value > _SAME
-
-
-_SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
+        return None if self.error is None else self.value > self.error and self.value > SAME
 
 
 def standard_error(score: TaskScore, metric: Metric) -> float | None:
