@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 GROUPS = "groups"  # attribute of a trial: lambda per expert and group
 Coefficient = float | Mapping[str, float]  # lambda of an expert: of all its parameters, or by name of the parameter
@@ -45,6 +46,10 @@ class Point:
         if groups:
             return Point.grouped(groups, self.parameters)
         return replace(self, coefficients=_rounded(self.coefficients))
+
+    def described(self) -> dict[str, Any]:
+        """The same for `--json` and a trial's attributes, each of the method's parameters by its name."""
+        return {"coefficients": dict(self.coefficients), **groups_json(self), **self.parameters}
 
     def spread(self, members: Mapping[str, Sequence[str]]) -> dict[str, Coefficient]:
         """Lambda of each expert: one number where all its groups have the same, otherwise one per parameter.

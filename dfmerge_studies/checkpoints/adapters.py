@@ -13,7 +13,7 @@ from dfmerge_studies.checkpoints.function import check_adapter_config
 from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, loading, quiet_transformers
 from dfmerge_studies.checkpoints.missing import check_answers
-from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint
 from dfmerge_studies.checkpoints.weights import private_copy
 from dfmerge_studies.errors import InputError
 
@@ -88,7 +88,7 @@ def other_base(checkpoint: Checkpoint, base: Checkpoint) -> str | None:
         checkpoint: the adapter.
         base: the whole model that it sits on.
     """
-    named = str(read_json_object(checkpoint.path / "adapter_config.json").get("base_model_name_or_path") or "")
+    named = checkpoint.adapter_base
     name = _letters(named.replace("\\", "/").rstrip("/").rpartition("/")[2])
     known = [*base.path.parts[-3:], *base.reference.split("@")[0].split("/")]
     known.append(str(base.read_config().get("_name_or_path") or "").rpartition("/")[2])
@@ -114,8 +114,7 @@ def _read_config(checkpoint: Checkpoint, model_class: ModelClass) -> PeftConfig:
             hint="Run: pip install peft",
         ) from error
 
-    file = checkpoint.path / "adapter_config.json"
-    written = read_json_object(file)
+    file, written = checkpoint.path / ADAPTER_CONFIG, checkpoint.read_adapter_config()
     kind = written.get("peft_type")
     what = f"not the configuration of an adapter that the installed peft knows (peft_type {kind!r})"
     hint = "Install the version of peft that the adapter was trained with, or copy the file again"

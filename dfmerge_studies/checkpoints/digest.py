@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dfmerge_studies.boundary import reading
-from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint, read_json_object
 from dfmerge_studies.errors import RunError
 
 _CONTENT = (
@@ -28,7 +28,7 @@ _CONTENT = (
 _PROVENANCE_KEYS = ("_name_or_path", "transformers_version", "base_model_name_or_path", "peft_version")
 
 
-_SETTINGS = ("config.json", "adapter_config.json")
+_SETTINGS = ("config.json", ADAPTER_CONFIG)
 
 
 class Contents:

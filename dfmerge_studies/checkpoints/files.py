@@ -12,7 +12,7 @@ from typing import Any
 
 from dfmerge_studies.boundary import check_regular, kind_of, read_json, reading
 from dfmerge_studies.checkpoints.header import read_header
-from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint
 from dfmerge_studies.errors import InputError
 
 _HINT = "Copy the file again"
@@ -45,7 +45,7 @@ def check_files(checkpoint: Checkpoint) -> None:
         if file.suffix == ".safetensors":
             with reading(str(file), "cannot be read", _HINT), file.open("rb") as stream:
                 tensors += len(read_header(file, stream)[0])
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", ADAPTER_CONFIG):
         file = checkpoint.path / name
         if file.is_file():
             _check_numbers(read_json(file, hint=_HINT), str(file), max(tensors, _MOST_COUNTED))
@@ -98,7 +98,7 @@ def _check_numbers(config: Any, where: str, most: int) -> None:
         if type(value) is not int:
             continue
         limit = most if _COUNTS.search(name) else _LARGEST_NUMBER
-        if where.endswith("adapter_config.json"):
+        if where.endswith(ADAPTER_CONFIG):
             limit = _LARGEST_RANK
         if abs(value) > limit:
             shown = value if abs(value) < 10**20 else f"a number of {len(str(abs(value)))} digits"

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dfmerge_studies.checkpoints.precision import rounded
-from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "adapter_config.json"
 _WHERE, _WHOLE = "--as-adapter", "Leave it out: the whole model holds everything"
 _PREFIX = "base_model.model."  # of tensors in PEFT's files
 
@@ -70,7 +69,7 @@ def lora_rank(experts: Mapping[str, Checkpoint]) -> int:
     """
     total = 0
     for name, expert in experts.items():
-        settings = read_json_object(expert.path / CONFIG) if expert.is_adapter else {}
+        settings = expert.read_adapter_config() if expert.is_adapter else {}
         if settings.get("peft_type") != "LORA":
             kind = f"an adapter of the type {settings.get('peft_type')}" if expert.is_adapter else "a whole model"
             raise InputError(

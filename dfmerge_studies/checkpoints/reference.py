@@ -18,6 +18,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]
 _HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # only where there are no safetensors
 
+ADAPTER_CONFIG = "adapter_config.json"  # by which an adapter of PEFT is known
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -36,7 +38,7 @@ class Checkpoint:
     @property
     def is_adapter(self) -> bool:
         """Whether this is a PEFT adapter and not a whole model."""
-        return (self.path / "adapter_config.json").is_file()
+        return (self.path / ADAPTER_CONFIG).is_file()
 
     def read_config(self) -> dict[str, Any]:
         """`config.json` as a dictionary, empty where an adapter has none.
@@ -48,7 +50,7 @@ class Checkpoint:
         if kind_of(file) == "":
             if self.is_adapter:
                 return {}
-            inner = sorted(found.parent.name for found in self.path.glob("*/adapter_config.json"))
+            inner = sorted(found.parent.name for found in self.path.glob(f"*/{ADAPTER_CONFIG}"))
             if inner:
                 raise InputError(
                     f"holds {len(inner)} adapters in folders of their own: {', '.join(inner[:5])}",
@@ -61,6 +63,19 @@ class Checkpoint:
                 hint="Name a directory that save_pretrained wrote, with config.json and weights",
             )
         return read_json_object(file)
+
+    def read_adapter_config(self) -> dict[str, Any]:
+        """The settings of an adapter as a dictionary.
+
+        Raises:
+            InputError: the file is missing or is not JSON.
+        """
+        return read_json_object(self.path / ADAPTER_CONFIG)
+
+    @property
+    def adapter_base(self) -> str:
+        """How an adapter names the model that it sits on; empty where it does not."""
+        return str(self.read_adapter_config().get("base_model_name_or_path") or "")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -102,7 +117,7 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
     checkpoint = Checkpoint(reference, path, trust_remote_code)
     _refuse_kernels(checkpoint)
     if checkpoint.is_adapter:
-        read_json_object(path / "adapter_config.json")
+        checkpoint.read_adapter_config()
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         raise InputError(
             f"no weights in {path}: neither safetensors nor .bin files",

@@ -22,7 +22,7 @@ from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.digest import Contents, content_digest
 from dfmerge_studies.checkpoints.files import weights_files
 from dfmerge_studies.checkpoints.header import read_header
-from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def private_copy(checkpoint: Checkpoint, contents: Contents) -> Iterator[Path]:
     """
     contents.open(checkpoint)
     with TemporaryDirectory(prefix="dfmerge-") as folder:
-        for file in [checkpoint.path / "adapter_config.json", *weights_files(checkpoint)]:
+        for file in [checkpoint.path / ADAPTER_CONFIG, *weights_files(checkpoint)]:
             copy = Path(folder) / file.name
             with reading(str(file), "cannot be copied", "Free space for it in the folder of temporary files"):
                 shutil.copyfile(file, copy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,14 +18,12 @@ from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     import optuna
-    from optuna.trial import FrozenTrial
 
     from dfmerge_studies.importance.cache.shelf import Tally
     from dfmerge_studies.report.standings import Standings
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.session import Session
-    from dfmerge_studies.tasks.metrics import TaskScore
 
 
 def run(
@@ -175,32 +172,24 @@ def _splits(spec: StudySpec, test: bool) -> list[Split]:
 
 def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> dict[Split, Standings]:
     """Base, experts, baselines and the winner; what is not in the study yet is scored now."""
-    from dfmerge_studies.points import groups_json
     from dfmerge_studies.report.standings import BASE, EXPERTS, Scored, side_by_side
+    from dfmerge_studies.study.scores import results_by_split
 
     with common.progress_bar() as progress:
         session.merger.progress = progress
         rows = []
         for name, row in ((BASE, "base"), (EXPERTS, "experts")):
             scores = {split: session.reference_scores(row, split) for split in splits}
-            rows.append(Scored(name, scores, compete=False, results=_results(session, row, splits)))
+            rows.append(Scored(name, scores, compete=False, results=results_by_split(session.study, row, splits)))
         for each in [*baselines, session]:
             best = each.best()
             assert best is not None
             each.merger.progress = progress
             scores = {split: each.trial_scores(best, split) for split in splits}
             name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
-            point = each.point(best)
-            detail = {"coefficients": dict(point.coefficients), **groups_json(point), **point.parameters}
-            rows.append(Scored(name, scores, detail=detail, results=_results(each, best, splits)))
+            found = results_by_split(each.study, best, splits)
+            rows.append(Scored(name, scores, detail=each.point(best).described(), results=found))
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
-
-
-def _results(session: Session, row: str | FrozenTrial, splits: Sequence[Split]) -> dict[Split, dict[str, TaskScore]]:
-    """Scores as the study keeps them now, with their rows."""
-    from dfmerge_studies.study.scores import stored_results
-
-    return {split: stored_results(session.study, row, split) or {} for split in splits}
 
 
 def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) -> None:

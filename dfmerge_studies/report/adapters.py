@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import TASK_TYPES
-from dfmerge_studies.checkpoints.low_rank import CONFIG, LowRank, energy, low_rank, save_adapter
-from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object
+from dfmerge_studies.checkpoints.low_rank import LowRank, energy, low_rank, save_adapter
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.report.origins import is_local
@@ -92,14 +91,10 @@ def _base_name(problem: Problem) -> str:
     base = problem.checkpoints.base
     if not is_local(base) and not base.reference.startswith("package:"):
         return base.reference.partition("@")[0]
-    named = {_named_base(expert) for expert in problem.checkpoints.experts.values()}
+    named = {expert.adapter_base for expert in problem.checkpoints.experts.values()}
     name = named.pop() if len(named) == 1 else ""
     there = Path(name).is_absolute() and Path(name).is_dir() and Path(name).samefile(base.path)
     return name if there else str(base.path)
-
-
-def _named_base(expert: Checkpoint) -> str:
-    return str(read_json_object(expert.path / CONFIG).get("base_model_name_or_path") or "")
 
 
 def _modules(head: Mapping[str, Tensor], prefix: str) -> list[str]:

@@ -18,7 +18,7 @@ from dfmerge_studies.report.origins import CARD as CARD
 from dfmerge_studies.report.origins import Origin, license_lines, origin_of, public_name, shared_license
 from dfmerge_studies.report.renderings import task_lines
 from dfmerge_studies.report.standings import Scored, side_by_side
-from dfmerge_studies.report.tables import selection_text
+from dfmerge_studies.report.tables import selection_text, sentence
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.winner import Selection
@@ -224,7 +224,7 @@ def _body(problem: Problem, spec: StudySpec, merged: Merged, task: str | None) -
 
 def _verdict(merged: Merged) -> list[str]:
     """What the study has come to."""
-    lines = [f"{line[0].upper()}{line[1:]}." for line in merged.verdict]
+    lines = list(map(sentence, merged.verdict))
     return [f"**{lines[0]}**", "", *(f"- {line}" for line in lines[1:]), *([""] if lines[1:] else [])] if lines else []
 
 
@@ -270,7 +270,7 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
         "",
         *task_lines(tables),
         "",
-        f"{what[0].upper()}{what[1:]}. Coefficients were chosen on the validation split.",
+        f"{sentence(what)} Coefficients were chosen on the validation split.",
         "",
         *_named(spec, merged),
         *_precision_lines(spec, merged),
@@ -295,7 +295,7 @@ def _precision_lines(spec: StudySpec, merged: Merged) -> list[str]:
     if merged.checked is None:
         return [f"The weights are stored as {merged.dtype}.", ""]
     also = f" Scores on test are of the merge in {spec.dtype}." if "test" in merged.scores else ""
-    told = [f"{line[0].upper()}{line[1:]}." for line in merged.checked.warnings()]
+    told = map(sentence, merged.checked.warnings())
     text = (
         f"The weights were merged in {spec.dtype} and are stored as {merged.dtype}; "
         "scores on validation are of the latter."

@@ -25,7 +25,7 @@ from dfmerge_studies.objective.classes import head_labels
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
-from dfmerge_studies.points import Point, groups_json
+from dfmerge_studies.points import Point
 from dfmerge_studies.report.adapters import AdapterExport, write_adapters
 from dfmerge_studies.report.card import CARD, Merged, model_card, provenance_json
 from dfmerge_studies.report.checked import Checked
@@ -34,7 +34,7 @@ from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study.scores import stored_results
+from dfmerge_studies.study.scores import results_by_split
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import trial_value
 from dfmerge_studies.study.winner import selection_of
@@ -75,9 +75,7 @@ class Exported:
         adapter = {} if self.adapter is None else {"adapter": self.adapter.described()}
         return {
             **worth,
-            "coefficients": dict(self.point.coefficients),
-            **groups_json(self.point),
-            **self.point.parameters,
+            **self.point.described(),
             "digest": self.digest,
             "fishers": dict(self.fishers),
             "dtype": self.dtype,
@@ -226,9 +224,7 @@ def export_trial(
             **session.kept_scores("experts", "test"),
         },
         selection=selection if selection is not None and selection.winner == trial.number else None,
-        results={
-            split: found for split in SPLITS if (found := stored_results(session.study, trial, split)) is not None
-        },
+        results=results_by_split(session.study, trial, SPLITS),
         verdict=verdict.lines if verdict is not None and verdict.trial == trial.number else (),
     )
     exported = export_merge(session.merger, session.spec, merged, out, form, force=force)

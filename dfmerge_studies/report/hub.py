@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dfmerge_studies.checkpoints.low_rank import CONFIG as ADAPTER
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG
 from dfmerge_studies.checkpoints.write import PROVENANCE
 from dfmerge_studies.errors import InputError, RunError, first_line
 from dfmerge_studies.redact import HIDDEN
@@ -86,7 +86,7 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
 
 def _content(file: Path) -> Path | bytes:
     """What is pushed of a file: provenance and an adapter's base without folders of this machine, else as it is."""
-    if file.name not in (PROVENANCE, ADAPTER):
+    if file.name not in (PROVENANCE, ADAPTER_CONFIG):
         return file
     content = _without_folders(json.loads(file.read_text(encoding="utf-8")))
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

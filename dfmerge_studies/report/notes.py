@@ -21,7 +21,7 @@ from dfmerge_studies.report.expectations import expectation_text, gain_left, gai
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.renderings import beside_experts
 from dfmerge_studies.report.standings import Scored, side_by_side
-from dfmerge_studies.report.tables import selection_text
+from dfmerge_studies.report.tables import selection_text, sentence
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
@@ -99,7 +99,7 @@ def study_note(view: StudyView) -> str:
 def _verdict(view: StudyView) -> list[str]:
     """What the study has come to so far."""
     verdict = verdict_of(view)
-    lines = [] if verdict is None else [f"{line[0].upper()}{line[1:]}." for line in verdict.lines]
+    lines = [] if verdict is None else list(map(sentence, verdict.lines))
     return [*(f"- {escape(line)}" for line in lines), *([""] if lines else [])]
 
 
@@ -113,7 +113,7 @@ def _named(view: StudyView) -> list[str]:
     if view.selection is None:
         return []
     text = selection_text(view.selection.described(), view.metrics("validation"))
-    return [escape(f"{text[0].upper()}{text[1:]}."), ""]
+    return [escape(sentence(text)), ""]
 
 
 def _own_best(view: StudyView) -> list[str]:

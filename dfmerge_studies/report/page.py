@@ -20,7 +20,7 @@ from dfmerge_studies.report.renderings import standings_section
 from dfmerge_studies.report.sections import Section, merged_table
 from dfmerge_studies.report.standings import standings
 from dfmerge_studies.report.stored_comparison import stored_comparison, stored_standings
-from dfmerge_studies.report.tables import selection_text
+from dfmerge_studies.report.tables import selection_text, sentence
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study import provenance
@@ -85,7 +85,7 @@ def study_page(view: StudyView, command: str) -> Page:
         summary += f". The best is trial {view.best.number}, with {value} {view.measure} on validation."
         if view.selection is not None:
             text = selection_text(view.selection.described(), view.metrics("validation"))
-            summary += f" {text[0].upper()}{text[1:]}."
+            summary += f" {sentence(text)}"
     scores, verdict = stored_standings(view), verdict_of(view)
     tables = [merged_table(view)]
     tables += [standings_section(t, f"{split.capitalize()} {t.metrics.heading}") for split, t in scores.items()]

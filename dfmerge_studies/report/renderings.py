@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dfmerge_studies.report import sections
 from dfmerge_studies.report.standings import OURS, SIGNIFICANT, Cell, Standing, Standings
+from dfmerge_studies.report.tables import sentence
 from dfmerge_studies.study.comparison import Comparison
 from dfmerge_studies.tasks.metrics import MEAN
 from dfmerge_studies.tasks.splits import Split
@@ -174,7 +175,7 @@ def standings_section(found: Standings, title: str) -> sections.Section:
         title,
         ["", *found.columns, *(_OF_STUDIES if found.compared else [])],
         rows,
-        text=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes(found)) if found.compared else "",
+        text=" ".join(map(sentence, notes(found))) if found.compared else "",
         numbers=True,
     )
 

@@ -16,7 +16,6 @@ from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan
-from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.totals import stop_of, stored_total
 from dfmerge_studies.study.value import trial_value
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
@@ -109,8 +108,8 @@ def storage_summary(storage: optuna.storages.BaseStorage) -> list[dict[str, Any]
 
 def _entry(study: optuna.Study) -> dict[str, Any]:
     fingerprint = provenance.stored_fingerprint(study)
-    best = winner_of(study, stored_spec_objective(study)) if fingerprint is not None else None
-    metrics = stored_metrics(study, "validation") if fingerprint is not None else None
+    best = winner_of(study, provenance.stored_spec_objective(study)) if fingerprint is not None else None
+    metrics = provenance.stored_metrics(study, "validation") if fingerprint is not None else None
     return {
         "study": study.study_name,
         "method": fingerprint["method"] if fingerprint is not None else None,

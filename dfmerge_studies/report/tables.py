@@ -25,6 +25,11 @@ def coefficients_text(coefficients: Mapping[str, float]) -> str:
     return " ".join(f"{name}={value:.3g}" for name, value in coefficients.items())
 
 
+def sentence(text: str) -> str:
+    """Words without an end as a sentence of running text."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def selection_text(selection: Mapping[str, Any], metrics: Metrics) -> str:
     """How a winner was named, in one sentence without a full stop.
 

@@ -19,7 +19,6 @@ from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.scores import stored_results, stored_scores
-from dfmerge_studies.study.session import stored_metrics, stored_spec_objective
 from dfmerge_studies.study.value import objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
@@ -88,7 +87,7 @@ class StudyView:
     @cached_property
     def objective(self) -> ObjectiveSettings:
         """What makes one trial better than another."""
-        return stored_spec_objective(self.study)
+        return provenance.stored_spec_objective(self.study)
 
     @cached_property
     def best(self) -> FrozenTrial | None:
@@ -115,7 +114,7 @@ class StudyView:
 
     def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task."""
-        return stored_metrics(self.study, split)
+        return provenance.stored_metrics(self.study, split)
 
     @property
     def unit(self) -> str:

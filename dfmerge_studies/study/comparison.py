@@ -15,7 +15,7 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
-from dfmerge_studies.study.scores import find_model, keep_multi_task_row, stored_results
+from dfmerge_studies.study.scores import find_model, keep_multi_task_row, results_by_split
 from dfmerge_studies.study.selection import name_winner_
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
@@ -326,7 +326,7 @@ def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> Compa
     if trial is None:
         raise RunError("no trial has a result", where=planned.spec.name)
     scores = {split: session.trial_scores(trial, split) for split in splits}
-    found = {split: stored_results(session.study, trial, split) or {} for split in splits}
+    found = results_by_split(session.study, trial, splits)
     return ComparedStudy.of(
         planned.variant.name,
         planned.seed,

@@ -17,7 +17,7 @@ from typing import Any
 
 from dfmerge_studies.checkpoints.heads import class_names
 from dfmerge_studies.checkpoints.load import load_tokenizer
-from dfmerge_studies.checkpoints.reference import Checkpoint, read_json_object, resolve
+from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.schema import SCHEMA
@@ -120,11 +120,7 @@ def _base_of(models: Mapping[str, Checkpoint]) -> str:
     ]
     if len(likely) == 1:
         return likely[0]
-    named = {
-        str(read_json_object(found.path / "adapter_config.json").get("base_model_name_or_path") or "")
-        for found in models.values()
-        if found.is_adapter
-    }
+    named = {found.adapter_base for found in models.values() if found.is_adapter}
     if len(named) == 1 and not whole and (name := named.pop()):
         return name
     raise InputError(
@@ -215,7 +211,7 @@ def _kind(base: Checkpoint, experts: Iterable[Checkpoint]) -> str:
     """How the models answer: `classification`, `text-to-text` or `causal`."""
     for expert in experts:
         architectures = expert.read_config().get("architectures") or []
-        kind = read_json_object(expert.path / "adapter_config.json").get("task_type") if expert.is_adapter else None
+        kind = expert.read_adapter_config().get("task_type") if expert.is_adapter else None
         if kind == "SEQ_CLS" or any("ForSequenceClassification" in str(name) for name in architectures):
             return "classification"
     return "text-to-text" if base.read_config().get("is_encoder_decoder") else "causal"

@@ -20,9 +20,11 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
-from dfmerge_studies.spec import SearchSettings, StudySpec
+from dfmerge_studies.spec import ObjectiveSettings, SearchSettings, StudySpec
 from dfmerge_studies.storage import create_study, join_study, safe_url
 from dfmerge_studies.study.totals import OWED, TARGET
+from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
+from dfmerge_studies.tasks.splits import Split
 
 # User attributes of a study.
 FINGERPRINT = "dfmerge:science"
@@ -318,6 +320,27 @@ def stored_fingerprint(study: optuna.Study) -> dict[str, Any] | None:
         if fingerprint is not None and not (isinstance(fingerprint["method"], str) and "experts" in fingerprint):
             raise ValueError(fingerprint)
         return fingerprint
+
+
+def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
+    """The objective that a stored study was made with."""
+    fingerprint = stored_fingerprint(study) or {}
+    return ObjectiveSettings.model_validate(fingerprint.get("objective", {}))
+
+
+def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
+    """What the scores of a split of a stored study are, by task.
+
+    Args:
+        study: one that this program made.
+        split: of the tasks' data.
+    """
+    fingerprint, spec = stored_fingerprint(study) or {}, study.user_attrs.get(SPEC, {})
+    names = {task: fingerprint.get("metrics", {}).get(task, "accuracy") for task in fingerprint.get("tasks", ())}
+    if stored_spec_objective(study).kind == AGREEMENT:
+        targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
+        names = {task: AGREEMENT if agrees(split, targets[task]) else name for task, name in names.items()}
+    return Metrics.named(names)
 
 
 def awaited_fingerprint(study: optuna.Study) -> dict[str, Any] | None:

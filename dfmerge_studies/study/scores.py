@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,20 @@ def stored_results(study: optuna.Study, row: str | FrozenTrial, split: Split) ->
         task: TaskScore(score, "", len(rows.get(task, ())) or numbers.get(task, 0), rows.get(task))
         for task, score in kept["scores"].items()
     }
+
+
+def results_by_split(
+    study: optuna.Study, row: str | FrozenTrial, splits: Iterable[Split]
+) -> dict[Split, dict[str, TaskScore]]:
+    """`stored_results` of those of some splits that a study keeps.
+
+    Args:
+        study: from its storage.
+        row: as there.
+        splits: of the tasks' data.
+    """
+    found = {split: stored_results(study, row, split) for split in splits}
+    return {split: results for split, results in found.items() if results is not None}
 
 
 def _numbers(study: optuna.Study, split: Split) -> dict[str, int]:

@@ -23,7 +23,7 @@ from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
-from dfmerge_studies.spec import ObjectiveSettings, StudySpec, parse_size
+from dfmerge_studies.spec import StudySpec, parse_size
 from dfmerge_studies.storage import (
     check_constraints,
     open_storage,
@@ -41,7 +41,7 @@ from dfmerge_studies.study.totals import add_trials, owe, state_total, stored_to
 from dfmerge_studies.study.value import directions, metric_names
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
 from dfmerge_studies.study.winner import winner_of
-from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, TaskScore, agrees
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.keeping import Keeper
 from dfmerge_studies.trials.loop import Summary, work
@@ -274,10 +274,8 @@ class Session:
         return KeptScores(self.study, self.problem)
 
     def _check_total(self, total: int) -> None:
-        if total < len(results(self.study)):
-            logger.warning(
-                "the study already has %d completed trials, more than the total of %d", len(results(self.study)), total
-            )
+        if total < (complete := len(results(self.study))):
+            logger.warning("the study already has %d completed trials, more than the total of %d", complete, total)
 
 
 def open_study(
@@ -390,24 +388,3 @@ def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> Froz
             return trial
     known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
     raise InputError(f"no completed trial {number}", where="--trial", hint=f"Completed trials: {known}")
-
-
-def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
-    """The objective that a stored study was made with."""
-    fingerprint = provenance.stored_fingerprint(study) or {}
-    return ObjectiveSettings.model_validate(fingerprint.get("objective", {}))
-
-
-def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
-    """What the scores of a split of a stored study are, by task.
-
-    Args:
-        study: one that this program made.
-        split: of the tasks' data.
-    """
-    fingerprint, spec = provenance.stored_fingerprint(study) or {}, study.user_attrs.get(provenance.SPEC, {})
-    names = {task: fingerprint.get("metrics", {}).get(task, "accuracy") for task in fingerprint.get("tasks", ())}
-    if stored_spec_objective(study).kind == AGREEMENT:
-        targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
-        names = {task: AGREEMENT if agrees(split, targets[task]) else name for task, name in names.items()}
-    return Metrics.named(names)

@@ -7,10 +7,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.points import Point, groups_json
+from dfmerge_studies.points import Point
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.tasks.metrics import Metrics
-from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, TASKS
+from dfmerge_studies.trials.marks import DROPS, TASKS
 from dfmerge_studies.trials.reading import missed
 from dfmerge_studies.trials.results import TrialResult
 
@@ -99,9 +99,7 @@ def trial_result(
     return TrialResult(
         values=objective_values(objective, scores, metrics),
         attributes={
-            COEFFICIENTS: dict(point.coefficients),
-            **groups_json(point),
-            **point.parameters,
+            **point.described(),
             TASKS: dict(scores),
             **attributes,
             DROPS: {task: round(drop, 4) for task, drop in task_drops.items()},

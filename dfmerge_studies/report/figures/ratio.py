@@ -21,6 +21,7 @@ from dfmerge_studies.report.figures.base import (
     scaled,
     tidy_,
 )
+from dfmerge_studies.report.tables import sentence
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.probed import Rechosen
 from dfmerge_studies.study.probes import why_not_reselect
@@ -122,7 +123,7 @@ def ratio(view: StudyView) -> Ratio | Missing:
     metrics = view.metrics("validation")
     reason = why_not_reselect(view.fingerprint.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
     if reason is not None:
-        return Missing(NAME, TITLE, f"{reason[0].upper()}{reason[1:]}.")
+        return Missing(NAME, TITLE, sentence(reason))
     found = Rechosen.of(view.study)
     if found is None:
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
