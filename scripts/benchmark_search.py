@@ -40,8 +40,8 @@ import torch
 from dfmerge_studies import StudySpec, load_problem
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.tasks.splits import SPLITS
+from dfmerge_studies.trials.marks import TASKS
 from dfmerge_studies.trials.space import Space
-from dfmerge_studies.trust_region import TASKS
 
 try:
     from scripts.surfaces import VARIANTS, Array, Grid, Merges, RealSurface, Surface, append, gathered, read_log, record
@@ -244,10 +244,25 @@ def search_real(options: argparse.Namespace, log: Path) -> None:
                 print(json.dumps({"variant": variant, "sampler": sampler, "seed": seed}), flush=True)
 
 
-def gaps(line: Mapping[str, Any], best: float) -> dict[int, float]:
-    """Gap to the best known after so many trials."""
-    means = np.maximum.accumulate(np.array(line["scores"]).mean(-1))
-    return {n: float(best - means[n - 1]) for n in AFTER if n <= len(means)}
+def best_known(lines: Sequence[Mapping[str, Any]], grid: Grid | None) -> Callable[[Mapping[str, Any]], float]:
+    """From a logged search to the best mean score that is known where it searched.
+
+    Of recorded merges that is the grid's; of real ones the best that any search found on the same seed's rows.
+
+    Args:
+        lines: of the log.
+        grid: the recorded surfaces, None for real merges.
+    """
+    tops: dict[tuple[str, int], float] = defaultdict(lambda: -np.inf)
+    for line in lines:
+        key = line["variant"], line["seed"]
+        tops[key] = max(tops[key], best_so_far(line)[-1])
+    return lambda line: grid.best(line["variant"]) if grid else tops[line["variant"], line["seed"]]
+
+
+def best_so_far(line: Mapping[str, Any]) -> Array:
+    """Best mean score after each trial of a search."""
+    return np.maximum.accumulate(np.array(line["scores"]).mean(-1))
 
 
 def at_edges(line: Mapping[str, Any]) -> float:
@@ -259,12 +274,7 @@ def at_edges(line: Mapping[str, Any]) -> float:
 def tables(log: Path, grid: Grid | None) -> Iterator[str]:
     """Markdown, one table per variant."""
     lines = read_log(log)
-    # On real merges the best known is that of a seed's rows; recorded ones have the best of the grid.
-    best: dict[Any, float] = defaultdict(lambda: -np.inf)
-    for line in lines:
-        key = line["variant"], None if grid else line["seed"]
-        top = grid.best(line["variant"]) if grid else float(np.array(line["scores"]).mean(-1).max())
-        best[key] = max(best[key], top)
+    best = best_known(lines, grid)
     for variant in dict.fromkeys(line["variant"] for line in lines):
         mine = [line for line in lines if line["variant"] == variant]
         after = [n for n in AFTER if n <= min(len(line["scores"]) for line in mine)]
@@ -273,11 +283,11 @@ def tables(log: Path, grid: Grid | None) -> Iterator[str]:
         yield "|---|" + "---:|" * (len(after) + 4)
         for sampler in dict.fromkeys(line["sampler"] for line in mine):
             rows = [line for line in mine if line["sampler"] == sampler]
-            each = [gaps(line, best[variant, None if grid else line["seed"]]) for line in rows]
-            cells = [f"{np.mean([g[n] for g in each]):.2f} ({max(g[n] for g in each):.1f})" for n in after]
+            gaps = [best(line) - best_so_far(line) for line in rows]
+            cells = [f"{np.mean([g[n - 1] for g in gaps]):.2f} ({max(g[n - 1] for g in gaps):.1f})" for n in after]
             cells.append(f"{100 * np.mean([at_edges(line) for line in rows]):.0f} %")
             cells.append(f"{np.mean([line['seconds'] for line in rows]):.2f}")
-            cells.append(with_error([max(np.array(line["scores"]).mean(-1)) for line in rows]))
+            cells.append(with_error([best_so_far(line)[-1] for line in rows]))
             cells.append(with_error([np.mean(line["test"]) for line in rows if line["test"] is not None]))
             yield f"| {sampler} | " + " | ".join(cells) + " |"
 
@@ -295,16 +305,13 @@ def plot(log: Path, grid: Grid | None, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = read_log(log)
+    best = best_known(lines, grid)
     variants = list(dict.fromkeys(line["variant"] for line in lines))
     figure, axes = plt.subplots(1, len(variants), figsize=(5 * len(variants), 4), sharey=True, squeeze=False)
     for axis, variant in zip(axes[0], variants, strict=True):
         mine = [line for line in lines if line["variant"] == variant]
         for sampler in dict.fromkeys(line["sampler"] for line in mine):
-            curves = []
-            for line in (one for one in mine if one["sampler"] == sampler):
-                seed = [np.array(o["scores"]).mean(-1).max() for o in mine if o["seed"] == line["seed"]]
-                best = grid.best(variant) if grid else max(seed)
-                curves.append(best - np.maximum.accumulate(np.array(line["scores"]).mean(-1)))
+            curves = [best(line) - best_so_far(line) for line in mine if line["sampler"] == sampler]
             shortest = min(map(len, curves))
             axis.plot(range(1, shortest + 1), np.mean([c[:shortest] for c in curves], 0), label=sampler)
         axis.set(title=variant, xlabel="trials", ylim=(0, None))

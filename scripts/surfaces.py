@@ -14,19 +14,17 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.importance.cache import open_cache
-from dfmerge_studies.importance.scale import scaled
-from dfmerge_studies.merging import merge_into_
-from dfmerge_studies.methods import METHODS, Importance, Scale, importance_coefficient
+from dfmerge_studies.methods import METHODS, Scale
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.tasks.splits import Split
@@ -45,41 +43,28 @@ Surface = Callable[[Mapping[str, float]], Array]
 
 
 class Merges:
-    """Merges of one loaded problem, under any variant, with every Fisher computed once and kept as it is stored.
+    """Merges of one loaded problem, under any variant, which share their Fishers.
 
     Args:
         problem: the loaded spec.
-        cache: folder of Fishers, or None.
+        cache: folder of Fishers; None: one that ends with this object.
     """
 
     def __init__(self, problem: Problem, cache: Path | None) -> None:
         self.problem = problem
-        folder = open_cache(str(cache), Path.cwd()) if cache is not None else None
-        self._mergers = {name: Merger(problem, METHODS[name], folder) for name in ("df-merge", "gta")}
-        self._fishers: dict[tuple[int, float], dict[str, torch.Tensor]] = {}
-        self._dtype = getattr(torch, problem.spec.importance.rounding)
-
-    def fisher(self, index: int, coefficient: float) -> dict[str, torch.Tensor]:
-        """Fisher information of an expert at a coefficient, in float32."""
-        at = (index, coefficient)
-        if at not in self._fishers:
-            values, _ = self._mergers["df-merge"].importance(index, coefficient)
-            self._fishers[at] = {name: value.to(self._dtype) for name, value in values.items()}
-        return {name: value.float() for name, value in self._fishers[at].items()}
+        self._folder = TemporaryDirectory(prefix="dfmerge-") if cache is None else None
+        self._cache = open_cache(self._folder.name if self._folder is not None else str(cache), Path.cwd())
+        self._mergers: dict[str, Merger] = {}
+        self._scorer = Merger(problem, METHODS["gta"], None)
 
     def merge_(self, variant: str, point: Mapping[str, float]) -> None:
         """Write the merge at a point into the resident model."""
-        method, scale = VARIANTS[variant]
-        row, resident = METHODS[method], self.problem.resident
-
-        def importance(index: int) -> Mapping[str, torch.Tensor] | None:
-            if row.importance is Importance.UNIFORM:
-                return None
-            at = importance_coefficient(row, point[self.problem.experts[index]])
-            return scaled(self.fisher(index, at), scale)
-
-        floor = self.problem.spec.importance.floor
-        merge_into_(resident.model, resident.base, resident.task_vectors, point, importance, floor=floor)
+        if variant not in self._mergers:
+            method, scale = VARIANTS[variant]
+            spec = self.problem.spec.derive(importance=asdict(scale))
+            problem = derive_problem(self.problem, spec, indices=self.problem.fisher_indices())
+            self._mergers[variant] = Merger(problem, METHODS[method], self._cache)
+        self._mergers[variant].merge_(point)
 
     def scores(self, split: Split, problem: Problem | None = None) -> Array:
         """Points per task of the model as it stands.
@@ -88,7 +73,7 @@ class Merges:
             split: of the tasks' data.
             problem: one derived from this one, for other rows.
         """
-        merger = self._mergers["gta"] if problem is None else Merger(problem, METHODS["gta"], None)
+        merger = self._scorer if problem is None else Merger(problem, METHODS["gta"], None)
         found = merger.scores(split)
         return np.array([100.0 * found[task] for task in self.problem.tasks])
 
