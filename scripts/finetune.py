@@ -137,15 +137,15 @@ def load_trainee(found: Checkpoints, tasks: Sequence[str], classes: Mapping[str,
     """
     heads: dict[str, Head] = {}
     model: Any = None
-    for task in tasks if found.kind is Kind.CLASSIFICATION else tasks[:1]:
+    for task in tasks if found.has_heads else tasks[:1]:
         loaded = load_model(
             found.base, found.model_class, dtype=torch.float32, classes=classes.get(task, ()), headless=True
         )
-        if found.kind is Kind.CLASSIFICATION:
+        if found.has_heads:
             own = head_names(loaded.model, loaded.missing)
             heads[task] = {n: nn.Parameter(p.detach()) for n, p in float_parameters(loaded.model).items() if n in own}
         model = model or loaded.model
-    trainee = Trainee(model, found.kind, padding_id(load_tokenizer(found.base)), heads)
+    trainee = Trainee(model, found.kinds[tasks[0]], padding_id(load_tokenizer(found.base)), heads)
     trainee.take_head_(tasks[0])
     return trainee
 
@@ -341,10 +341,12 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
         raise InputError(what, hint="Choose a multiple")
     set_seed(options.seed)
     found = find_checkpoints(spec.derive(experts={}))  # those are still to be trained
-    classification = found.kind is Kind.CLASSIFICATION
+    classification = found.has_heads
     classes = {task: _class_names(spec, task) for task in tasks} if classification else {}
     trainee = load_trainee(found, tasks, classes)
-    data = load_data(spec, tasks, trainee.model, load_tokenizer(found.base), found.kind, options.validation_rows)
+    data = load_data(
+        spec, tasks, trainee.model, load_tokenizer(found.base), found.kinds[tasks[0]], options.validation_rows
+    )
     set_seed(options.seed, device_specific=True)  # dropout differs between processes, fresh heads do not
     course = train(trainee, data, accelerator, options, spec.token_budget)
     settings = ("steps", "batch_size", "lr", "weight_decay", "evaluate_every", "patience", "precision", "seed")

@@ -167,7 +167,7 @@ def test_the_fisher_is_estimated_at_the_model_that_is_scaled_group_by_group(prob
                 if name in deltas:
                     scaled += lam(problem, "red", name) * deltas[name]
                 parameter.copy_(scaled)
-    expected = loop_fisher(model, problem.kind, list(problem.tasks["red"].fisher), names=list(found))
+    expected = loop_fisher(model, problem.kinds["red"], list(problem.tasks["red"].fisher), names=list(found))
     for name, value in expected.items():
         error = (found[name].double() - value).norm() / value.norm().clamp_min(1e-300)
         assert error < 1e-5, name  # Fishers are stored in float32

@@ -151,7 +151,7 @@ def test_merges_in_memory_are_those_of_a_spec(project_of: Any) -> None:
     def of_tasks(model: nn.Module, expert: str) -> dict[str, Tensor]:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         inputs = problem.tasks[expert].fisher
-        return dict(task_fisher(model, problem.kind, inputs, pad_id=problem.pad_id, names=names).values)
+        return dict(task_fisher(model, problem.kinds[expert], inputs, pad_id=problem.pad_id, names=names).values)
 
     for method, options in {
         "gta": {},

@@ -383,7 +383,7 @@ def test_fisher_nodes_is_the_mean_of_the_experts_weighed_by_their_masks(
         weights.append(
             task_fisher(
                 resident.model,
-                problem.kind,
+                problem.kinds[expert],
                 problem.tasks[expert].fisher,
                 pad_id=problem.pad_id,
                 estimator="mask-nodes",

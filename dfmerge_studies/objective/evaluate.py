@@ -27,7 +27,6 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
 from dfmerge_studies.tasks.labels import class_order
 from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
@@ -101,13 +100,13 @@ def _evaluate(
         loaded = load_model(checkpoint, found.model_class, dtype=dtype, headless=True, contents=contents)
         model, missing = loaded.model, loaded.missing
     tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
-    heads = _heads(spec, checkpoint, found, dtype, contents) if found.kind is Kind.CLASSIFICATION else {}
+    heads = _heads(spec, checkpoint, found, dtype, contents) if found.has_heads else {}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     of_experts = classes_of_experts(spec, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
     for task in spec.tasks:
-        examples = encode_split(spec, task, split, model, tokenizer, found.kind, classes)
+        examples = encode_split(spec, task, split, model, tokenizer, found.kinds[task], classes)
         check_labels(spec, task, examples, heads)
         examples = scored_examples(spec, task, split, examples, classes)
         head = heads.get(task, {})
@@ -122,14 +121,20 @@ def _evaluate(
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
         losses = choice_losses(
-            model, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, progress=advance, ranks=ranks
+            model,
+            found.kinds[task],
+            examples,
+            pad_id=pad_id,
+            token_budget=spec.token_budget,
+            progress=advance,
+            ranks=ranks,
         )
         if metric.labels:
             answers = Answers(losses, labels_of(examples), positive_class(spec, task, classes))
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
             others = choice_losses(
-                expert, found.kind, examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
+                expert, found.kinds[task], examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
             )
             answers = Answers(losses, _in_order_of(classes, of_experts, task, predict(others)))
         results[task] = metric.result(answers)

@@ -95,7 +95,7 @@ class Importances:
             resident.use_head_(task)
             result = task_fisher(
                 resident.model,
-                self.problem.kind,
+                self.problem.kinds[task],
                 self.problem.tasks[task].fisher,
                 pad_id=self.problem.pad_id,
                 names=names,

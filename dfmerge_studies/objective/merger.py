@@ -276,7 +276,7 @@ class Merger:
         self.problem.resident.use_head_(task)
         return choice_losses(
             self.problem.resident.model,
-            self.problem.kind,
+            self.problem.kinds[task],
             examples,
             pad_id=self.problem.pad_id,
             token_budget=self.problem.spec.token_budget,

@@ -33,6 +33,13 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
+_KINDS = {"classification": Kind.CLASSIFICATION}  # of types of tasks; for the others the architecture decides
+_CLASSES = {
+    Kind.TEXT_TO_TEXT: ModelClass.SEQ2SEQ,
+    Kind.CAUSAL: ModelClass.CAUSAL,
+    Kind.CLASSIFICATION: ModelClass.CLASSIFICATION,
+}
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -41,21 +48,22 @@ class Checkpoints:
     Attributes:
         base: theta_pre.
         experts: by name, in the order of the spec.
-        kind: how they answer.
+        kinds: how they answer, by task.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
-    kind: Kind
+    kinds: Mapping[str, Kind]
 
     @property
     def model_class(self) -> ModelClass:
-        """The auto class that reads them."""
-        return {
-            Kind.TEXT_TO_TEXT: ModelClass.SEQ2SEQ,
-            Kind.CAUSAL: ModelClass.CAUSAL,
-            Kind.CLASSIFICATION: ModelClass.CLASSIFICATION,
-        }[self.kind]
+        """The auto class that reads them, the same for all tasks."""
+        return _CLASSES[next(iter(self.kinds.values()))]
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether each task has a head of its own."""
+        return self.model_class is ModelClass.CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,9 @@ class Problem:
     rehearsed: set[tuple[str, str]] = field(default_factory=set)
 
     @property
-    def kind(self) -> Kind:
-        """How the models answer."""
-        return self.checkpoints.kind
+    def kinds(self) -> Mapping[str, Kind]:
+        """How the models answer, by task."""
+        return self.checkpoints.kinds
 
     @property
     def base_digest(self) -> str:
@@ -163,7 +171,7 @@ class Problem:
         splits = self.tasks[task].splits
         if split not in splits:
             rows = read_split(self.spec, task, split, self.classes)
-            found = encode_for_all(self.spec, task, rows, self.resident, self.kind)
+            found = encode_for_all(self.spec, task, rows, self.resident, self.kinds[task])
             check_labels(self.spec, task, found, self.resident.heads)
             splits[split] = scored_examples(self.spec, task, split, found, self.classes)
         return splits[split]
@@ -205,11 +213,9 @@ def find_checkpoints(spec: StudySpec) -> Checkpoints:
         name: resolve(e.model, root=spec.root, where=spec.where(f"experts.{name}"), trust_remote_code=trust)
         for name, e in spec.experts.items()
     }
-    if next(iter(spec.tasks.values())).type == "classification":
-        kind = Kind.CLASSIFICATION
-    else:
-        kind = Kind.TEXT_TO_TEXT if base.read_config().get("is_encoder_decoder") else Kind.CAUSAL
-    return Checkpoints(base, experts, kind)
+    generator = Kind.TEXT_TO_TEXT if base.read_config().get("is_encoder_decoder") else Kind.CAUSAL
+    kinds = {name: _KINDS.get(task.type, generator) for name, task in spec.tasks.items()}
+    return Checkpoints(base, experts, kinds)
 
 
 @dataclass(frozen=True)
@@ -300,13 +306,13 @@ def _load_problem(
     tasks = {}
     for done, name in enumerate(spec.tasks):
         progress(f"reading {name}", len(spec.experts) + 2 + done, steps)
-        if checkpoints.kind is Kind.CLASSIFICATION and name not in resident.heads:
+        if checkpoints.has_heads and name not in resident.heads:
             raise InputError(
                 "no expert brings a classification head for this task",
                 where=spec.where(f"tasks.{name}"),
                 hint="Add an expert with this task, or remove the task",
             )
-        everything = encode_for_all(spec, name, rows[name], resident, checkpoints.kind)
+        everything = encode_for_all(spec, name, rows[name], resident, checkpoints.kinds[name])
         check_labels(spec, name, everything, resident.heads)
         fisher = [everything[row] for row in fisher_rows(spec, name, len(everything), wanted)]
         tasks[name] = TaskInputs(

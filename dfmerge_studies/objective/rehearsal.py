@@ -57,7 +57,7 @@ def _put_expert_on_(problem: Problem, task: str) -> None:
 
 
 def _score(problem: Problem, task: str) -> None:
-    model, kind = problem.resident.model, problem.kind
+    model, kind = problem.resident.model, problem.kinds[task]
     examples = sorted(problem.examples(task, "validation"), key=lambda example: row_length(example, kind))
     pair = [examples[0], examples[-1]]
 
@@ -80,11 +80,11 @@ def _score(problem: Problem, task: str) -> None:
 
 
 def _weigh(problem: Problem, method: Method, task: str) -> None:
-    inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kind))
+    inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kinds[task]))
     with _named(problem, task, "differentiated"):
         task_fisher(
             problem.resident.model,
-            problem.kind,
+            problem.kinds[task],
             [inputs[0], inputs[len(inputs) // 2]],
             pad_id=problem.pad_id,
             names=problem.resident.names,

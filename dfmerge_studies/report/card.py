@@ -124,7 +124,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged, task: str | No
 
     scores = _shown_scores(merged)
     splits: Sequence[Split] = list(scores) or ["validation"]
-    pipeline = _PIPELINES[problem.kind]
+    pipeline = _PIPELINES[problem.kinds[task or next(iter(problem.kinds))]]
     results = [
         EvalResult(
             task_type=pipeline,
