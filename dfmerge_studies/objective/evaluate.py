@@ -27,9 +27,9 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
+from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, wanted_answers
 from dfmerge_studies.tasks.labels import class_order
-from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,10 @@ def _evaluate(
     of_experts = classes_of_experts(spec, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
-    for task in spec.tasks:
-        examples = encode_split(spec, task, split, model, tokenizer, found.kinds[task], classes)
+    budget = spec.token_budget
+    for task, settings in spec.tasks.items():
+        kind = found.kinds[task]
+        examples = encode_split(spec, task, split, model, tokenizer, kind, classes)
         check_labels(spec, task, examples, heads)
         examples = scored_examples(spec, task, split, examples, classes)
         head = heads.get(task, {})
@@ -120,23 +122,17 @@ def _evaluate(
         )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
-        losses = choice_losses(
-            model,
-            found.kinds[task],
-            examples,
-            pad_id=pad_id,
-            token_budget=spec.token_budget,
-            progress=advance,
-            ranks=ranks,
+        given = given_answers(
+            model, settings, kind, examples, pad_id=pad_id, token_budget=budget, progress=advance, ranks=ranks
         )
         if metric.labels:
-            answers = Answers(losses, labels_of(examples), positive_class(spec, task, classes))
+            positive = positive_class(spec, task, classes)
+            answers = judged(settings, given, wanted_answers(settings, examples), positive)
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
-            others = choice_losses(
-                expert, found.kinds[task], examples, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
-            )
-            answers = Answers(losses, _in_order_of(classes, of_experts, task, predict(others)))
+            others = given_answers(expert, settings, kind, examples, pad_id=pad_id, token_budget=budget, ranks=ranks)
+            wanted = _in_order_of(classes, of_experts, task, taken_answers(settings, others))
+            answers = judged(settings, given, wanted)
         results[task] = metric.result(answers)
     return results
 
@@ -148,7 +144,7 @@ def _classes_of_heads(spec: StudySpec, checkpoint: Checkpoint) -> dict[str, tupl
     return {task: names for task, names in found.items() if names}
 
 
-def _in_order_of(classes: Classes, of_experts: Classes, task: str, answers: list[int]) -> list[int]:
+def _in_order_of(classes: Classes, of_experts: Classes, task: str, answers: list[Any]) -> list[Any]:
     """Answers of a task's expert as classes of the head that is scored."""
     if task not in classes or task not in of_experts:
         return answers

@@ -26,8 +26,8 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
-from dfmerge_studies.tasks.metrics import Answers, TaskScore, predict
+from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, wanted_answers
+from dfmerge_studies.tasks.metrics import Judged, TaskScore
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.transforms import TRANSFORMS, Prepared
@@ -237,12 +237,13 @@ class Merger:
         """
         return self.problem.spec.metrics(split)[task].result(self._answers(task, split))
 
-    def _answers(self, task: str, split: Split) -> Answers:
-        spec, losses = self.problem.spec, self.losses(task, split)
+    def _answers(self, task: str, split: Split) -> Judged:
+        spec, given = self.problem.spec, self.given(task, split)
+        settings = spec.tasks[task]
         if spec.metrics(split)[task].labels:
-            positive = positive_class(spec, task, self.problem.classes)
-            return Answers(losses, labels_of(self.problem.examples(task, split)), positive)
-        return Answers(losses, self.problem.expert_answers[task, split])
+            wanted = wanted_answers(settings, self.problem.examples(task, split))
+            return judged(settings, given, wanted, positive_class(spec, task, self.problem.classes))
+        return judged(settings, given, self.problem.expert_answers[task, split])
 
     @_everywhere
     def ask_experts_(self, split: Split) -> None:
@@ -258,12 +259,12 @@ class Merger:
             key = (expert.task, split)
             if not all(self.problem.ranks.agreed(functools.partial(known.__contains__, key))):
                 self.problem.resident.load_scaled_(index, 1.0)
-                known[key] = predict(self.losses(*key))
+                known[key] = taken_answers(self.problem.spec.tasks[expert.task], self.given(*key))
 
     @_everywhere
     @memory_errors()
-    def losses(self, task: str, split: Split) -> list[list[float]]:
-        """Losses of all choices of every input of one task under the model as it stands.
+    def given(self, task: str, split: Split) -> Sequence[Any]:
+        """What the model as it stands gives for every input of one task, as in `tasks.answers`.
 
         Args:
             task: name of the task.
@@ -274,8 +275,9 @@ class Merger:
         """
         examples = self.problem.examples(task, split)
         self.problem.resident.use_head_(task)
-        return choice_losses(
+        return given_answers(
             self.problem.resident.model,
+            self.problem.spec.tasks[task],
             self.problem.kinds[task],
             examples,
             pad_id=self.problem.pad_id,

@@ -107,7 +107,7 @@ class Problem:
     classes: Classes = field(default_factory=dict)
     reference_scores: dict[tuple[str, str], dict[str, TaskScore]] = field(default_factory=dict)
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
-    expert_answers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    expert_answers: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     rehearsed: set[tuple[str, str]] = field(default_factory=set)
 
     @property

@@ -13,12 +13,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.splits import Split
 
 SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
+CHOICES = frozenset({"choice", "classification"})  # types of task whose answer is one of several
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
 
@@ -31,9 +33,25 @@ def predict(losses: Iterable[Sequence[float]]) -> list[int]:
     return [min(range(len(row)), key=row.__getitem__) for row in losses]
 
 
+class Judged(Protocol):
+    """What a metric judges: something per input that a model gives, and what is wanted there."""
+
+    @property
+    def given(self) -> Sequence[Any]:
+        """Per input, what the model gives."""
+
+    @property
+    def wanted(self) -> Sequence[Any]:
+        """Per input, what it should give."""
+
+    @property
+    def right(self) -> Sequence[bool]:
+        """Per input, whether it does."""
+
+
 @dataclass(frozen=True)
 class Answers:
-    """What a model makes of the inputs of one task.
+    """What a model makes of the inputs of one task that has choices or classes.
 
     Attributes:
         losses: per input, a loss per choice or class.
@@ -49,6 +67,16 @@ class Answers:
     def taken(self) -> list[int]:
         """Per input, the choice or class that the model takes."""
         return predict(self.losses)
+
+    @property
+    def given(self) -> Sequence[Sequence[float]]:
+        """Per input, the losses."""
+        return self.losses
+
+    @property
+    def right(self) -> list[bool]:
+        """Per input, whether the model takes the right one."""
+        return [one == other for one, other in zip(self.taken, self.wanted, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,7 @@ class Metric:
 
     Attributes:
         name: as `metric` of a task names it; lm-evaluation-harness's and scikit-learn's name where they have one.
+        tasks: types of task that it fits; what it is given is what `answers.judged` makes of those.
         of_rows: one number per input, where the score is their mean: any subset of the inputs then has a score.
         of_all: the score of all inputs together, where it is no mean over them.
         low: the worst score that there can be, or the best where `higher_is_better` is false.
@@ -87,8 +116,9 @@ class Metric:
     """
 
     name: str
-    of_rows: Callable[[Answers], Sequence[float]] | None = None
-    of_all: Callable[[Answers], float] | None = None
+    of_rows: Callable[[Any], Sequence[float]] | None = None
+    of_all: Callable[[Any], float] | None = None
+    tasks: frozenset[str] = CHOICES
     low: float = 0.0
     high: float = 1.0
     higher_is_better: bool = True
@@ -98,7 +128,7 @@ class Metric:
     positive: bool = False
     pointless: Callable[[Sequence[int], int | None], str | None] = lambda labels, positive: None
 
-    def score(self, answers: Answers) -> float:
+    def score(self, answers: Judged) -> float:
         """The score of a model on one task.
 
         Args:
@@ -106,11 +136,11 @@ class Metric:
 
         Raises:
             InputError: there is nothing to score.
-            ValueError: there are not as many losses as labels.
+            ValueError: there are not as many answers as inputs.
         """
         return self.result(answers).score
 
-    def result(self, answers: Answers) -> TaskScore:
+    def result(self, answers: Judged) -> TaskScore:
         """The score of a model on one task, with the rows that it rests on.
 
         Args:
@@ -118,10 +148,10 @@ class Metric:
 
         Raises:
             InputError: there is nothing to score.
-            ValueError: there are not as many losses as labels.
+            ValueError: there are not as many answers as inputs.
         """
-        if len(answers.losses) != len(answers.wanted):
-            raise ValueError(f"{len(answers.losses)} answers to {len(answers.wanted)} inputs")
+        if len(answers.given) != len(answers.wanted):
+            raise ValueError(f"{len(answers.given)} answers to {len(answers.wanted)} inputs")
         if not answers.wanted:
             raise InputError("there are no examples to score", hint="Check the split and its limit")
         if self.of_rows is not None:
@@ -322,8 +352,8 @@ def agrees(split: Split, doc_to_target: object) -> bool:
     return split != "test" or doc_to_target is None
 
 
-def _right(answers: Answers) -> list[float]:
-    return [float(one == other) for one, other in zip(answers.taken, answers.wanted, strict=True)]
+def _right(answers: Judged) -> list[float]:
+    return list(map(float, answers.right))
 
 
 def _log_probability(answers: Answers) -> list[float]:
@@ -388,6 +418,10 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
-def task_metrics() -> list[str]:
-    """Names that a task's `metric` can have."""
-    return [name for name in METRICS if name != AGREEMENT]
+def task_metrics(task_type: str | None = None) -> list[str]:
+    """Names that a task's `metric` can have.
+
+    Args:
+        task_type: type of the task; None for all types.
+    """
+    return [n for n, row in METRICS.items() if n != AGREEMENT and (task_type is None or task_type in row.tasks)]

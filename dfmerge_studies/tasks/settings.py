@@ -64,6 +64,14 @@ class _Task(Settings):
         return value
 
     @model_validator(mode="after")
+    def _metric_fits(self) -> Self:
+        kind: str = getattr(self, "type", "")
+        if kind not in METRICS[self.metric].tasks:
+            fitting = f"those of type: {kind} are {', '.join(task_metrics(kind))}"
+            raise ValueError(f"metric: {self.metric} does not fit a task of type: {kind}; {fitting}")
+        return self
+
+    @model_validator(mode="after")
     def _positive_goes_with_its_metric(self) -> Self:
         needed = METRICS[self.metric].positive
         if needed and self.positive is None:

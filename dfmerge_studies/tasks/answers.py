@@ -1,0 +1,80 @@
+"""From a model and the inputs of a task to what a metric judges; what is particular to a type of task stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
+from dfmerge_studies.tasks.metrics import Answers, Judged, predict
+from dfmerge_studies.tasks.settings import TaskSettings
+
+
+def given_answers(
+    model: nn.Module,
+    task: TaskSettings,
+    kind: Kind,
+    examples: Sequence[Encoded],
+    *,
+    pad_id: int,
+    token_budget: int = TOKEN_BUDGET,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
+) -> Sequence[Any]:
+    """What a model gives for every input, in the order of `examples`: losses of choices or classes.
+
+    Args:
+        model: the model, put into evaluation mode for the time of the call.
+        task: settings of the task.
+        kind: how the model answers.
+        examples: tokenised inputs.
+        pad_id: token id to pad inputs with.
+        token_budget: tokens of one batch, the bound on memory.
+        progress: called with the number of inputs done since the last call.
+        ranks: processes that share the inputs; every one of them gets everything.
+
+    Raises:
+        RunError: a loss is not finite; the message names the row.
+    """
+    return choice_losses(
+        model, kind, examples, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
+    )
+
+
+def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
+    """What a model answers, for others to agree with: per input the choice or class that it takes.
+
+    Args:
+        task: settings of the task.
+        given: of `given_answers`.
+    """
+    return predict(given)
+
+
+def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]:
+    """What the data says is right, per input: the index of a choice or class.
+
+    Args:
+        task: settings of the task.
+        examples: tokenised inputs.
+
+    Raises:
+        InputError: an input has no label.
+    """
+    return labels_of(examples)
+
+
+def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], positive: int | None = None) -> Judged:
+    """What the task's metric judges.
+
+    Args:
+        task: settings of the task.
+        given: of `given_answers`.
+        wanted: of `wanted_answers`, or of another model's `taken_answers`.
+        positive: the class that counts, where the metric has one.
+    """
+    return Answers(given, wanted, positive)
