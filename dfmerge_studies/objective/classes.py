@@ -32,7 +32,7 @@ def classes_of_experts(spec: StudySpec, experts: Mapping[str, Checkpoint]) -> di
 def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:
     """The class that the task's metric counts, as a label; None where the metric has none."""
     settings = spec.tasks[task]
-    index, names = settings.positive_class(), settings.doc_to_choice
+    index, names = settings.positive_class(), getattr(settings, "doc_to_choice", None)
     if index is None or task not in classes or not isinstance(names, list):
         return index
     return class_order(tuple(names), tuple(classes[task]), spec.where(f"tasks.{task}.doc_to_choice"))[index]
@@ -47,7 +47,7 @@ def head_labels(spec: StudySpec, task: str, classes: Classes, number: int) -> li
         classes: names of the classes of each task's head, as far as they are known.
         number: of the head's classes.
     """
-    own, choices = known_names(classes.get(task, ())), spec.tasks[task].doc_to_choice
+    own, choices = known_names(classes.get(task, ())), getattr(spec.tasks[task], "doc_to_choice", None)
     if len(own) == number:
         return list(own)
     if isinstance(choices, list) and len(choices) == number:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey, Shelf
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import task_fisher, whole
@@ -23,9 +24,16 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
     """The estimator of a method's importance, which must know the model's layers if it works by layers.
 
     Raises:
-        InputError: naming the layers that it does not know.
+        InputError: naming the layers that it does not know, or a task of texts, among which no expectation is taken.
     """
     estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
+    texts = [task for task, inputs in problem.tasks.items() if any(each.text is not None for each in inputs.fisher)]
+    if texts and estimator is not Estimator.EMPIRICAL and method.importance is not Importance.UNIFORM:
+        raise InputError(
+            f"the estimator {estimator} takes an expectation over choices, and the texts of {texts[0]} have none",
+            where=problem.spec.where("importance.estimator"),
+            hint="Use empirical, which takes the word pieces of the texts themselves",
+        )
     if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
         masks_of(problem.resident.model)
     return estimator

@@ -143,7 +143,7 @@ def check_labels(
             where=spec.where(f"tasks.{task}"),
             hint="Name an expert with a head of single-label classification",
         )
-    names = spec.tasks[task].doc_to_choice
+    names = getattr(spec.tasks[task], "doc_to_choice", None)
     if isinstance(names, list) and len(names) != classes:
         raise InputError(
             f"{len(names)} classes {names}, but the expert's head has {classes}",

@@ -49,9 +49,10 @@ def _naming(spec: StudySpec) -> Iterator[Finding]:
         for name in names:
             if not NAME.fullmatch(name):
                 yield kind, f"{shortened(name)} is no usable name", "Use letters, digits, '.', '_' and '-'"
-    if len({task.type for task in spec.tasks.values()}) > 1:
-        what = "tasks of type choice and classification cannot be mixed: one model answers them all"
-        yield "tasks", what, "Use one type"
+    types = {task.type for task in spec.tasks.values()}
+    if "classification" in types and (others := sorted(types - {"classification"})):
+        what = f"tasks of type {' and '.join(others)} and classification cannot be mixed: one model answers them all"
+        yield "tasks", what, "Use classification alone, whose models have no vocabulary to answer with, or none"
 
 
 def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:
@@ -72,7 +73,10 @@ def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
         if spec.needs_labels and task.doc_to_target is None:
             hint = "Add it; without labels use objective: agreement, and no estimator that needs them"
             yield f"tasks.{name}.doc_to_target", "this field is required", hint
-        if spec.objective.kind == "agreement" and name not in with_expert:
+        if spec.objective.kind == "agreement" and task.type == "text":
+            what = "objective: agreement compares answers, and a task of type text has none"
+            yield f"tasks.{name}.type", what, "Use objective: mean, or a task of type choice"
+        elif spec.objective.kind == "agreement" and name not in with_expert:
             what = "no expert has this task, and objective: agreement compares with the task's expert"
             yield f"tasks.{name}", what, "Add an expert with this task, or remove the task"
 

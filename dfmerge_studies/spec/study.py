@@ -30,7 +30,7 @@ from dfmerge_studies.spec.fields import (
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings
+from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings, TextTask
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
@@ -348,7 +348,7 @@ def _as_trusted(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "": [StudySpec],
     "experts": [ExpertSettings],
-    "tasks": [ChoiceTask, ClassificationTask],
+    "tasks": [ChoiceTask, ClassificationTask, TextTask],
     "importance": [ImportanceSettings],
     "search": [SearchSettings, WarmStart, Granularity],
     "objective": [ObjectiveSettings],

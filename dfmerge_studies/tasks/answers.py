@@ -10,8 +10,8 @@ from torch import nn
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
-from dfmerge_studies.tasks.metrics import Answers, Judged, predict
-from dfmerge_studies.tasks.settings import TaskSettings
+from dfmerge_studies.tasks.metrics import Answers, Judged, Texts, predict
+from dfmerge_studies.tasks.settings import TaskSettings, TextTask
 
 
 def given_answers(
@@ -25,7 +25,7 @@ def given_answers(
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> Sequence[Any]:
-    """What a model gives for every input, in the order of `examples`: losses of choices or classes.
+    """What a model gives for every input, in the order of `examples`: losses of choices, classes, or a text.
 
     Args:
         model: the model, put into evaluation mode for the time of the call.
@@ -56,7 +56,7 @@ def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
 
 
 def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]:
-    """What the data says is right, per input: the index of a choice or class.
+    """What the data says is right, per input: the index of a choice or class; of a text what it holds.
 
     Args:
         task: settings of the task.
@@ -65,6 +65,8 @@ def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]
     Raises:
         InputError: an input has no label.
     """
+    if isinstance(task, TextTask):
+        return [example.text for example in examples]
     return labels_of(examples)
 
 
@@ -77,4 +79,6 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
         wanted: of `wanted_answers`, or of another model's `taken_answers`.
         positive: the class that counts, where the metric has one.
     """
+    if isinstance(task, TextTask):
+        return Texts(given, wanted)
     return Answers(given, wanted, positive)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.files import documents, empty_split, opened_split
 from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
+from dfmerge_studies.tasks.settings import AnyTask, ChosenTask, ClassificationTask, TextTask
 from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Row:
         index: row of the split.
         text: the prompt or the text to classify.
         pair: second text, for classification of pairs.
-        choices: the choices, in order; for classification the class names, or nothing.
+        choices: the choices, in order; for classification the class names, or nothing; for texts the text alone.
         label: index of the right one, None where the data has no labels.
     """
 
@@ -39,7 +39,7 @@ class Row:
 
 def load_rows(
     name: str,
-    task: ChoiceTask | ClassificationTask,
+    task: AnyTask,
     split: str,
     *,
     root: Path,
@@ -71,6 +71,8 @@ def load_rows(
         columns = list(dataset.column_names)
         target = task.doc_to_target if labelled or is_there(task.doc_to_target, columns) else None
         names = _class_names(dataset, bare_column(target, columns))
+        if isinstance(task, TextTask):
+            return _texts(dataset, task, where)
         rows, values = _render(dataset, task, target, names or known_names(classes), where)
     if target is not None:
         choices = [row.choices for row in rows]
@@ -84,6 +86,20 @@ def load_rows(
     return [_in_order_of(classes, row, task, where) for row in rows] if classes else rows
 
 
+def _texts(dataset: Dataset, task: TextTask, where: str) -> list[Row]:
+    """Rows of a task that scores texts: what stands before each, and the text."""
+    columns, rows = list(dataset.column_names), []
+    before = renderer(task.doc_to_text, columns, f"{where}.doc_to_text") if task.doc_to_text else None
+    to_target = renderer(task.doc_to_target, columns, f"{where}.doc_to_target")
+    for index, document in enumerate(documents(dataset, where)):
+        text = _text(to_target(document, index), task.doc_to_target, f"{where}.doc_to_target", index)
+        prompt = "" if before is None else before(document, index)
+        if is_missing(prompt) or not isinstance(prompt, str):
+            raise empty_cell(task.doc_to_text, index, f"{where}.doc_to_text")
+        rows.append(Row(index, prompt, None, (text,), 0))
+    return rows
+
+
 def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
     """The names that the data gives to a column of class numbers; nothing for any other column."""
     from datasets import ClassLabel
@@ -92,7 +108,7 @@ def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
     return tuple(feature.names or ()) if isinstance(feature, ClassLabel) else ()
 
 
-def _in_order_of(classes: Sequence[str], row: Row, task: ChoiceTask | ClassificationTask, where: str) -> Row:
+def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask, where: str) -> Row:
     """A row of a classification task with its label as a class of the head."""
     if not row.choices:
         return row
@@ -112,7 +128,7 @@ def _in_order_of(classes: Sequence[str], row: Row, task: ChoiceTask | Classifica
 
 
 def _render(
-    dataset: Dataset, task: ChoiceTask | ClassificationTask, target: str | int | None, names: Sequence[str], where: str
+    dataset: Dataset, task: ChosenTask, target: str | int | None, names: Sequence[str], where: str
 ) -> tuple[list[Row], list[Any]]:
     """Rows without their labels, and what `doc_to_target` gives for each."""
     columns = list(dataset.column_names)
@@ -132,7 +148,7 @@ def _render(
 
 
 def _choice_renderer(
-    task: ChoiceTask | ClassificationTask, columns: Sequence[str], where: str, names: tuple[str, ...]
+    task: ChosenTask, columns: Sequence[str], where: str, names: tuple[str, ...]
 ) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
     source = task.doc_to_choice
     if source is None:

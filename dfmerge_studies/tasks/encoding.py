@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dfmerge_studies.tasks.metrics import TextSize
+
 
 class Kind(StrEnum):
     """How a model answers, decided by the task type and the architecture."""
@@ -25,6 +27,7 @@ class Encoded:
         label: index of the right choice or class, `None` where the data has no labels.
         token_type_ids: segment ids beside `input_ids` for models that use them (text pairs), otherwise `None`.
         truncated: whether the text was cut to fit.
+        text: of a text that is scored, what it holds; it is the only choice then.
     """
 
     index: int
@@ -33,3 +36,4 @@ class Encoded:
     label: int | None = None
     token_type_ids: tuple[int, ...] | None = None
     truncated: bool = False
+    text: TextSize | None = None

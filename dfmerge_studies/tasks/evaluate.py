@@ -21,6 +21,7 @@ from dfmerge_studies.tasks.scoring import can_fold, forward_losses, precision_of
 
 TOKEN_BUDGET = 16384
 SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
+SCORED = 4  # tokens that a token of a text stands for in a batch, whose vocabulary takes more memory than its layers
 SHRINKAGE = 0.75  # and how short, against its dearest, an input must be for that
 FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; in 16 bits, rounding alone is of this size:
 FOLD_TOLERANCE_16_BIT = 5e-2
@@ -39,6 +40,8 @@ def row_length(example: Encoded, kind: Kind) -> int:
 
 def token_cost(example: Encoded, kind: Kind) -> int:
     """Tokens that an input puts into a batch: its text, and with choices its decoder rows or its repeated prompts."""
+    if example.text is not None:  # every token has probabilities of the whole vocabulary, in several copies
+        return len(example.input_ids) + SCORED * example.text.tokens
     choices = sum(map(len, example.choices))
     if kind is Kind.CAUSAL:
         return len(example.input_ids) * len(example.choices) + choices

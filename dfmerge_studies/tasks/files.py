@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.boundary import check_regular, local_path, reading
 from dfmerge_studies.errors import InputError, first_line
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
+from dfmerge_studies.tasks.settings import AnyTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LOCAL_BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 
 
-def check_data_files(name: str, task: ChoiceTask | ClassificationTask, *, root: Path, spec_file: str) -> None:
+def check_data_files(name: str, task: AnyTask, *, root: Path, spec_file: str) -> None:
     """Check that local data files exist, without reading them.
 
     Args:

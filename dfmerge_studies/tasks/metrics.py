@@ -10,6 +10,7 @@ A new metric is a new row of `METRICS`; everything that shows, compares or const
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from dfmerge_studies.tasks.splits import Split
 SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
 CHOICES = frozenset({"choice", "classification"})  # types of task whose answer is one of several
+TEXTS = frozenset({"text"})  # types of task that score texts, among which nothing is chosen
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
 
@@ -47,6 +49,31 @@ class Judged(Protocol):
     @property
     def right(self) -> Sequence[bool]:
         """Per input, whether it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSize:
+    """What a text that is scored holds, as lm-evaluation-harness counts it.
+
+    Attributes:
+        tokens: word pieces, each with a probability.
+        bytes: of its UTF-8.
+        words: runs of other signs than blanks.
+    """
+
+    tokens: int
+    bytes: int
+    words: int
+
+    @classmethod
+    def of(cls, text: str, tokens: int) -> TextSize:
+        """The size of a text.
+
+        Args:
+            text: as it is scored.
+            tokens: its word pieces.
+        """
+        return cls(tokens, len(text.encode()), len(re.split(r"\s+", text)))
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,29 @@ class Answers:
     def right(self) -> list[bool]:
         """Per input, whether the model takes the right one."""
         return [one == other for one, other in zip(self.taken, self.wanted, strict=True)]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How likely a model finds the texts of one task.
+
+    Attributes:
+        losses: per text, one loss: the mean over its word pieces.
+        wanted: per text, what it holds.
+    """
+
+    losses: Sequence[Sequence[float]]
+    wanted: Sequence[TextSize]
+
+    @property
+    def given(self) -> Sequence[Sequence[float]]:
+        """Per text, the loss."""
+        return self.losses
+
+    @property
+    def right(self) -> list[bool]:
+        """Nothing: a text is not answered."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -394,6 +444,34 @@ def _mcc(answers: Answers) -> float:
     return float(matthews_corrcoef(answers.wanted, answers.taken))
 
 
+def _nats_per(unit: str, texts: Texts) -> tuple[float, list[float]]:
+    """Nats for each byte or word of all texts together, R = Σ_i x_i / Σ_i b_i, and what each text makes of it.
+
+    A ratio of sums is no mean over texts, since they are of different lengths. The latter numbers, R + (x_i - R b_i)
+    n / Σ b, have R as their mean, and the spread that its standard error rests on (linearisation: Cochran 1977, chapter
+    6).
+    """
+    nats = [loss[0] * size.tokens for loss, size in zip(texts.losses, texts.wanted, strict=True)]
+    units = [float(getattr(size, unit)) for size in texts.wanted]
+    ratio, mean = sum(nats) / sum(units), sum(units) / len(units)
+    return ratio, [ratio + (x - ratio * b) / mean for x, b in zip(nats, units, strict=True)]
+
+
+def _bits_per_byte(texts: Texts) -> list[float]:
+    return [nats / math.log(2) for nats in _nats_per("bytes", texts)[1]]
+
+
+def _perplexity(unit: str) -> Callable[[Texts], list[float]]:
+    """Exp R, and of each text its first-order part: exp R (1 + r_i - R)."""
+
+    def perplexity(texts: Texts) -> list[float]:
+        ratio, rows = _nats_per(unit, texts)
+        whole = math.exp(min(ratio, _LARGEST))
+        return [whole * (1.0 + row - ratio) for row in rows]
+
+    return perplexity
+
+
 def _no_positive(labels: Sequence[int], positive: int | None) -> str | None:
     return None if positive in labels else f"no row is of the positive class {positive}"
 
@@ -402,7 +480,9 @@ def _one_class(labels: Sequence[int], positive: int | None) -> str | None:
     return None if len(set(labels)) > 1 else "all rows are of one class"
 
 
+_LARGEST = 300.0  # nats a word: its exponential is a number, and no model that is of use comes near
 _accuracy = Metric("accuracy", of_rows=_right)
+_of_texts = Metric("bits_per_byte", high=math.inf, higher_is_better=False, percent=False, tasks=TEXTS)
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -413,6 +493,9 @@ METRICS: Mapping[str, Metric] = {
         Metric("macro_f1", of_all=_macro_f1, classes=True),
         Metric("mcc", of_all=_mcc, low=-1.0, classes=True, pointless=_one_class),
         Metric("log_likelihood", of_rows=_log_probability, low=-math.inf, high=0.0, percent=False),
+        replace(_of_texts, of_rows=_bits_per_byte),
+        replace(_of_texts, name="byte_perplexity", of_rows=_perplexity("bytes"), low=1.0),
+        replace(_of_texts, name="word_perplexity", of_rows=_perplexity("words"), low=1.0),
         replace(_accuracy, name=AGREEMENT, labels=False),
     )
 }

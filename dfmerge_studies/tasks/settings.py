@@ -116,4 +116,18 @@ class ClassificationTask(_Task):
     doc_to_choice: list[str] | None = Field(None, description="names of the classes, in the order of the head")
 
 
-TaskSettings = Annotated[ChoiceTask | ClassificationTask, Field(discriminator="type")]
+class TextTask(_Task):
+    """How likely a language model finds texts, word piece by word piece; there is nothing to choose."""
+
+    type: Literal["text"]
+    doc_to_text: str = Field("", description="what stands before the text and is not scored: a column or a template")
+    doc_to_target: str = Field(description="the text that is scored: a column or a template")
+    target_delimiter: str = Field(" ", description="between what stands before the text and the text, where it does")
+    metric: Annotated[str, one_of("metrics", task_metrics)] = Field(
+        "bits_per_byte", description="what a score is; of each, lower is better"
+    )
+
+
+ChosenTask = ChoiceTask | ClassificationTask  # whose inputs have choices or classes, one of them right
+AnyTask = ChosenTask | TextTask
+TaskSettings = Annotated[AnyTask, Field(discriminator="type")]

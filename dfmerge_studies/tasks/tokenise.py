@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
+from dfmerge_studies.tasks.metrics import TextSize
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ _NO_LIMIT = 1_000_000  # tokenizers that know no limit say 1e30
 
 def encode_rows(
     rows: Sequence[Row],
-    task: ChoiceTask | ClassificationTask,
+    task: AnyTask,
     kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -49,7 +50,8 @@ def encode_rows(
     never cut, or two of them could become the same.  Causal, as lm-evaluation-harness does: prompt + delimiter + choice
     is tokenised whole, without special tokens behind it, and split where the prompt ends, or before it where a token
     spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence.
-    Classification: the text, or the pair.
+    Classification: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
+    else the token that begins a sequence; one that is too long loses its end.
 
     Args:
         rows: the examples.
@@ -64,7 +66,12 @@ def encode_rows(
             are the same tokens, or a choice adds none.
     """
     limit = _limit(task.max_length, longest, where)
-    if kind is Kind.CAUSAL:
+    if isinstance(task, TextTask) and kind is Kind.CAUSAL:
+        frame = _Frame.of(tokenizer, (row.choices[0] for row in rows))
+        encoded = [_encode_text(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
+    elif isinstance(task, TextTask) and kind is Kind.TEXT_TO_TEXT:
+        encoded = [_encode_target(row, tokenizer, limit, where) for row in rows]
+    elif kind is Kind.CAUSAL:
         assert isinstance(task, ChoiceTask)
         frame = _Frame.of(tokenizer, (row.text.rstrip() for row in rows))
         encoded = [_encode_causal(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
@@ -211,6 +218,72 @@ def _encode_causal(
         )
     cut = (*context[:kept], *context[len(context) - (room - kept) :])
     return Encoded(row.index, cut, tuple(choices), row.label, None, True)
+
+
+def _encode_text(
+    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None, where: str
+) -> Encoded:
+    """A text behind its prompt; without one behind the token that begins a sequence, as lm-evaluation-harness does."""
+    prompt, (text,) = row.text.rstrip(), row.choices
+    if prompt:
+        between = row.text[len(prompt) :] or delimiter
+        context, whole = frame.tokens(tokenizer, prompt), frame.tokens(tokenizer, f"{prompt}{between}{text}")
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, whole, strict=False)))
+    else:
+        whole = frame.tokens(tokenizer, text)
+        shared = frame.kept(whole)
+    begin = frame.bos_id if frame.bos_id is not None else tokenizer.eos_token_id
+    before, tokens = whole[:shared], whole[shared:]
+    if not before:  # without any such token the first word piece has no probability
+        before, tokens = ([begin], tokens) if isinstance(begin, int) else (tokens[:1], tokens[1:])
+    room = None if limit is None else limit - len(before)
+    if room is not None and room <= 0:
+        raise InputError(
+            f"row {row.index}: what stands before the text fills the {limit} tokens",
+            where=f"{where}.max_length",
+            hint="Raise max_length, or shorten doc_to_text",
+        )
+    return _scored_text(row, before, tokens, room, tokenizer, where)
+
+
+def _encode_target(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None, where: str) -> Encoded:
+    """A text as the target of an encoder-decoder model, whose input is what stands before it, or nothing."""
+    before = _ids(tokenizer, row.text)
+    cut = limit is not None and len(before) > limit
+    if cut:
+        before = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
+    if not before:
+        raise InputError(
+            f"row {row.index}: nothing stands before the text, and the tokenizer ends no text with a token of its own",
+            where=f"{where}.doc_to_text",
+            hint="Give a text that the encoder reads",
+        )
+    tokens = list(tokenizer(text_target=row.choices[0], verbose=False)["input_ids"])
+    found = _scored_text(row, before, tokens, limit, tokenizer, where)
+    return replace(found, truncated=found.truncated or cut)
+
+
+def _scored_text(
+    row: Row,
+    before: Sequence[int],
+    tokens: Sequence[int],
+    room: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+) -> Encoded:
+    """The first tokens of a text, as many as there is room for, with the size of what is left of it."""
+    (text,), cut = row.choices, room is not None and len(tokens) > room
+    if cut:
+        tokens = tokens[:room]
+        text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    if not tokens or not text.strip():
+        raise InputError(
+            f"row {row.index}: the text {row.choices[0][:60]!r} has no token to score",
+            where=f"{where}.doc_to_target",
+            hint="Leave the row out, or raise max_length",
+        )
+    size = TextSize.of(text, len(tokens))
+    return Encoded(row.index, tuple(before), (tuple(tokens),), 0, None, cut, size)
 
 
 def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -> None:
