@@ -516,7 +516,7 @@ def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
     }
     for point, score in zip(zip(*drawn.coefficients.values(), strict=True), drawn.scores, strict=True):
         assert by_point[point] == pytest.approx(score)
-    assert drawn.scores[drawn.best] == max(drawn.scores)
+    assert drawn.scores[drawn.best] == pytest.approx(max(drawn.scores))
     assert set(found["importance"].shares) == set(names)
     assert sum(found["importance"].shares.values()) == pytest.approx(1)
     assert list(found["trajectory"].coefficients) == names

@@ -188,6 +188,17 @@ def test_what_is_added_comes_on_top_of_what_was_reached_whichever_comes_first(tm
     assert stored_total(study) == 15
 
 
+def test_a_trial_that_was_at_work_when_another_worker_noted_the_stop_counts(tmp_path: Path) -> None:
+    study = stopped_study(f"sqlite:///{tmp_path}/s.db")
+    last = Watch(study, rule(patience=3), {"patience": 3})
+    study.add_trial(create_trial(value=0.1, user_attrs={"place": 4, "tasks": {"a": 0.1}}))
+    stop = last.enough(settled(study.get_trials()))
+    assert stop is not None
+    last.keep(stop, complete(study))
+    assert complete(study) == stored_total(study) == 5
+    assert stop_of(study) == {"after": 4, "of": 30, "why": "no gain above the noise in 3 trials"}
+
+
 def test_a_trial_put_back_in_the_queue_keeps_what_was_expected_of_it(tmp_path: Path) -> None:
     study = optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db")
     attributes = {"place": 0, PROPOSAL: {"gain": 0.1}, "drawn": True}

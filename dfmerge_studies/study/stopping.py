@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
 from dfmerge_studies.study.rows import trial_rows
-from dfmerge_studies.study.totals import Asked, go_on
+from dfmerge_studies.study.totals import STOPPED, Asked, go_on
 from dfmerge_studies.study.value import best_trial, task_weights
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.claims import Stop
@@ -177,15 +177,18 @@ class Watch:
         return stop
 
     def keep(self, stop: Stop, count: int) -> None:
-        """Note in the study that it has stopped, if no other worker was quicker.
+        """Note in the study that it has stopped, or that another worker had a trial at work when that was noted.
 
         Args:
             stop: from `enough`.
             count: of its trials with a result.
         """
-        if self._asked.stopped is None:
+        known = self._asked.stopped
+        if known is None:
             details = {"after": stop.after, "of": self._asked.total, "why": stop.why, "by": dict(self._by)}
             self._asked.stop(self._study, count, **details)
+        elif known["added"] == self._asked.added and count > known["count"]:
+            self._study.set_user_attr(STOPPED, {**known, "count": count})
 
 
 def reconsider(study: optuna.Study, rule: Rule | None) -> None:
