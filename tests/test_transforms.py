@@ -13,7 +13,7 @@ from dfmerge_studies.merging import WeightedSum
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.params import TaskVector
 from dfmerge_studies.tasks.sampling import seeded_generator
-from dfmerge_studies.transforms import TRANSFORMS, Prepared, Streams
+from dfmerge_studies.transforms import TRANSFORMS, Prepared, Streams, start_of
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b": (4, 3, 2)}
 M = 3
@@ -56,7 +56,7 @@ def merged(
         total.add(vector, coefficient, None)
     wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in base.items()}
     parameters = {name: nn.Parameter(torch.empty_like(tensor)) for name, tensor in wide.items()}
-    total.write_into_(parameters, wide)
+    total.write_into_(parameters, start_of(transformed, wide))
     return flat({name: p.detach() for name, p in parameters.items()})
 
 

@@ -26,7 +26,10 @@ _WIDE = 240  # columns of a table that goes to a file: it is never folded
 def compare(
     spec: common.SpecArgument = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", metavar="A,B,...", help="What to compare; all by default.")
+        str | None,
+        typer.Option(
+            "--methods", metavar="A,B,...", help="What to compare, cells of the method table too; all by default."
+        ),
     ] = None,
     seeds: Annotated[
         int, typer.Option("--seeds", metavar="K", min=1, max=limits.SEEDS, help="Seeds, from the spec's own upwards.")
@@ -68,7 +71,11 @@ def compare(
 
         where = "--multi-task" if multi_task is not None else settings.where("multi_task")
         check_model(settings.multi_task, root=settings.root, where=where)
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    names = (
+        None
+        if methods is None or methods.strip() == "all"
+        else [name.strip() for name in methods.split(",") if name.strip()]
+    )
     found = _compare(settings, names, seeds=seeds, split=split, trials=trials, ablation=ablation)
     if found.interrupted:
         common.messages().print("interrupted: nothing is lost, the same command goes on")

@@ -186,7 +186,7 @@ def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> 
             assert best is not None
             each.merger.progress = progress
             scores = {split: each.trial_scores(best, split) for split in splits}
-            name = f"{each.spec.method} (trial {best.number})" if each is session else each.spec.method
+            name = f"{each.method.name} (trial {best.number})" if each is session else each.method.name
             found = results_by_split(each.study, best, splits)
             rows.append(Scored(name, scores, detail=each.point(best).described(), results=found))
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
@@ -241,7 +241,7 @@ def _tell(
         out.print(f"winner: trial {best['number']}, {value} ({summary['metric']})")
         if best["selection"] is not None:
             out.print(f"  {selection_text(best['selection'], spec.metrics('validation'))}", markup=False)
-        own = "".join(f", {label(name)} {value:g}" for name, value in method_parameters(spec.method, best).items())
+        own = "".join(f", {label(name)} {value:g}" for name, value in method_parameters(spec.row.name, best).items())
         means = " (means)" * ("groups" in best)
         out.print(f"  coefficients{means}: {coefficients_text(best['coefficients'])}{own}", markup=False)
         for expert, groups in best.get("groups", {}).items():

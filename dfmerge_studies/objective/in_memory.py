@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from dfmerge_studies import limits
 from dfmerge_studies.checkpoints.in_place import InPlace
-from dfmerge_studies.errors import InputError, did_you_mean
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
 from dfmerge_studies.methods import (
-    METHODS,
     UNSCALED,
     Coefficients,
     Importance,
@@ -32,11 +31,12 @@ from dfmerge_studies.methods import (
     Scale,
     fixed_coefficients,
     importance_coefficient,
+    method_named,
 )
 from dfmerge_studies.params import align, changed_names, check_finite, float_parameters, task_vector
 from dfmerge_studies.points import Point
 from dfmerge_studies.tasks.sampling import torch_generator
-from dfmerge_studies.transforms import TRANSFORMS, Prepared
+from dfmerge_studies.transforms import TRANSFORMS, Prepared, start_of
 from dfmerge_studies.trials.space import Space
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -185,8 +185,8 @@ class ModelMerger(Generic[Model]):
         """
         vectors = self._transformed(point.parameters)
         importance = partial(self._importance_at, point)
-        place = self.place
-        seconds = merge_into_(place.model, place.base, vectors, point.coefficients, importance, floor=self.how.floor)
+        place, base = self.place, start_of(vectors, self.place.base)
+        seconds = merge_into_(place.model, base, vectors, point.coefficients, importance, floor=self.how.floor)
         self.model.eval()
         return seconds
 
@@ -252,10 +252,7 @@ def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Meth
     """The row of a merge, which must go with the importance that is there."""
     if name is None:
         name = "gta" if importance is None else "df-merge" if callable(importance) else "df-merge-static"
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS) or f"Use one of {', '.join(METHODS)}"
-        raise InputError(f"there is no method {name!r}", where="method", hint=hint)
-    method = METHODS[name]
+    method = method_named(name, "method")
     if method.estimator is not None:
         raise InputError(
             f"{name!r} computes its importance from the tasks of a spec", where="method", hint="Use fisher, or a spec"

@@ -30,7 +30,7 @@ from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, 
 from dfmerge_studies.tasks.metrics import Judged, TaskScore
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.tasks.splits import Split
-from dfmerge_studies.transforms import TRANSFORMS, Prepared
+from dfmerge_studies.transforms import TRANSFORMS, Prepared, start_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -174,7 +174,8 @@ class Merger:
         start = time.perf_counter()
         vectors = self._transformed(point.parameters)
         preparing = time.perf_counter() - start
-        seconds = merge_into_(resident.model, resident.base, vectors, at, importance, floor=spec.importance.floor)
+        base = start_of(vectors, resident.base)
+        seconds = merge_into_(resident.model, base, vectors, at, importance, floor=spec.importance.floor)
         seconds["merge"] += preparing
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 

@@ -214,7 +214,7 @@ def export_trial(
     selection = selection_of(session.study, results(session.study))
     value, verdict = trial_value(trial), verdict_of(StudyView.of(session.study))
     merged = Merged(
-        method=session.spec.method,
+        method=session.method.name,
         point=session.point(trial),
         trial=trial.number,
         value=value,

@@ -41,7 +41,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
     return {
         "study": study.study_name,
         "verdict": _verdict(study, len(completed), former),
-        "method": spec.method,
+        "method": spec.row.name,
         "search": plan.joined(study).search,
         "warm_start": study.user_attrs.get(provenance.WARM_START),
         "trials": {"target": target, **counted},

@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import METHODS, SHARED, Coefficients, label
+from dfmerge_studies.methods import SHARED, Coefficients, find_method, label
 from dfmerge_studies.points import fine_name
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
@@ -81,7 +81,7 @@ class StudyView:
     @property
     def policy(self) -> Coefficients:
         """Who chooses the coefficients."""
-        method = METHODS.get(self.method)
+        method = find_method(self.method)
         return method.coefficients if method is not None else Coefficients.PER_EXPERT
 
     @cached_property
@@ -218,7 +218,7 @@ class StudyView:
         if self.policy is Coefficients.FIXED:
             return {}
         shared = {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else {}
-        row = METHODS.get(self.method)
+        row = find_method(self.method)
         known = [each.name for each in row.parameters] if row is not None else []
         own = {name: label(name) for name in known if any(name in trial.params for trial in self.trials[:1])}
         return {**(shared or {name: name for name in coefficients}), **own}
@@ -245,7 +245,7 @@ class StudyView:
 
     def parameters(self, trial: FrozenTrial) -> dict[str, float]:
         """The method's own parameters of a completed trial."""
-        method = METHODS.get(self.method)
+        method = find_method(self.method)
         return method.stored_parameters(trial.user_attrs) if method is not None else {}
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:

@@ -83,7 +83,7 @@ def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
 
 def _odd_baselines(spec: StudySpec) -> Iterator[Finding]:
     for baseline in dict.fromkeys(spec.baselines):
-        if baseline == spec.method:
+        if spec.row_of(baseline).name == spec.row.name:
             yield "baselines", f"{baseline!r} is the method itself", "Name every other method once"
         elif spec.baselines.count(baseline) > 1:
             yield "baselines", f"{baseline!r} is named twice", "Name every other method once"
@@ -105,7 +105,7 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
     if spec.search.granularity is not None and not spec.row.searches:
         of_experts = ", ".join(name for name, row in METHODS.items() if row.searches)
         what = f"the method {spec.method!r} has no coefficient per expert to make finer"
-        yield "search.granularity", what, f"Leave it out, or use one of {of_experts}"
+        yield "search.granularity", what, f"Leave it out, use one of {of_experts}, or search: per-expert"
 
 
 def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:

@@ -10,12 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import did_you_mean
-from dfmerge_studies.methods import METHODS, Estimator, Normalise, Scale
+from dfmerge_studies.methods import Estimator, Normalise, Scale
 from dfmerge_studies.names import NAME
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
-
-KnownMethod = Annotated[str, one_of("methods", lambda: METHODS)]
 
 DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is there keeps its own
 
@@ -23,6 +21,7 @@ DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is th
 SEARCHES: Mapping[str, Mapping[str, Any]] = {
     # arXiv 2504.18992, section 5: 10 uniform trials, then 50 by expected improvement of the mean under one process.
     "paper": {"sampler": "gp", "acquisition": "ei", "trials": 60, "startup_trials": 10, "bounds": [0.0, 1.0]},
+    "per-expert": {"coefficients": "per-expert"},
 }
 
 
@@ -123,6 +122,9 @@ class Granularity(Settings):
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
+    coefficients: Literal["method", "per-expert"] = Field(
+        "method", description="per-expert: search one per expert, also where the method has one shared value on a grid"
+    )
     sampler: Literal["auto", "gp", "random"] | None = Field(
         None,
         description="auto: one Gaussian process per task in a trust region; gp: Optuna's; random: uniform draws; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dfmerge_studies.spec.fields import SEARCHES
+from dfmerge_studies.spec.known import cell_schema
 from dfmerge_studies.spec.study import StudySpec
 
 SCHEMA = "https://raw.githubusercontent.com/dfmerge-studies/dfmerge-studies/main/docs/spec.schema.json"  # for editors
@@ -21,6 +22,8 @@ def spec_schema() -> dict[str, Any]:
         {"type": "string", "description": "its model, of the task of its name"},
     )
     _also(fields["objective"], {"enum": kinds})
+    _also(fields["method"], cell_schema())
+    _also(fields["baselines"]["items"], cell_schema())
     _also(fields["search"], {"enum": list(SEARCHES), "description": "all fields of a search by one word"})
     search = schema["$defs"]["SearchSettings"]["properties"]
     search["warm_start"]["anyOf"].append({"type": "string", "description": "name of a study in the same storage"})

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import METHODS, Method
+from dfmerge_studies.methods import Coefficients, Method, method_named, with_coefficients
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, reference_problems
 from dfmerge_studies.spec.examine import Examined, examine_
@@ -20,13 +20,13 @@ from dfmerge_studies.spec.fields import (
     ExpertSettings,
     Granularity,
     ImportanceSettings,
-    KnownMethod,
     ObjectiveSettings,
     SearchSettings,
     WarmStart,
     parse_size,
     search_of,
 )
+from dfmerge_studies.spec.known import KnownMethod
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
@@ -45,7 +45,7 @@ class StudySpec(Settings):
     base: str = Field(description="model that every expert was fine-tuned from")
     experts: dict[str, ExpertSettings] = Field(description="the fine-tuned models by name")
     tasks: dict[str, TaskSettings] = Field(description="what merged models are scored on, by name")
-    method: KnownMethod = Field("df-merge", description="row of the method table")
+    method: KnownMethod = Field("df-merge", description="row of the method table, or a cell of it")
     parameters: dict[KnownMethod, dict[str, float | list[float]]] = Field(
         default_factory=dict,
         description="values of methods' own parameters, by method: a number, or a list of what is tried or searched",
@@ -123,15 +123,20 @@ class StudySpec(Settings):
         return self.row_of(self.method)
 
     def row_of(self, method: str) -> Method:
-        """A row of the method table, with the spec's values of its parameters.
+        """A row of the method table, with the spec's values of its parameters, searched as the spec has it.
 
         Args:
-            method: its name.
+            method: its name; a cell has the parameters that the row of its transform is given, and its own before them.
 
         Raises:
             InputError: the method has no such parameter, or it cannot have that value.
         """
-        return METHODS[method].adjusted(self.parameters.get(method, {}), self.where(f"parameters.{method}"))
+        row = method_named(method, self.where("method"))
+        if self.search.coefficients == "per-expert" and row.coefficients is Coefficients.SHARED_GRID:
+            row = with_coefficients(row, Coefficients.PER_EXPERT)
+        for name in dict.fromkeys(each for each in (row.phi, row.name, method) if each in self.parameters):
+            row = row.adjusted(self.parameters[name], self.where(f"parameters.{name}"))
+        return row
 
     @property
     def needs_labels(self) -> bool:

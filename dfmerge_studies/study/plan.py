@@ -47,9 +47,10 @@ class Plan:
         """The plan of a spec.
 
         Raises:
-            InputError: the space cannot be searched.
+            InputError: the space cannot be searched, or a parameter of the method has no value.
         """
         method, search, experts = spec.row, spec.search, list(spec.experts)
+        method.check_whole(spec.where("parameters"))
         return cls(
             spec=spec,
             method=method,

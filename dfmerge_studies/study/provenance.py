@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage
 
 from dfmerge_studies.checkpoints.digest import json_digest
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import METHODS, Method
+from dfmerge_studies.methods import Method, method_named
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings, StudySpec
@@ -72,7 +72,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
     classes = {name: task.positive_class() for name, task in spec.tasks.items()}
     positive = {name: index for name, index in classes.items() if index is not None}
     return {
-        "method": spec.method,
+        "method": spec.row.name,
         "experts": [[name, expert.task] for name, expert in spec.experts.items()],  # in their order
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
@@ -142,7 +142,7 @@ def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
     """Parameters of a method that a spec has set otherwise than the table: a value, or what is tried or searched."""
     return {
         own.name: list(own.grid or own.bounds or ()) or own.default
-        for own, usual in zip(row.parameters, METHODS[row.name].parameters, strict=True)
+        for own, usual in zip(row.parameters, method_named(row.name).parameters, strict=True)
         if own != usual
     }
 

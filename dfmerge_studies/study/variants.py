@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dfmerge_studies.errors import InputError, did_you_mean
-from dfmerge_studies.methods import METHODS
+from dfmerge_studies.methods import METHODS, find_method
 from dfmerge_studies.objective.preflight import installed
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
@@ -89,11 +89,13 @@ def choose_variants(
     known = variants()
     if names is None:
         every = [known[name] for name in (ABLATION if ablation else known)]
-        return [
+        fitting = [
             v
             for v in every
             if v.installed and (ablation or not v.first) and _adds_a_row(spec, v) and _is_comparable(spec, v, split)
         ]
+        return _once_each(spec, fitting)
+    known |= {name: Variant(name, name) for name in names if name not in known and find_method(name) is not None}
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"The methods are {', '.join(known)}"
@@ -112,6 +114,16 @@ def choose_variants(
     if not names:
         raise InputError("no method is named", where="--methods", hint=f"The methods are {', '.join(known)}")
     return [known[name] for name in names]
+
+
+def _once_each(spec: StudySpec, variants: Sequence[Variant]) -> list[Variant]:
+    """The variants without those that the spec makes the same as one before: task-arithmetic and gta, per expert."""
+    found: dict[str, Variant] = {}
+    for variant in variants:
+        found.setdefault(
+            variant.name if variant.changes or variant.first else spec.row_of(variant.method).name, variant
+        )
+    return list(found.values())
 
 
 def study_spec(spec: StudySpec, variant: Variant, seed: int) -> StudySpec:
@@ -142,7 +154,10 @@ def baseline_specs(spec: StudySpec) -> list[StudySpec]:
     Args:
         spec: the spec that lists them.
     """
-    return [study_spec(spec, variants()[method], spec.search.seed) for method in spec.baselines]
+    return [
+        study_spec(spec, variants().get(method) or Variant(method, method), spec.search.seed)
+        for method in spec.baselines
+    ]
 
 
 def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, StudySpec]:

@@ -1,11 +1,7 @@
-"""The method table: every way to merge is a choice of importance C, coefficients lambda, and transform Phi.
+"""What one row of the method table says, and what follows from it: a space, a point, a grid.
 
-    point   what a trial of a method has: a coefficient per expert (or more, see `points.py`), and a value of each
-            parameter that the method has
-
-A new method is a new row here, and a function in `transforms` if its Phi is new.  What the spec accepts, the flags of
-`merge`, what is searched, stored, shown and compared follow from the row.  Nothing heavy is imported, so that names
-can be checked at once.
+point   what a trial of a method has: a coefficient per expert (or more, see `points.py`), and a value of each
+        parameter that the method has
 """
 
 from __future__ import annotations
@@ -28,6 +24,11 @@ class Importance(Enum):
     UNIFORM = "C = I"
     AT_EXPERT = "F(theta_i)"
     AT_SCALED_EXPERT = "F(theta_pre + lambda_i tau_i)"
+
+    @property
+    def word(self) -> str:
+        """What a spec calls it."""
+        return _IMPORTANCE_WORDS[self]
 
 
 class Estimator(StrEnum):
@@ -70,6 +71,23 @@ class Coefficients(Enum):
     SHARED_GRID = "one shared value on a grid"
     PER_EXPERT = "one per expert, Bayesian"
 
+    @property
+    def word(self) -> str:
+        """What a spec calls it."""
+        return _COEFFICIENT_WORDS[self]
+
+
+_IMPORTANCE_WORDS = {
+    Importance.UNIFORM: "uniform",
+    Importance.AT_EXPERT: "fisher-at-expert",
+    Importance.AT_SCALED_EXPERT: "fisher-at-scaled-expert",
+}
+_COEFFICIENT_WORDS = {
+    Coefficients.FIXED: "fixed",
+    Coefficients.SHARED_GRID: "shared",
+    Coefficients.PER_EXPERT: "per-expert",
+}
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -110,6 +128,22 @@ class Parameter:
         """Whether trials differ in it."""
         return bool(self.grid) or self.bounds is not None
 
+    def under(self, coefficients: Coefficients) -> Parameter:
+        """The same parameter of a method with another policy: a grid and a range stand for each other.
+
+        Args:
+            coefficients: the policy.
+        """
+        values = self.grid or self.bounds or ()
+        if not values:
+            return self
+        middle = self.default if self.default is not None else values[len(values) // 2]
+        if coefficients is Coefficients.SHARED_GRID:
+            return self if self.grid else replace(self, bounds=None)
+        if coefficients is Coefficients.PER_EXPERT:
+            return replace(self, grid=(), bounds=(min(values), max(values)), default=middle)
+        return replace(self, grid=(), bounds=None)
+
     def check(self, value: float, where: str | None = None) -> None:
         """Refuse a value that it cannot have.
 
@@ -148,6 +182,7 @@ class Method:
         parameters: what else a merge depends on.
         estimator: of the importance, where the method prescribes one.
         scale: of the importance, where the method prescribes one.
+        phi: the row whose transform and parameters a cell has, by its name; none of a row.
     """
 
     name: str
@@ -159,6 +194,7 @@ class Method:
     parameters: tuple[Parameter, ...] = ()
     estimator: Estimator | None = None
     scale: Scale | None = None
+    phi: str | None = None
 
     @property
     def searches(self) -> bool:
@@ -176,6 +212,23 @@ class Method:
     def searched(self) -> list[Parameter]:
         """The parameters in which trials differ."""
         return [each for each in self.parameters if each.searched]
+
+    def check_whole(self, where: str) -> None:
+        """Refuse a method of which a trial would not know what a parameter is.
+
+        Args:
+            where: what to name as the place at fault.
+
+        Raises:
+            InputError: a parameter is neither searched nor has a value.
+        """
+        for each in self.parameters:
+            if not each.searched and each.default is None:
+                raise InputError(
+                    f"the method {self.name!r} has one trial and no value of the {each.label}",
+                    where=where,
+                    hint=f"Give one, such as {{{self.name}: {{{each.name}: 0.5}}}}, or let coefficients be searched",
+                )
 
     def estimator_for(self, stated: str) -> str:
         """The estimator of the importance: the method's own, or else the spec's."""
@@ -309,78 +362,6 @@ class Method:
         """
         values = {each.name: attributes.get(each.name, each.default) for each in self.parameters}
         return {name: float(value) for name, value in values.items() if value is not None}
-
-
-def _tenths(first: int, last: int, step: int = 1) -> tuple[float, ...]:
-    """Grid values by their tenths, both ends included."""
-    return tuple(tenth / 10 for tenth in range(first, last + 1, step))
-
-
-_DROP_RATE = Parameter(
-    "drop_rate",
-    "share of a task vector's entries that are set to zero",
-    low=0.0,
-    high=1.0,
-    below_high=True,
-    grid=_tenths(1, 9, 2),
-)
-_DENSITY = Parameter("density", "share of a task vector's entries that are kept", low=0.0, high=1.0, default=0.2)
-
-_DF_MERGE = "https://arxiv.org/abs/2504.18992"
-_FISHER = "https://arxiv.org/abs/2111.09832"
-_FISHER_NODES = "https://arxiv.org/abs/2403.09891"
-_TASK_ARITHMETIC = "https://arxiv.org/abs/2212.04089"
-
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        Method("averaging", Importance.UNIFORM, Coefficients.FIXED, "https://arxiv.org/abs/2203.05482"),
-        Method(
-            "task-arithmetic", Importance.UNIFORM, Coefficients.SHARED_GRID, _TASK_ARITHMETIC, shared=_tenths(0, 10)
-        ),
-        Method("gta", Importance.UNIFORM, Coefficients.PER_EXPERT, _DF_MERGE),
-        Method("fisher", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER),
-        Method(
-            "dare",
-            Importance.UNIFORM,
-            Coefficients.SHARED_GRID,
-            "https://arxiv.org/abs/2311.03099",
-            transform="drop-and-rescale",
-            shared=_tenths(0, 10),
-            parameters=(_DROP_RATE,),
-        ),
-        # The agreement mask is part of Phi: see `transforms.trim_and_elect`.
-        Method(
-            "ties",
-            Importance.UNIFORM,
-            Coefficients.SHARED_GRID,
-            "https://arxiv.org/abs/2306.01708",
-            transform="trim-and-elect",
-            shared=_tenths(8, 18),
-            parameters=(_DENSITY,),
-        ),
-        Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER_NODES, estimator=Estimator.MASK_NODES),
-        Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
-        Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
-        # Ours: df-merge, but for the scale of the importance.
-        Method(
-            "df-merge-scaled",
-            Importance.AT_SCALED_EXPERT,
-            Coefficients.PER_EXPERT,
-            _DF_MERGE,
-            scale=Scale(normalise="expert", power=0.5),
-        ),
-    )
-}
-
-
-def all_parameters() -> dict[str, dict[str, Parameter]]:
-    """Every method's parameters, by name of the parameter and then of the method."""
-    found: dict[str, dict[str, Parameter]] = {}
-    for method in METHODS.values():
-        for parameter in method.parameters:
-            found.setdefault(parameter.name, {})[method.name] = parameter
-    return found
 
 
 def fixed_coefficients(experts: Sequence[str]) -> dict[str, float]:

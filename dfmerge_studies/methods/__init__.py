@@ -1,0 +1,43 @@
+"""The method table, and what a row of it says.  Nothing heavy is imported, so that names can be checked at once."""
+
+from dfmerge_studies.methods.cells import cell_of, find_method, method_named, with_coefficients
+from dfmerge_studies.methods.row import (
+    SHARED,
+    UNSCALED,
+    Coefficients,
+    Estimator,
+    Importance,
+    Method,
+    Normalise,
+    Parameter,
+    Scale,
+    coefficient_range,
+    fixed_coefficients,
+    importance_coefficient,
+    label,
+)
+from dfmerge_studies.methods.table import METHODS, all_parameters
+from dfmerge_studies.points import Point
+
+__all__ = [
+    "METHODS",
+    "SHARED",
+    "UNSCALED",
+    "Coefficients",
+    "Estimator",
+    "Importance",
+    "Method",
+    "Normalise",
+    "Parameter",
+    "Point",
+    "Scale",
+    "all_parameters",
+    "cell_of",
+    "coefficient_range",
+    "find_method",
+    "fixed_coefficients",
+    "importance_coefficient",
+    "label",
+    "method_named",
+    "with_coefficients",
+]
