@@ -86,7 +86,7 @@ def _note_chat_template(
     own = getattr(expert, "chat_template", None)
     if own and own != getattr(base, "chat_template", None):
         logger.warning(
-            "%s: its chat template is not that of the base %s; prompts are what the spec says, without any template",
+            "%s: its chat template is not that of the base %s, which is what apply_chat_template of a task applies",
             expert_file,
             base_file,
         )

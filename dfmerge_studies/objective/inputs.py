@@ -17,7 +17,7 @@ from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import divided_rows, draw_rows, seeded_generator
 from dfmerge_studies.tasks.splits import Split
-from dfmerge_studies.tasks.tokenise import encode_rows, longest_input
+from dfmerge_studies.tasks.tokenise import encode_rows, longest_input, prompted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -247,6 +247,33 @@ def encode_read(
     Raises:
         InputError: a row does not fit the model.
     """
+    return _encoded(spec, task, prompted_rows(spec, task, rows, tokenizer), model, tokenizer, kind)
+
+
+def prompted_rows(spec: StudySpec, task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """Rows of a task with their whole prompts as text.
+
+    Args:
+        spec: where the task is described.
+        task: its name.
+        rows: of `read_split`.
+        tokenizer: whose chat template is applied.
+
+    Raises:
+        InputError: a row does not fit the chat template, or there is none.
+    """
+    return prompted(rows, spec.tasks[task], tokenizer, where=spec.where(f"tasks.{task}"))
+
+
+def _encoded(
+    spec: StudySpec,
+    task: str,
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+) -> list[Encoded]:
+    """Tokenise rows that have their whole prompts."""
     longest = longest_input(model.config, tokenizer)
     where = spec.where(f"tasks.{task}")
     hint = "Save the tokenizer into the base's directory with tokenizer.save_pretrained"
@@ -285,16 +312,17 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
         InputError: a row does not fit the model, or is read otherwise: names the expert, the row, and a token that only
             one of the two has, if there is one.
     """
-    encoded = encode_read(spec, task, rows, resident.model, resident.tokenizer, kind)
+    prompts = prompted_rows(spec, task, rows, resident.tokenizer)  # chat templates of experts are not used
+    encoded = _encoded(spec, task, prompts, resident.model, resident.tokenizer, kind)
     for expert, tokenizer in resident.other_tokenizers.items():
         try:
-            theirs = encode_read(spec, task, rows, resident.model, tokenizer, kind)
+            theirs = _encoded(spec, task, prompts, resident.model, tokenizer, kind)
         except InputError:  # rows that the base's tokenizer takes
             theirs = []
         odd = next((i for i, item in enumerate(encoded) if i >= len(theirs) or theirs[i] != item), None)
         if odd is None:
             continue
-        text = "\n".join((rows[odd].text, rows[odd].pair or "", *rows[odd].choices))
+        text = "\n".join((prompts[odd].text, rows[odd].pair or "", *rows[odd].choices))
         unshared = sorted(tokenizer.get_vocab().keys() ^ resident.tokenizer.get_vocab().keys())
         token = next((f": the text has {token!r}" for token in unshared if token in text), "")
         raise InputError(

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.fewshot import draw_examples
 from dfmerge_studies.tasks.files import documents, empty_split, opened_split
 from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
-from dfmerge_studies.tasks.settings import AnyTask, ChosenTask, ClassificationTask, TextTask
-from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer
+from dfmerge_studies.tasks.prompts import Example
+from dfmerge_studies.tasks.settings import AnyTask, ChosenTask, ClassificationTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer, text_renderer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +30,9 @@ class Row:
         pair: second text, for classification of pairs.
         choices: the choices, in order; for classification the class names, or nothing; for texts the text alone.
         label: index of the right one, None where the data has no labels.
+        description: of the task, before everything in the prompt.
+        prefix: how the answer begins.
+        examples: before the text in the prompt.
     """
 
     index: int
@@ -35,6 +40,9 @@ class Row:
     pair: str | None
     choices: tuple[str, ...]
     label: int | None
+    description: str = ""
+    prefix: str = ""
+    examples: tuple[Example, ...] = ()
 
 
 def load_rows(
@@ -65,6 +73,35 @@ def load_rows(
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
     """
     where = f"{spec_file}: tasks.{name}"
+    rows = _labelled_rows(task, split, root, where, labelled=labelled, classes=classes, remarks=remarks)
+    if isinstance(task, PromptedTask) and task.num_fewshot:
+        same = split == task.fewshot_source
+        pool = rows if same and labelled else _labelled_rows(task, task.fewshot_source, root, where)
+        return _with_examples(rows, pool, task, same=same, where=where)
+    return rows
+
+
+def _with_examples(
+    rows: Sequence[Row], pool: Sequence[Row], task: PromptedTask, *, same: bool, where: str
+) -> list[Row]:
+    """Rows with few-shot examples of a pool."""
+    questions, possible = ([(row.text, row.choices) for row in side] for side in (rows, pool))
+    drawn = draw_examples(questions, possible, task.num_fewshot, task.fewshot_random_seed, same=same, where=where)
+    shown = [Example(row.text, row.choices[row.label or 0], row.prefix) for row in pool]
+    return [replace(row, examples=tuple(shown[i] for i in own)) for row, own in zip(rows, drawn, strict=True)]
+
+
+def _labelled_rows(
+    task: AnyTask,
+    split: str,
+    root: Path,
+    where: str,
+    *,
+    labelled: bool = True,
+    classes: Sequence[str] = (),
+    remarks: list[str] | None = None,
+) -> list[Row]:
+    """The rows of a split, as `load_rows` documents them, without examples."""
     with opened_split(task.dataset, split, root, where) as dataset:
         if len(dataset) == 0:
             raise empty_split(split, where)
@@ -138,11 +175,16 @@ def _render(
     to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice", tuple(names))
     pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
     to_pair = None if pair is None else renderer(pair, columns, f"{where}.doc_to_text_pair")
+    around = {
+        field: text_renderer(getattr(task, field, None), columns, f"{where}.{field}")
+        for field in ("description", "gen_prefix")
+    }
     rows, values = [], []
     for index, document in enumerate(documents(dataset, where)):
         text = _text(to_text(document, index), task.doc_to_text, f"{where}.doc_to_text", index)
         second = _text(to_pair(document, index), pair, f"{where}.doc_to_text_pair", index) if to_pair and pair else None
-        rows.append(Row(index, text, second, to_choices(document, index), None))
+        description, prefix = (render(document, index) for render in around.values())
+        rows.append(Row(index, text, second, to_choices(document, index), None, description, prefix))
         values.append(to_target(document, index) if to_target else None)
     return rows, values
 

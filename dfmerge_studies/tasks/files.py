@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.boundary import check_regular, local_path, reading
 from dfmerge_studies.errors import InputError, first_line
-from dfmerge_studies.tasks.settings import AnyTask
+from dfmerge_studies.tasks.settings import AnyTask, PromptedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,8 @@ def check_data_files(name: str, task: AnyTask, *, root: Path, spec_file: str) ->
     """
     where = f"{spec_file}: tasks.{name}"
     files = _resolve_files(task.dataset, root, where).get("data_files")
-    for split in (task.validation_split, task.test_split):
+    examples = task.fewshot_source if isinstance(task, PromptedTask) and task.num_fewshot else None
+    for split in (task.validation_split, task.test_split, examples):
         if split is not None:
             _check_split(files, split, where)
 

@@ -100,12 +100,68 @@ class _Task(Settings):
         return self.positive
 
 
-class ChoiceTask(_Task):
+class PromptedTask(_Task):
+    """A task of a language model: what stands around the input in its prompt, as in lm-evaluation-harness."""
+
+    target_delimiter: str = Field(
+        " ", description="between prompt and answer of causal models and of few-shot examples; not in a chat"
+    )
+    num_fewshot: int = Field(0, ge=0, le=limits.COUNT, description="examples with their answers before the input")
+    fewshot_split: str | None = Field(
+        None, description="split that they come from; null: training_split, or validation_split where there is none"
+    )
+    fewshot_delimiter: str = Field("\n\n", description="behind each of them")
+    fewshot_random_seed: int = Field(
+        1234, ge=0, le=limits.SEED, description="of their draw; the same for all seeds of the search"
+    )
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="each of them as two turns of a chat; null: where a chat template is applied"
+    )
+    description: str | None = Field(
+        None, description="text before everything: a column, a template, or the text itself, with its own line break"
+    )
+    system_instruction: str | None = Field(
+        None, description="the chat's system message; without a template, text before everything"
+    )
+    apply_chat_template: bool | str = Field(
+        False, description="write the prompt as the tokenizer's chat template does: true, or the name of one of several"
+    )
+    chat_template_args: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template, such as enable_thinking: false"
+    )
+    gen_prefix: str | None = Field(
+        None, description="how the answer begins, in the prompt already: a column, a template, or the text itself"
+    )
+
+    @property
+    def fewshot_source(self) -> str:
+        """The split that examples come from."""
+        return self.fewshot_split or self.training_split or self.validation_split
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts are written by a chat template."""
+        return self.apply_chat_template is not False
+
+    @model_validator(mode="after")
+    def _examples_have_answers_and_a_place(self) -> Self:
+        if self.fewshot_as_multiturn and not self.chat:
+            raise ValueError("fewshot_as_multiturn: true needs apply_chat_template: only a chat has turns")
+        if self.num_fewshot and self.doc_to_target is None:
+            raise ValueError("num_fewshot needs doc_to_target: examples are shown with their answers")
+        if self.num_fewshot and self.fewshot_source == self.test_split:
+            raise ValueError(
+                f"fewshot_split: {self.fewshot_source!r} is the test split, which is only ever reported: the search "
+                "would see its answers; name another split, or slices that share no row"
+            )
+        return self
+
+
+class ChoiceTask(PromptedTask):
     """A text-to-text or causal model picks the choice whose tokens are likeliest on average."""
 
     type: Literal["choice"] = "choice"
     doc_to_choice: str | list[str] = Field(description="the choices: a column, a list of templates, or a template")
-    target_delimiter: str = Field(" ", description="between prompt and choice, for causal models")
 
 
 class ClassificationTask(_Task):

@@ -139,6 +139,30 @@ def renderer(source: str | int, columns: Sequence[str], where: str) -> Renderer:
     return render
 
 
+def text_renderer(source: str | None, columns: Sequence[str], where: str) -> Callable[[Mapping[str, Any], int], str]:
+    """A function from a document and its row to a text that may also stand in the spec itself.
+
+    Args:
+        source: a column, a template, the text itself, or None for no text.
+        columns: of the data.
+        where: file and field, for messages.
+
+    Raises:
+        InputError: the template is not valid.
+    """
+    if source is None or (source not in columns and "{{" not in source and "{%" not in source):
+        return lambda _document, _index: source or ""
+    render = renderer(source, columns, where)
+
+    def text(document: Mapping[str, Any], index: int) -> str:
+        value = render(document, index)
+        if is_missing(value):
+            raise empty_cell(source, index, where)
+        return str(value)
+
+    return text
+
+
 def bare_column(source: str | int | None, columns: Sequence[str]) -> str | None:
     """The column that a source is, be it named or written as a template of nothing else; None for any other source.
 

@@ -11,7 +11,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.metrics import TextSize
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, TextTask
+from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, PromptedTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,34 @@ _AFTER_PADDING = (
 _NO_LIMIT = 1_000_000  # tokenizers that know no limit say 1e30
 
 
+def prompted(
+    rows: Sequence[Row],
+    task: AnyTask,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    where: str,
+) -> list[Row]:
+    """Rows whose text is their whole prompt: instruction, examples and chat template with it.
+
+    Args:
+        rows: the examples.
+        task: settings of the task.
+        tokenizer: the base's, whose chat template is applied.
+        where: file and task, for messages.
+
+    Raises:
+        InputError: the tokenizer has no such chat template, or the template takes no such chat.
+    """
+    if not isinstance(task, PromptedTask):
+        return list(rows)
+    check_template(task, tokenizer, where)
+    found = []
+    for row in rows:
+        turns = turns_of(task, row.text, description=row.description, prefix=row.prefix, examples=row.examples)
+        found.append(replace(row, text=prompt_text(turns, task, tokenizer, where)) if turns else row)
+    return found
+
+
 def encode_rows(
     rows: Sequence[Row],
     task: AnyTask,
@@ -49,12 +78,13 @@ def encode_rows(
     Text-to-text: the input and every choice end with the tokenizer's own special tokens (end of sequence); choices are
     never cut, or two of them could become the same.  Causal, as lm-evaluation-harness does: prompt + delimiter + choice
     is tokenised whole, without special tokens behind it, and split where the prompt ends, or before it where a token
-    spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence.
+    spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence. Special
+    tokens that a chat template writes and the tokenizer puts around every text stand there once.
     Classification: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
     else the token that begins a sequence; one that is too long loses its end.
 
     Args:
-        rows: the examples.
+        rows: the examples, with their whole prompts (see `prompted`).
         task: settings of the task.
         kind: how the model answers.
         tokenizer: the base's tokenizer.
@@ -74,9 +104,12 @@ def encode_rows(
     elif kind is Kind.CAUSAL:
         assert isinstance(task, ChoiceTask)
         frame = _Frame.of(tokenizer, (row.text.rstrip() for row in rows))
-        encoded = [_encode_causal(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
+        encoded = [_encode_causal(row, _delimiter(task, row), tokenizer, frame, limit, where) for row in rows]
     elif kind is Kind.TEXT_TO_TEXT:
-        encoded = [_encode_pair_of_texts(row, tokenizer, limit, longest, where) for row in rows]
+        assert isinstance(task, ChoiceTask)
+        long = task.chat or bool(task.num_fewshot)  # the input stands at the end: a prompt that is cut must keep it
+        around = _Frame.of(tokenizer, (row.text for row in rows)) if long else None
+        encoded = [_encode_pair_of_texts(row, tokenizer, around, limit, longest, where) for row in rows]
     else:
         encoded = [_encode_classification(row, tokenizer, limit) for row in rows]
     if task.max_length is None:
@@ -119,13 +152,29 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True)
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
+def _delimiter(task: PromptedTask, row: Row) -> str:
+    """What stands between prompt and answer: in a chat nothing, unless the answer has begun there."""
+    begun = row.prefix and not row.prefix[-1].isspace()
+    return task.target_delimiter if begun or not task.chat else ""
+
+
 def _encode_pair_of_texts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None, longest: int | None, where: str
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    frame: _Frame | None,
+    limit: int | None,
+    longest: int | None,
+    where: str,
 ) -> Encoded:
-    whole = _ids(tokenizer, row.text)
+    """One input of a text-to-text model; with a frame it is cut at its beginning, otherwise at its end."""
+    whole = _ids(tokenizer, row.text) if frame is None else frame.whole(tokenizer, row.text)
     cut = limit is not None and len(whole) > limit
     if cut:
-        whole = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
+        assert limit is not None
+        if frame is None:
+            whole = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
+        else:
+            whole = [*whole[: frame.before], *whole[len(whole) - limit + frame.before :]]
     nothing, *choices = (
         tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in ("", *row.choices)
     )
@@ -172,7 +221,17 @@ class _Frame:
     def tokens(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """A text that may go on: nothing special behind it, and one beginning if it brings its own."""
         ids = _ids(tokenizer, text)
-        ids = ids[: len(ids) - self.after]
+        return self._begun_once(ids[: len(ids) - self.after])
+
+    def whole(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+        """A text with the special tokens around it, each once if it brings its own."""
+        ids = self._begun_once(_ids(tokenizer, text))
+        ended = self.after and ids[-2 * self.after : -self.after] == ids[-self.after :]
+        return ids[: -self.after] if ended else ids
+
+    def _begun_once(self, ids: list[int]) -> list[int]:
+        if self.before and ids[self.before : 2 * self.before] == ids[: self.before]:
+            return ids[self.before :]
         begun = self.before and self.bos_id is not None and ids[self.before - 1 : self.before + 1] == [self.bos_id] * 2
         return ids[: self.before - 1] + ids[self.before :] if begun else ids
 
