@@ -80,6 +80,7 @@ def test_with_constraints_it_is_the_height_above_the_worst_times_the_probability
     torch.testing.assert_close(acquisition(at.unsqueeze(1)), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_does_not_matter_and_the_proposal_is_where_the_bound_is_largest() -> None:
     x, values, constraint = data()
     bounds = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64)

@@ -38,6 +38,7 @@ def classes(model: Any, tokenizer: Any, file: Path) -> list[int]:
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
 def test_a_study_without_validation_labels_is_scored_by_agreement_and_its_test_by_accuracy(project_of, family):
     project = project_of(family)
@@ -83,6 +84,7 @@ def _agreement_of_classifiers(project: Project) -> dict[str, float]:
     return shares
 
 
+@pytest.mark.slow
 def test_with_no_label_anywhere_a_study_runs_is_extended_and_equals_an_uncut_one(project):
     without_labels(project, "validation", "test")
     tasks = {name: {**task, "doc_to_target": None} for name, task in project.spec["tasks"].items()}
@@ -99,6 +101,7 @@ def test_with_no_label_anywhere_a_study_runs_is_extended_and_equals_an_uncut_one
     assert completed(project) == cut
 
 
+@pytest.mark.slow
 def test_labels_that_are_there_do_not_change_an_agreement_study(project):
     project.write(objective="agreement")
     labelled = project.json("run", "spec.yaml", "--trials", "2", "--no-test")["best"]

@@ -55,6 +55,7 @@ def logits(model: Any, folder: Path, **more: Any) -> torch.Tensor:
         return model.eval()(**ids, **more).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "t5", "gpt2"])
 def test_a_sum_of_scaled_experts_comes_out_whole_at_the_sum_of_their_ranks(
     project_of: Callable[[str], Project], family: str

@@ -20,6 +20,7 @@ def spec(project):
     return StudySpec.from_yaml(project.file)
 
 
+@pytest.mark.slow
 def test_a_recorded_surface_is_what_merges_score(spec, tmp_path):
     logs = {}
     for variant in ("df-merge", "gta"):
@@ -60,6 +61,7 @@ def test_between_grid_points_a_surface_is_linear_along_every_coefficient():
     assert surface({"a": 1.0, "b": 1.0})[0] == 90.0
 
 
+@pytest.mark.slow
 def test_a_real_surface_scores_the_rows_of_its_seed(project):
     spec = StudySpec.from_yaml(project.file, ["tasks.red.limit=4", "tasks.blue.limit=4"])
     merges = Merges(load_problem(spec), None)
@@ -74,6 +76,7 @@ def test_a_real_surface_scores_the_rows_of_its_seed(project):
     assert len({tuple(scores) for scores in of_seeds}) > 1
 
 
+@pytest.mark.slow
 def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monkeypatch, capsys):
     steps = np.arange(11) / 10
     a, b = np.meshgrid(steps, steps, indexing="ij")

@@ -646,6 +646,7 @@ def _in_a_deleted_folder(tmp_path: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_no_trouble(project: Project) -> None:
     code, output, message = at_a_terminal(
         project.folder, "validate spec.yaml --json", HOME="/dev/null", XDG_CACHE_HOME=""

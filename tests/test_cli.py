@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("run", "status", "list", "merge", "fisher", "evaluate", "export", "validate", "cache", "compare", "report")
 
 
+@pytest.mark.slow
 def test_help_names_every_command_and_imports_nothing_heavy(project):
     shown = project.process("--help").stdout
     assert all(re.search(rf"^\s+{command}\b", shown, re.MULTILINE) for command in COMMANDS)
@@ -84,6 +85,7 @@ def test_every_phase_of_a_merge_tells_whoever_follows_it_how_far_it_is(project):
         assert percents == sorted(percents)
 
 
+@pytest.mark.slow
 def test_local_work_asks_nothing_of_the_network(project_of, tmp_path):
     """Without HF_HUB_OFFLINE, and with every look-up of a host made an error that cannot be overlooked."""
     families = ("t5", "bert")
@@ -140,6 +142,7 @@ def test_evaluate_scores_an_expert_and_the_base(project):
         assert printed["mean"] == pytest.approx(sum(t["score"] for t in printed["tasks"].values()) / 2)
 
 
+@pytest.mark.slow
 def test_evaluating_a_trial_s_export_respects_the_limit(project):
     tasks = {name: {**task, "limit": 9} for name, task in project.spec["tasks"].items()}
     project.write(tasks=tasks)
@@ -150,6 +153,7 @@ def test_evaluating_a_trial_s_export_respects_the_limit(project):
     assert {task: entry["score"] for task, entry in printed["tasks"].items()} == best["tasks"]
 
 
+@pytest.mark.slow
 def test_seed_and_set_change_what_they_say(project):
     indices = {}
     for name, seed in (("one", 5), ("two", 5), ("three", 6)):

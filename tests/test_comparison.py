@@ -48,6 +48,7 @@ def test_a_problem_is_not_derived_for_other_models(project):
             derive_problem(problem, spec.derive(**changes))
 
 
+@pytest.mark.slow
 def test_studies_that_run_has_made_are_taken_as_they_are(project):
     project.write(baselines=["averaging", "task-arithmetic"])
     printed = project.json("run", "spec.yaml")
@@ -157,6 +158,7 @@ def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, uncut, ho
         assert ours["fishers"] == theirs["fishers"]
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_is_shown_and_does_not_stop_the_others(project):
     # In 16 bits weights of a hundred thousand are infinite.
     project.write(search={"trials": 6, "startup_trials": 6, "bounds": [0, 1e6]}, dtype="float16")
@@ -170,6 +172,7 @@ def test_a_method_that_fails_is_shown_and_does_not_stop_the_others(project):
     assert "failed" in next(line for line in shown.stdout.splitlines() if line.startswith(" gta"))
 
 
+@pytest.mark.slow
 def test_a_multi_task_model_is_a_row_that_is_scored_once_for_its_content(project):
     asked = ("compare", "spec.yaml", "--methods", "averaging", "--multi-task", "red")
     row = project.json(*asked)["rows"][2]

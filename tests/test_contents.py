@@ -213,6 +213,7 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused_by_name(
         load_problem(StudySpec.from_yaml(project.file), progress=cut)
 
 
+@pytest.mark.slow
 def test_a_multi_task_model_that_is_swapped_after_its_digest_is_not_scored_under_it(
     project: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def test_workers_killed_at_fifty_random_moments_lose_and_repeat_nothing(
     assert 0 < lost <= 50
 
 
+@pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_workers_outlive_a_restart_of_postgres_and_lose_nothing(
@@ -87,6 +88,7 @@ def test_a_worker_whose_postgres_stays_away_keeps_its_result_for_the_next_run(
     assert len(place.evaluations()) == 4
 
 
+@pytest.mark.slow
 def test_workers_outlive_a_storage_proxy_that_is_killed_and_started_again(
     new_proxy: Callable[[str], ProxyServer], tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_full_disk_leaves_nothing_of_an_export_and_the_next_one_succeeds(proje
     assert (project.folder / "merged" / "model.safetensors").stat().st_size == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATABASES)
 def test_a_worker_that_slept_past_its_grace_finds_its_trial_taken_and_goes_on(
     kind: str, new_storage: NewStorage, tmp_path: Path

@@ -101,6 +101,7 @@ def site(finished: Project) -> Iterator[Site]:
         yield site
 
 
+@pytest.mark.slow
 def test_notes_say_what_the_study_merges_and_how_to_export_it(finished: Project) -> None:
     study = study_of(finished)
     publish(study)
@@ -282,11 +283,13 @@ def wait_for_text(browser: Any, *texts: str, seconds: float = 180) -> str:
     raise AssertionError(f"{texts} did not appear in {page[:2000]!r}; console: {browser.get_log('browser')}")
 
 
+@pytest.mark.slow
 def test_the_list_of_studies_shows_in_a_browser(site: Site, browser: Any) -> None:
     browser.get(f"http://127.0.0.1:{site.port}/dashboard")
     wait_for_text(browser, "colours")
 
 
+@pytest.mark.slow
 def test_note_and_trials_show_in_a_browser(site: Site, browser: Any) -> None:
     study = site.studies()["colours"]
     browser.get(f"http://127.0.0.1:{site.port}/dashboard/studies/{study}/note")
@@ -295,6 +298,7 @@ def test_note_and_trials_show_in_a_browser(site: Site, browser: Any) -> None:
     wait_for_text(browser, "Trial 0", "Complete", "Parameter", "red", "blue")
 
 
+@pytest.mark.slow
 def test_our_figures_show_in_a_browser(site: Site, browser: Any) -> None:
     browser.get(f"http://127.0.0.1:{site.port}/dashboard/studies/{site.studies()['colours']}")
     from selenium.webdriver.common.by import By
@@ -304,6 +308,7 @@ def test_our_figures_show_in_a_browser(site: Site, browser: Any) -> None:
     WebDriverWait(browser, 180).until(lambda page: page.find_elements(By.CSS_SELECTOR, ours))
 
 
+@pytest.mark.slow
 def test_hostile_names_notes_and_artifacts_do_no_harm(site: Site, browser: Any) -> None:
     stranger = site.studies()[HOSTILE]
     [page] = json.loads(site.ask(f"/api/studies/{stranger}")[2])["artifacts"]

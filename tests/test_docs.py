@@ -217,6 +217,7 @@ STALE = (
 )
 
 
+@pytest.mark.slow
 def test_a_document_that_names_what_is_not_there_is_found_out(tmp_path: Path) -> None:
     document = tmp_path / "document.md"
     document.write_text(GOOD.replace("docs/specs.md#", f"{ROOT}/docs/specs.md#"))

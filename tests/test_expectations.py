@@ -24,6 +24,7 @@ from tests.test_trust_region import study_of as auto_study
 METRICS = Metrics.named({"a": "accuracy", "b": "accuracy"})
 
 
+@pytest.mark.slow
 def test_every_proposal_of_auto_keeps_what_was_expected_per_task_and_where_it_looked() -> None:
     study = auto_study()
     run(study, 9)
@@ -41,6 +42,7 @@ def test_every_proposal_of_auto_keeps_what_was_expected_per_task_and_where_it_lo
     assert last.user_attrs[PROPOSAL]["mean"] == pytest.approx(last.value, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_gain_to_come_shrinks_while_the_optimum_is_found() -> None:
     study = auto_study()
     run(study, 16)
@@ -128,6 +130,7 @@ def test_notes_say_what_was_expected_where_it_was_looked_for_and_what_is_to_come
     assert "Gain to come" not in study_note(with_proposals([None] * 3))
 
 
+@pytest.mark.slow
 def test_status_says_how_much_gain_is_still_expected(project: Project) -> None:
     settings = {"trials": 4, "startup_trials": 2, "sampler": "auto", "step": 0.25}
     project.write(search=settings)

@@ -22,6 +22,7 @@ from tests.project import load_parameters
 AT = "red=0.3,blue=0.8"
 
 
+@pytest.mark.slow
 def test_an_exported_trial_loads_and_gives_the_trial_s_scores_again(finished):
     project = finished
     best = project.json("status", "spec.yaml")["best"]
@@ -65,6 +66,7 @@ def test_a_damaged_cache_entry_is_computed_again_and_the_merge_is_the_same(proje
     assert again["digest"] == first["digest"]
 
 
+@pytest.mark.slow
 def test_the_card_and_the_provenance_tell_how_to_make_the_model_again(finished):
     project = finished
     exported = project.json("export", "spec.yaml", "--out", "merged")

@@ -76,6 +76,7 @@ def test_a_search_by_ucb_that_was_killed_in_a_proposed_trial_equals_an_uninterru
     cut.check_whole()
 
 
+@pytest.mark.slow
 def test_a_result_that_was_not_told_before_the_kill_is_applied_and_not_computed_again(
     uninterrupted: Place, cut: Place
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_database_overwritten_in_mid_trial_costs_no_result_once_it_is_restored
     assert len(place.evaluations()) == 4
 
 
+@pytest.mark.slow
 def test_a_database_held_by_another_process_is_waited_for(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=3)
     place.run(target=1)

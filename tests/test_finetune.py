@@ -43,6 +43,7 @@ def train(project: Project, *arguments: str, out: str = "new-red") -> dict[str, 
     return json.loads((project.folder / out / "training.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", pytest.param("gpt2", marks=SLOW), pytest.param("bert", marks=SLOW)])
 def test_an_expert_learns_its_task_and_takes_part_in_a_study(tmp_path: Path, family: str) -> None:
     project = trainable(tmp_path, family)

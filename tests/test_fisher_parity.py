@@ -74,6 +74,7 @@ def load(name: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["base", *TASKS])
 def test_accuracies_are_those_of_the_reference_but_for_one_row(
     model: str, reference: dict[str, Any], examples: dict[str, list[Encoded]]
@@ -86,6 +87,7 @@ def test_accuracies_are_those_of_the_reference_but_for_one_row(
         assert abs(found - expected[task]) * len(examples[task]) < 1.5, task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("point", [0, 1, 2])
 def test_the_fisher_is_that_of_the_reference(

@@ -116,6 +116,7 @@ def test_granularities_that_cannot_be_are_refused(project: Project, granularity:
     assert message in project.cli("validate", "spec.yaml", check=2).stderr
 
 
+@pytest.mark.slow
 def test_a_regex_that_finds_nothing_is_refused_before_anything_is_stored(project: Project) -> None:
     granular(project)
     assert project.json("validate", "spec.yaml")["estimate"]["groups"]["mlp"] > 0
@@ -272,6 +273,7 @@ def trials_of(session: Session) -> list[Any]:
     return [(each.params, each.values, each.user_attrs["tasks"]) for each in results(session.study)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["auto", "gp", "random"])
 def test_the_first_half_of_the_trials_is_the_model_wise_search_draw_for_draw(project: Project, sampler: str) -> None:
     search = {"trials": 8, "startup_trials": 2, "sampler": sampler}
@@ -291,6 +293,7 @@ def test_the_first_half_of_the_trials_is_the_model_wise_search_draw_for_draw(pro
     assert best.values[0] >= max(values[0] for _, values, _ in tied)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["auto", "gp"])
 def test_a_study_that_is_cut_in_either_half_goes_on_as_the_uncut_one(project: Project, sampler: str) -> None:
     fields: dict[str, Any] = {"method": "gta", "search": {"trials": 8, "startup_trials": 2, "sampler": sampler}}
@@ -317,6 +320,7 @@ def test_a_study_that_is_cut_in_either_half_goes_on_as_the_uncut_one(project: Pr
     assert found[:4] == expected[:4]
 
 
+@pytest.mark.slow
 def test_every_view_of_a_study_shows_means_and_groups(project: Project) -> None:
     granular(project, method="gta", search={"trials": 4, "startup_trials": 1, "sampler": "random"})
     best = project.json("run", "spec.yaml", "--no-test")["best"]
@@ -346,6 +350,7 @@ def test_a_study_is_joined_by_the_same_groups_only(project: Project) -> None:
         assert "search.granularity" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_study_without_the_field_is_a_model_wise_one(finished: Project) -> None:
     content = yaml.safe_load(finished.file.read_text())
     finished.write(search={**content["search"], "granularity": "model"})

@@ -210,6 +210,7 @@ def points(study: optuna.Study) -> list[Any]:
     return [(trial.params, trial.values) for trial in study.trials]
 
 
+@pytest.mark.slow
 def test_a_search_finds_what_scores_best_and_returns_the_merged_model() -> None:
     base, experts = toys("a", "b")
     events: list[Event] = []
@@ -224,6 +225,7 @@ def test_a_search_finds_what_scores_best_and_returns_the_merged_model() -> None:
     assert len(result.study.trials) == 20 == sum(event.kind == "completed" for event in events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
 def test_a_stored_study_goes_on_where_it_was_cut_as_if_it_had_not_been(new_storage: Any, kind: str) -> None:
     base, experts = toys("a", "b")
@@ -301,6 +303,7 @@ def test_methods_with_a_grid_or_without_a_search_have_their_own_number_of_trials
     assert calls == ["a", "b"] * 2  # at the expert it is the same in every trial
 
 
+@pytest.mark.slow
 def test_objectives_and_constraints_are_those_of_a_spec() -> None:
     base, experts = toys("a", "b")
 

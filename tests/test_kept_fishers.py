@@ -209,6 +209,7 @@ def _write_until_killed(folder: str) -> None:
         number += 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_it_writes_leaves_whole_entries_only(cache: LocalCache) -> None:
     for _ in range(3):
         process, before = Forked(_write_until_killed, str(cache.folder)), len(cache.digests())
@@ -234,6 +235,7 @@ def trials(project: Project) -> list[tuple[Any, ...]]:
 SEARCH = {"trials": 6, "startup_trials": 6}
 
 
+@pytest.mark.slow
 def test_the_best_trial_s_fishers_are_kept_and_most_others_are_not(project: Project) -> None:
     project.write(search=SEARCH)
     printed = project.json("run", "spec.yaml")
@@ -244,6 +246,7 @@ def test_the_best_trial_s_fishers_are_kept_and_most_others_are_not(project: Proj
     assert exported["fishers"] == {"computed": 0, "cached": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "files"),
     [
@@ -276,6 +279,7 @@ def test_validate_says_what_a_continuous_study_writes_under_each_policy(project:
     assert "Fisher cache (auto): a whole study writes about 10 Fishers" in project.cli("validate", "spec.yaml").stdout
 
 
+@pytest.mark.slow
 def test_no_policy_changes_a_trial_and_a_cut_study_goes_on_the_same(
     make_copy: Callable[..., Project], tmp_path: Path
 ) -> None:
@@ -303,6 +307,7 @@ def test_the_points_that_recur_are_bounds_steps_and_known_ones(project: Project)
 # Rounding
 
 
+@pytest.mark.slow
 def test_fishers_are_rounded_to_bfloat16_unless_asked_otherwise(project: Project) -> None:
     fingerprints = {}
     for name, importance in (("auto", {}), ("float32", {"dtype": "float32"})):
@@ -317,6 +322,7 @@ def test_fishers_are_rounded_to_bfloat16_unless_asked_otherwise(project: Project
     assert fingerprints == {"auto": "bfloat16", "float32": "float32"}
 
 
+@pytest.mark.slow
 def test_a_study_that_an_earlier_version_began_in_float32_goes_on_in_float32(
     make_copy: Callable[..., Project], tmp_path: Path
 ) -> None:

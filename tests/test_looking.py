@@ -84,6 +84,7 @@ def test_the_dashboard_publishes_the_good_studies(
     assert "'odd' cannot be read" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_note_says_that_the_dashboards_best_ignores_constraints(project: Project) -> None:
     project.cli("run", "spec.yaml", "--trials", "3", "--set", "search.max_drop=5", "--set", "name=bound")
     study = optuna.load_study(study_name="bound", storage=f"sqlite:///{project.folder}/bound.db")

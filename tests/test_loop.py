@@ -340,6 +340,7 @@ def _foreign(study: optuna.Study, *, place: int = 0, whose: dict[str, Any] | Non
     study.add_trial(template)
 
 
+@pytest.mark.slow
 def test_a_worker_draws_after_one_that_began_before_it_so_that_its_model_knows_that_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

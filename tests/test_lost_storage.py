@@ -115,6 +115,7 @@ def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
     assert len(place.evaluations()) == max(12, begun)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_database_is_deleted_ends_with_code_1_and_the_next_one_goes_on(
     project: Project, workers: int

@@ -140,6 +140,7 @@ def test_the_names_of_methods_are_checked_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_spec_s_density_is_searched_stored_shown_and_part_of_what_a_study_is_about(project):
     project.write(method="ties", parameters={"ties": {"density": [0.3, 0.6]}})
     spec = StudySpec.from_yaml(project.file)
@@ -189,6 +190,7 @@ def test_merges_in_python_take_parameters_by_name(project):
     )
 
 
+@pytest.mark.slow
 def test_baselines_have_the_parameters_that_the_spec_gives_their_methods(project):
     project.write(method="averaging", baselines=["ties"], parameters={"ties": {"density": 0.9}})
     rows = {row["name"].split()[0]: row for row in project.json("run", "spec.yaml", "--no-test")["rows"]}
@@ -196,6 +198,7 @@ def test_baselines_have_the_parameters_that_the_spec_gives_their_methods(project
     assert "density" not in rows["averaging"]
 
 
+@pytest.mark.slow
 def test_the_scaled_method_is_df_merge_with_the_root_of_every_importance_over_its_mean(project):
     def weights(method, **importance):
         problem = load_problem(StudySpec.from_yaml(project.file).derive(importance=importance))

@@ -205,6 +205,7 @@ def test_labels_on_which_all_models_score_alike_are_refused_before_anything_is_s
 # Studies
 
 
+@pytest.mark.slow
 def test_a_study_of_other_metrics_runs_is_resumed_and_names_them_wherever_it_shows_them(project_of):
     project = project_of("bert")
     metrics = {"red": {"metric": "macro_f1"}, "blue": {"metric": "log_likelihood"}}
@@ -255,6 +256,7 @@ def test_a_study_of_other_metrics_runs_is_resumed_and_names_them_wherever_it_sho
     assert drawn["trajectory"].data()["unit"] == ""
 
 
+@pytest.mark.slow
 def test_a_comparison_says_its_metric_in_every_form(project_of):
     project = project_of("bert")
     metrics = {key: {"metric": "balanced_accuracy"} for key in ("red", "blue")}
@@ -271,6 +273,7 @@ def test_a_comparison_says_its_metric_in_every_form(project_of):
     assert "Validation balanced_accuracy in percent" in (project.folder / page).read_text()
 
 
+@pytest.mark.slow
 def test_the_choice_on_a_share_of_the_rows_is_made_again_for_means_over_rows_only(project_of):
     project = project_of("bert")
     both = {key: {"metric": "log_likelihood"} for key in ("red", "blue")}

@@ -349,6 +349,7 @@ def test_unknown_names_and_a_missing_generator_are_refused() -> None:
         task_fisher(model, Kind.CLASSIFICATION, examples, pad_id=0, estimator="mask-nodes")
 
 
+@pytest.mark.slow
 def test_an_architecture_without_a_row_is_refused_before_a_study_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +399,7 @@ def test_fisher_nodes_is_the_mean_of_the_experts_weighed_by_their_masks(
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_df_merge_runs_on_mask_nodes_with_a_cache_that_holds_masks(
     family: str, project_of: Callable[[str], Project]
@@ -434,6 +436,7 @@ def test_the_fisher_command_writes_every_parameter_and_finds_it_again(project: P
     assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
+@pytest.mark.slow
 def test_fisher_nodes_is_a_study_whose_estimator_is_its_own(project: Project) -> None:
     project.write(method="fisher-nodes")
     first = project.json("run", project.file)

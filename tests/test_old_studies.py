@@ -57,6 +57,7 @@ def test_studies_of_an_earlier_version_are_listed_and_shown(project: Project) ->
     assert status["best"]["tasks"] == {"red": pytest.approx(1 / 2), "blue": pytest.approx(1 / 3)}
 
 
+@pytest.mark.slow
 def test_a_finished_study_of_an_earlier_version_is_joined_without_a_new_trial_and_can_be_extended(
     project: Project,
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_finished_study_of_an_earlier_version_is_joined_without_a_new_trial_an
     assert project.json("run", "spec.yaml", "--add", "1")["trials"]["complete"] == 6
 
 
+@pytest.mark.slow
 def test_a_cut_study_of_an_earlier_version_ends_as_the_uncut_one_did(project: Project) -> None:
     (entry,) = project.json("repair", "spec.yaml", *CUT)["studies"]
     assert [result["state"] for result in entry["results"]] == ["ready"]
@@ -81,6 +83,7 @@ def test_a_cut_study_of_an_earlier_version_ends_as_the_uncut_one_did(project: Pr
         assert ours.user_attrs["tasks"] == pytest.approx(theirs.user_attrs["tasks"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stated", [True, False], ids=["stored", "of a version before the field"])
 def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(project: Project, stated: bool) -> None:
     study = load_study(open_storage(f"sqlite:///{project.folder}/done.db"), "colours")
@@ -101,6 +104,7 @@ def test_a_study_keeps_the_sampler_that_it_has_whatever_a_new_one_would_have(pro
     assert completed(project, "cut")[5].params == pytest.approx(proposed.params)
 
 
+@pytest.mark.slow
 def test_a_new_study_states_the_sampler_that_a_spec_leaves_open(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ FILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "family"), FILES)
 def test_every_paper_study_runs_on_data_with_the_public_columns(tmp_path: Path, file: str, family: str) -> None:
     project = local(tmp_path, file, family)

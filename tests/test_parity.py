@@ -86,6 +86,7 @@ def assert_at_most_one_row(ours: dict[str, float], theirs: dict[str, float], pro
         assert abs(ours[task] - theirs[task]) * rows < 1.5, (task, split, ours[task], theirs[task])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", POINTS)
 def test_merged_weights_and_accuracies_are_the_reference_s(problem, reference, tag):
     point = next(p for p in reference["points"] if p["tag"] == tag)
@@ -99,6 +100,7 @@ def test_merged_weights_and_accuracies_are_the_reference_s(problem, reference, t
     assert_at_most_one_row(merger.scores("test"), point["test"], problem, "test")
 
 
+@pytest.mark.slow
 def test_base_and_expert_accuracies_are_the_reference_s(problem, reference):
     merger = Merger(problem, METHODS["df-merge"], None)
     base = {task: result.score for task, result in merger.base_results("validation").items()}
@@ -109,6 +111,7 @@ def test_base_and_expert_accuracies_are_the_reference_s(problem, reference):
         assert_at_most_one_row(merger.scores("validation"), theirs, problem, "validation")
 
 
+@pytest.mark.slow
 def test_the_command_line_merges_to_the_reference_s_weights_and_scores(spec, reference, tmp_path):
     point = next(p for p in reference["points"] if p["tag"] == "point1.dfmerge")
     project = Project(spec.root, "t5")

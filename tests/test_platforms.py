@@ -48,6 +48,7 @@ def test_help_starts_everywhere(system: str, command: list[str]) -> None:
     assert "Usage: dfmerge" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["windows", "macos"])
 def test_every_module_of_the_package_that_is_its_own_code_can_be_imported(system: str) -> None:
     modules = [

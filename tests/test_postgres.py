@@ -88,6 +88,7 @@ def test_the_password_shows_in_no_message_of_a_run_that_cannot_reach_its_databas
     assert clean(done.stderr + done.stdout)
 
 
+@pytest.mark.slow
 def test_a_run_whose_database_goes_away_shows_no_password_and_its_result_is_applied_later(
     project: Project, postgres: str, postgres_server: PostgresServer
 ) -> None:
@@ -117,6 +118,7 @@ def test_postgres_is_used_with_small_pools_that_look_before_they_send(
     assert storage.get_all_studies() == []  # though every connection of the pool is dead
 
 
+@pytest.mark.slow
 def test_every_spelling_of_a_postgres_url_is_the_same_storage(project: Project, postgres: str) -> None:
     project.cli("run", "spec.yaml", "--trials", "1", DFMERGE_STORAGE=postgres)
     for scheme in ("postgresql", "postgres"):

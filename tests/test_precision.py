@@ -46,6 +46,7 @@ def test_a_merge_is_stored_as_the_base_is_and_takes_no_more_room(project_of: New
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_what_was_written_in_another_type_is_scored_as_it_is_stored(project_of: NewProject):
     project = project_of("llama")
     done = project.json(*MERGE, "--out", "merged", "--dtype", "bfloat16")

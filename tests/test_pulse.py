@@ -38,6 +38,7 @@ def test_work_that_talks_by_itself_or_is_watched_says_no_more(monkeypatch):
     assert lines_in(0.6, monkeypatch, on=False) == []
 
 
+@pytest.mark.slow
 def test_a_long_run_in_a_pipe_is_never_silent_for_long(project: Project, monkeypatch):
     monkeypatch.setattr(pulse, "SILENCE", 0.02)
     done = project.cli("run", "spec.yaml", "--trials", "1")

@@ -43,6 +43,7 @@ def test_a_healthy_study_has_nothing_to_mend(project: Project, url: str) -> None
     assert "nothing is stuck" in project.cli("repair", "spec.yaml").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATABASES)
 def test_a_killed_workers_trial_is_shown_with_its_process_and_put_back_when_asked(
     kind: str, new_storage: NewStorage, project: Project
@@ -99,6 +100,7 @@ def test_results_that_cannot_be_applied_are_shown_and_kept(project: Project, url
     assert "results of other studies" in project.cli("repair", "spec.yaml").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DATABASES)
 def test_a_failed_point_is_shown_and_tried_again_only_when_asked(
     kind: str, new_storage: NewStorage, project: Project
@@ -157,6 +159,7 @@ def test_old_temporary_files_are_deleted_young_ones_kept_and_a_moved_away_model_
     assert repair(project)["leftovers"] == []
 
 
+@pytest.mark.slow
 def test_a_study_whose_first_start_was_killed_is_shown_and_deleted_when_asked(project: Project, url: str) -> None:
     project.write(name="s", storage=url)
     join_study(open_storage(url), "s", directions=["maximize", "maximize"])

@@ -64,6 +64,7 @@ def by_name(view: StudyView) -> dict[str, Drawing | Missing]:
     return {figure.name: figure for figure in figures(view)}
 
 
+@pytest.mark.slow
 def test_the_trajectory_is_that_of_the_trials(done):
     view = view_of(done)
     drawn = by_name(view)["trajectory"]
@@ -87,6 +88,7 @@ def test_the_bars_are_the_scores_that_the_commands_print(done):
             assert drawn.value(name, split, "mean") == pytest.approx(row[split]["mean"])
 
 
+@pytest.mark.slow
 def test_run_the_page_and_the_card_show_the_same_scores(copied):
     lines = [line.split() for line in copied.cli("run", "spec.yaml").stdout.splitlines()]
     copied.cli("export", "spec.yaml", "--out", "out")
@@ -143,6 +145,7 @@ def test_the_plane_is_orthonormal_and_holds_base_and_experts(session):
         assert float(tau @ tau) ** 0.5 == pytest.approx((x**2 + y**2) ** 0.5, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_point_of_the_landscape_is_the_merge_at_its_coefficients(session, copied):
     found = landscape(session, 3)
     point = dict.fromkeys(EXPERTS, 0.5)
@@ -179,6 +182,7 @@ def test_what_lies_outside_the_merges_of_a_landscape_is_not_drawn():
     assert np.isfinite(surface[np.searchsorted(up, 0.2), np.searchsorted(across, 0.2)])
 
 
+@pytest.mark.slow
 def test_two_of_three_experts_are_merged_alone(copied):
     shutil.copytree(copied.folder / "blue", copied.folder / "green")
     copied.write(name="three", experts={"red": "red", "green": {"model": "green", "task": "red"}, "blue": "blue"})
@@ -242,6 +246,7 @@ class Loads(HTMLParser):
             self.policy = values["content"]
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_but_itself(copied):
     written = copied.json("report", "spec.yaml", "--out", "report")
     page = Path(copied.folder / written["page"]).read_text(encoding="utf-8")
@@ -257,6 +262,7 @@ def test_the_page_needs_nothing_but_itself(copied):
     assert page.count("Plotly.newPlot(`") == 1
 
 
+@pytest.mark.slow
 def test_every_figure_is_a_picture(copied):
     written = copied.json("report", "spec.yaml", "--out", "report", "--figures", "all", "--grid", "2", "--points", "2")
     assert set(written["missing"]) == {"comparison"}
@@ -276,6 +282,7 @@ def test_every_figure_is_a_picture(copied):
     assert not list(copied.folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_report_needs_the_storage_only(copied):
     for name in ("base", *EXPERTS):
         shutil.rmtree(copied.folder / name)
@@ -290,6 +297,7 @@ def test_a_report_needs_the_storage_only(copied):
     assert not (copied.folder / "other").exists()
 
 
+@pytest.mark.slow
 def test_bad_requests_are_refused_in_one_line(copied):
     def refused(*arguments: str) -> str:
         message = copied.cli("report", "spec.yaml", *arguments, check=2).stderr
@@ -309,6 +317,7 @@ def test_bad_requests_are_refused_in_one_line(copied):
     assert "not a report of this program" in refused("--out", "site", "--force")
 
 
+@pytest.mark.slow
 def test_a_second_report_replaces_the_first(copied):
     first = copied.json("report", "spec.yaml", "--out", "report")
     image = (copied.folder / first["figures"][1]).read_bytes()
@@ -445,6 +454,7 @@ def test_scores_of_another_kind_do_not_stand_beside_a_study_s_own():
     assert list(drawn["comparison"].methods) == ["df-merge"]
 
 
+@pytest.mark.slow
 def test_hostile_names_do_no_harm():
     fingerprint = {"experts": [[name, name] for name in HOSTILE], "tasks": list(HOSTILE)}
     study = study_of(
@@ -498,6 +508,7 @@ def test_a_figure_that_a_study_cannot_have_is_a_sentence(fingerprint, trials, mi
     assert "<h1>" in render(study_page(view, ""), figures(view))
 
 
+@pytest.mark.slow
 def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
     copied.write(name="dropped", method="dare", baselines=["averaging"])
     copied.cli("run", "spec.yaml")
@@ -525,6 +536,7 @@ def test_a_dare_study_is_drawn_over_coefficient_and_drop_rate(copied):
     assert f"Best drop rate: {best:g}" in study_page(view, "").tables[0].text
 
 
+@pytest.mark.slow
 def test_a_pareto_study_is_drawn_by_its_mean(copied):
     copied.write(name="front", objective="pareto")
     copied.cli("run", "spec.yaml")

@@ -39,6 +39,7 @@ def test_rows_that_would_swell_the_study_are_not_kept() -> None:
     assert rows_attribute({}) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["accuracy", "log_likelihood"])
 def test_every_trial_keeps_its_rows_and_their_mean_is_its_score(project: Project, metric: str) -> None:
     tasks = {name: {**task, "metric": metric} for name, task in project.spec["tasks"].items()}
@@ -53,6 +54,7 @@ def test_every_trial_keeps_its_rows_and_their_mean_is_its_score(project: Project
         assert row_scores(session, trial) == rows
 
 
+@pytest.mark.slow
 def test_a_score_that_is_no_mean_over_rows_keeps_none(project_of: object) -> None:
     project = project_of("bert")  # type: ignore[operator]
     tasks = {name: dict(task) for name, task in project.spec["tasks"].items()}

@@ -125,6 +125,7 @@ def test_startup_points_spread_over_the_whole_space_and_over_both_axes() -> None
     assert abs(np.corrcoef(points.T)[0, 1]) < 0.15  # one seed for both axes would give 1
 
 
+@pytest.mark.slow
 def test_the_gaussian_process_finds_a_smooth_maximum_that_random_points_miss() -> None:
     names = ("gp", "ucb", "random")
     best = {name: max(_value(p) for p in _run(_study(name, startup_trials=5), 20)) for name in names}

@@ -62,6 +62,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_settings_of_a_data_set_that_are_secret_are_neither_stored_nor_exported(project):
     with_dataset(project, **SETTINGS)
     said = []
@@ -85,6 +86,7 @@ def test_settings_of_a_data_set_that_are_secret_are_neither_stored_nor_exported(
     assert '"red.validation.jsonl"' in (project.folder / "merged/dfmerge.json").read_text()  # the rest is there
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version_that_has_a_secret_loses_it_at_the_next_run(project):
     project.json("run", "spec.yaml", "--trials", "1")
     study = optuna.load_study(study_name="colours", storage=open_storage(f"sqlite:///{project.folder}/colours.db"))

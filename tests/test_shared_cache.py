@@ -131,6 +131,7 @@ def test_two_workers_that_compute_the_same_key_leave_one_valid_entry(bucket: str
     assert reader.verify() == []
 
 
+@pytest.mark.slow
 def test_the_least_recently_used_go_first_and_none_that_is_in_use(bucket: str) -> None:
     keys = [dataclasses.replace(KEY, expert=str(i) * 64) for i in range(3)]
     cache = RemoteCache(bucket, grace=4)
@@ -204,6 +205,7 @@ def test_a_server_that_goes_away_in_mid_study_costs_no_trial(
     assert "secret-of-nobody" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_two_machines_with_one_shared_cache_compute_each_fisher_once(bucket: str, project: Project) -> None:
     project.write(cache=bucket)
     first = project.json("run", "spec.yaml", "--no-test")
@@ -212,6 +214,7 @@ def test_two_machines_with_one_shared_cache_compute_each_fisher_once(bucket: str
     assert (again["fishers"]["computed"], again["best"]) == (0, first["best"])
 
 
+@pytest.mark.slow
 def test_push_and_pull_on_the_command_line(bucket: str, project: Project) -> None:
     project.json("run", "spec.yaml", "--no-test")
     pushed = project.json("cache", "push", "spec.yaml", "--to", bucket)

@@ -164,6 +164,7 @@ def test_a_constraint_that_is_there_is_left_alone(tmp_path: Path) -> None:
     assert study.get_trials()[0].constraints == {"000": 1.0, "001": 3.0}
 
 
+@pytest.mark.slow
 def test_a_trial_is_drawn_from_what_was_read_and_no_trials_are_read_again(tmp_path: Path) -> None:
     study = _study(f"sqlite:///{tmp_path}/s.db", "gp")
     work(study, SPACE, evaluated, target=12)  # past the startup trials: the model proposes

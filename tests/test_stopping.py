@@ -242,6 +242,7 @@ def test_optimize_merge_stops_without_patience_left_and_stays_stopped(tmp_path: 
         optimize_merge(base, experts, target_score, stop="gain")
 
 
+@pytest.mark.slow
 def test_a_study_that_was_cut_stops_where_an_uncut_one_stops(tmp_path: Path) -> None:
     base, experts = toys("a", "b")
     settings: dict[str, Any] = {"trials": 40, "startup_trials": 3, "patience": 3}
@@ -266,6 +267,7 @@ def test_a_study_that_was_cut_stops_where_an_uncut_one_stops(tmp_path: Path) -> 
 # On the command line
 
 
+@pytest.mark.slow
 def test_run_status_and_list_agree_on_where_a_study_stopped_and_add_goes_on(project: Project) -> None:
     project.write(search={"trials": 30, "startup_trials": 2, "patience": 2, "sampler": "random", "step": 0.5})
     run = project.cli("run", "spec.yaml", "--json", "--no-test")
@@ -287,6 +289,7 @@ def test_run_status_and_list_agree_on_where_a_study_stopped_and_add_goes_on(proj
     assert (total["trials"]["complete"], total["stopped"]) == (count + 3, None)
 
 
+@pytest.mark.slow
 def test_an_explicit_total_is_reached_whatever_the_patience(project: Project) -> None:
     project.write(search={"trials": 30, "startup_trials": 1, "patience": 1, "sampler": "random", "step": 0.5})
     told = project.json("run", "spec.yaml", "--trials", "5", "--no-test")
@@ -310,6 +313,7 @@ def test_settings_that_cannot_stop_a_search_are_refused(
     assert all(word in refused for word in words), refused
 
 
+@pytest.mark.slow
 def test_several_worker_processes_stop_together_and_say_so_once(project: Project) -> None:
     project.write(search={"trials": 30, "startup_trials": 2, "patience": 2, "sampler": "random", "step": 0.5})
     run = project.process("run", "spec.yaml", "--workers", "2", "--no-test")

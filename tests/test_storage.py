@@ -132,6 +132,7 @@ def _join_and_take(url: str, start: Any, found: Any) -> None:
     found.put(None)
 
 
+@pytest.mark.slow
 def test_processes_that_join_an_empty_storage_at_once_all_start_and_share_the_queue(url: str) -> None:
     workers, queued = 6, 12
     start, found = context().Barrier(workers + 1), context().Queue()

@@ -46,6 +46,7 @@ def wait_for_trials(project: Project, process: Forked, count: int) -> None:
     raise AssertionError(f"the run ended with {process.wait()} before {count} trials")
 
 
+@pytest.mark.slow
 def test_a_run_reaches_its_total_and_says_what_it_did(project):
     printed = project.json("run", "spec.yaml")
     assert printed["trials"] == {"target": 4, "complete": 4, "running": 0, "waiting": 0, "failed": 0, "pruned": 0}
@@ -72,6 +73,7 @@ def test_a_run_reaches_its_total_and_says_what_it_did(project):
     ]
 
 
+@pytest.mark.slow
 def test_the_first_trial_is_one_over_m_and_asked_for_points_follow(project):
     project.write(search={"trials": 3, "startup_trials": 3, "enqueue": [0.25, {"red": 1.0, "blue": 0.0}]})
     project.json("run", "spec.yaml")
@@ -123,6 +125,7 @@ def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, projec
     assert completed(cut) == completed(whole)
 
 
+@pytest.mark.slow
 def test_a_finished_study_runs_nothing_more_and_add_extends_it(project):
     project.json("run", "spec.yaml", "--trials", "3")
     first = completed(project)
@@ -135,6 +138,7 @@ def test_a_finished_study_runs_nothing_more_and_add_extends_it(project):
     assert project.json("status", "spec.yaml")["trials"]["target"] == 6
 
 
+@pytest.mark.slow
 def test_the_same_files_under_another_path_are_the_same_study(project, tmp_path):
     project.json("run", "spec.yaml", "--trials", "2")
     moved = tmp_path / "moved"
@@ -181,6 +185,7 @@ def studied(tmp_path_factory, make_copy) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_a_step_puts_every_coefficient_on_the_grid_and_fishers_recur(project):
     project.write(search={"trials": 6, "startup_trials": 4, "step": 0.5})
     printed = project.json("run", "spec.yaml")
@@ -190,6 +195,7 @@ def test_a_step_puts_every_coefficient_on_the_grid_and_fishers_recur(project):
     assert printed["fishers"]["computed"] + printed["fishers"]["cached"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "trials"), [("averaging", 1), ("fisher", 1), ("task-arithmetic", 11), ("gta", 4), ("ties", 11)]
 )
@@ -269,6 +275,7 @@ def test_ucb_searches_with_step_and_constraint_and_its_kappa_is_part_of_the_stud
     assert "search.acquisition" in project.cli("run", "spec.yaml", check=2).stderr
 
 
+@pytest.mark.slow
 def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):
     project.write(search={"trials": 5, "startup_trials": 2, "max_drop": 10})
     project.json("run", "spec.yaml")
@@ -283,6 +290,7 @@ def test_max_drop_is_an_optuna_constraint_and_shown_in_status(project):
     assert "max_drop" in project.cli("status", "spec.yaml").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["min", "pareto", {"kind": "weighted", "weights": {"red": 3, "blue": 1}}])
 def test_every_objective_runs_past_its_startup_trials_and_ends_in_one_best(project, kind):
     project.write(objective=kind, search={"trials": 5, "startup_trials": 2})
@@ -301,6 +309,7 @@ def test_every_objective_runs_past_its_startup_trials_and_ends_in_one_best(proje
     project.json("export", "spec.yaml", "--out", "best")
 
 
+@pytest.mark.slow
 def test_baselines_are_studies_of_their_own_beside_the_method(project):
     project.write(baselines=["averaging", "task-arithmetic"])
     printed = project.json("run", "spec.yaml")
@@ -316,6 +325,7 @@ def test_baselines_are_studies_of_their_own_beside_the_method(project):
     assert project.json("run", "spec.yaml")["rows"] == printed["rows"]
 
 
+@pytest.mark.slow
 def test_an_expert_without_a_task_is_weighed_by_all_tasks(project):
     project.write(experts={"red": "red", "blue": "blue", "third": {"model": "blue", "task": None}})
     project.json("run", "spec.yaml", "--trials", "2")
@@ -323,6 +333,7 @@ def test_an_expert_without_a_task_is_weighed_by_all_tasks(project):
     assert printed["samples"] == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5-v1.1", "mt5", "gpt2", "llama-tied", "llama", "bert", "distilbert", "roberta"])
 def test_every_family_runs_exports_and_gives_the_trial_s_scores_again(project_of, family):
     project = project_of(family)
@@ -333,6 +344,7 @@ def test_every_family_runs_exports_and_gives_the_trial_s_scores_again(project_of
     assert {task: entry["score"] for task, entry in scores["tasks"].items()} == best["tasks"]
 
 
+@pytest.mark.slow
 def test_with_fewer_inputs_than_samples_all_are_used_and_the_count_is_what_was_used(project):
     project.write(importance={"samples": 1000})
     printed = project.json("fisher", "spec.yaml", "--expert", "red", "--out", "red.safetensors")
@@ -395,6 +407,7 @@ def test_a_deleted_row_of_data_makes_another_study(studied):
         file.write_text(content)
 
 
+@pytest.mark.slow
 def test_the_storage_can_come_from_the_environment(project, tmp_path):
     url = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     project.cli("run", "spec.yaml", "--trials", "1", "--json", DFMERGE_STORAGE=url)

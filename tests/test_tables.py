@@ -75,6 +75,7 @@ def extended(project_of, monkeypatch: pytest.MonkeyPatch) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_a_new_method_and_its_parameter_are_validated_searched_shown_and_merged(extended):
     assert extended.json("validate", "spec.yaml")["ok"]
     refused = extended.cli("validate", "spec.yaml", "--set", "parameters.stretched.stretch=10", check=2).stderr
@@ -102,6 +103,7 @@ def test_a_new_method_and_its_parameter_are_validated_searched_shown_and_merged(
         torch.testing.assert_close(merged[name], base[name] + sum(steps), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_metric_whose_lower_scores_are_better_decides_what_is_best_everywhere(extended):
     printed = extended.json("run", "spec.yaml")
     assert printed["task_metrics"] == dict.fromkeys(TASKS, "error")
@@ -122,6 +124,7 @@ def test_a_new_metric_whose_lower_scores_are_better_decides_what_is_best_everywh
             assert row["drop"]["points"] == pytest.approx(max(lost))
 
 
+@pytest.mark.slow
 def test_a_new_figure_is_drawn_and_named(extended):
     extended.cli("run", "spec.yaml", "--no-test")
     report = extended.json("report", "spec.yaml", "--figures", "dots")
@@ -130,6 +133,7 @@ def test_a_new_figure_is_drawn_and_named(extended):
     assert "dots" in extended.cli("report", "spec.yaml", "--figures", "dot", check=2).stderr
 
 
+@pytest.mark.slow
 def test_a_study_of_them_that_was_cut_is_resumed_as_if_it_had_not_been(extended):
     for total in ("2", "5"):
         extended.json("run", "spec.yaml", "--no-test", "--trials", total)

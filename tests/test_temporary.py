@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dfmerge_studies import temporary
 
 
@@ -46,6 +48,7 @@ def test_two_names_differ_and_are_hidden(tmp_path: Path) -> None:
     assert re.fullmatch(r"\.a\.[0-9a-f]{32}\.tmp", one.name)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_unfinished_file_of_a_killed_one(project) -> None:
     project.cli("run", "spec.yaml", "--trials", "1")
     cache = project.folder / ".dfmerge/fishers"

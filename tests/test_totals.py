@@ -64,6 +64,7 @@ def test_a_spec_that_states_more_than_the_study_has_is_what_is_added_to() -> Non
     assert stored_total(study) == 13
 
 
+@pytest.mark.slow
 def test_add_on_the_command_line_counts_each_time(project) -> None:
     project.cli("run", "spec.yaml", "--trials", "2", "--no-test")
     project.cli("run", "spec.yaml", "--set", "search.trials=2", "--add", "1", "--no-test")

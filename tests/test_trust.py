@@ -64,6 +64,7 @@ def test_the_code_of_a_checkpoint_runs_where_the_user_says_so(project, marker, w
     assert marker.exists()
 
 
+@pytest.mark.slow
 def test_what_comes_next_is_trusted_as_well(project):
     assert (
         "--set trust_remote_code=true" in project.cli("run", "spec.yaml", "--trials", "1", "--trust-remote-code").stdout

@@ -134,6 +134,7 @@ def run(study: optuna.Study, trials: int, step: float | None = None, pareto: boo
     study.optimize(objective, n_trials=trials)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_optimum_of_the_mean_is_found_in_fifteen_trials(seed: int) -> None:
     fine = torch.cartesian_prod(*[torch.linspace(0, 1, 101, dtype=torch.float64)] * 2)
@@ -142,6 +143,7 @@ def test_the_optimum_of_the_mean_is_found_in_fifteen_trials(seed: int) -> None:
     assert study.best_value > scores(fine).mean(1).max().item() - 0.005
 
 
+@pytest.mark.slow
 def test_a_cut_study_proposes_what_an_uncut_one_proposes() -> None:
     whole = study_of()
     run(whole, 9)
@@ -160,6 +162,7 @@ def test_a_cut_study_proposes_what_an_uncut_one_proposes() -> None:
     assert [t.params for t in cut.trials[7:]] == [t.params for t in whole.trials[7:]]
 
 
+@pytest.mark.slow
 def test_a_stepped_space_is_searched_on_its_steps_and_no_point_twice() -> None:
     study = study_of(step=0.25)
     run(study, 12, step=0.25)
@@ -181,6 +184,7 @@ def test_a_pareto_study_spreads_along_the_front() -> None:
     assert share.max() - share.min() > 0.3
 
 
+@pytest.mark.slow
 def test_botorch_is_imported_where_a_trial_is_proposed_and_not_before() -> None:
     code = """
 import sys

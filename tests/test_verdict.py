@@ -198,6 +198,7 @@ def whole(whole_original: Project, tmp_path: Path) -> Project:
     return copied(whole_original, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_it_comes_first_in_run_status_page_card_and_json(whole: Project):
     found = whole.json("status", "spec.yaml")["verdict"]
     assert found["split"] == "test"
@@ -220,6 +221,7 @@ def test_it_comes_first_in_run_status_page_card_and_json(whole: Project):
     assert found["text"][1:] not in (whole.folder / "other/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_scores_of_base_experts_and_trials_keep_their_rows(whole: Project):
     rows = whole.json("run", "spec.yaml")["rows"]
     for split in ("validation", "test"):
@@ -233,6 +235,7 @@ def test_scores_of_base_experts_and_trials_keep_their_rows(whole: Project):
     assert "± standard error" in shown
 
 
+@pytest.mark.slow
 def test_the_difference_to_averaging_is_that_of_the_rows_of_the_exported_models(whole: Project):
     """Against the answers of both merges, each written out and run by transformers alone."""
     from transformers import pipeline

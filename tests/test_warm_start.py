@@ -142,6 +142,7 @@ HERE = ("--set", "storage=sqlite:///colours.db")
 NEW = ("--set", "name=new", *HERE)
 
 
+@pytest.mark.slow
 def test_run_says_where_its_first_points_are_from_and_status_shows_it(finished: Project) -> None:
     new = ("spec.yaml", *NEW, "--set", "method=gta", "--set", "search.warm_start=colours")
     run = finished.cli("run", *new, "--trials", "2", "--no-test")
@@ -183,6 +184,7 @@ def test_the_password_of_the_other_storage_is_not_kept_with_the_study() -> None:
     assert kept["search"]["warm_start"]["study"] == "first"
 
 
+@pytest.mark.slow
 def test_a_baseline_that_the_study_starts_from_starts_from_nothing_itself(finished: Project, tmp_path: Path) -> None:
     finished.cli("run", "spec.yaml", "--set", "method=gta", "--set", "name=new.gta", *HERE, "--trials", "1")
     both = (*NEW, "--set", "baselines=[gta]", "--set", "search.warm_start=new.gta")

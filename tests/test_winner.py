@@ -49,6 +49,7 @@ def trial(
 # Which trials are compared again
 
 
+@pytest.mark.slow
 def test_trials_are_told_apart_as_a_paired_test_over_their_rows_tells_them() -> None:
     draw, n, seen = np.random.default_rng(3), 300, {"near": 0, "far": 0}
     for _ in range(60):
@@ -210,6 +211,7 @@ def opened(project: Project) -> Session:
     return open_study(StudySpec.from_yaml(project.file))
 
 
+@pytest.mark.slow
 def test_a_trial_is_judged_by_its_mean_over_the_search_s_rows_and_as_many_again_as_may_be_spent(
     lucky: Project,
 ) -> None:
@@ -238,6 +240,7 @@ def without_limit(spec: StudySpec) -> dict[str, Any]:
     return {name: {**task, "limit": None} for name, task in spec.model_dump()["tasks"].items()}
 
 
+@pytest.mark.slow
 def test_every_command_names_the_winner_and_not_the_luckiest_trial(lucky: Project) -> None:
     study = opened(lucky).study
     named = winner_of(study, MEAN)
@@ -267,6 +270,7 @@ def test_every_command_names_the_winner_and_not_the_luckiest_trial(lucky: Projec
     assert f"The best is trial {number}" in (lucky.folder / page).read_text()
 
 
+@pytest.mark.slow
 def test_the_winner_is_exported_with_both_numbers_and_another_trial_on_request(lucky: Project) -> None:
     number = lucky.json("status", "spec.yaml")["best"]["number"]
     assert lucky.json("export", "spec.yaml", "--out", "model")["trial"] == number
@@ -299,6 +303,7 @@ class Scored:
         patch.setattr(Merger, "results", results)
 
 
+@pytest.mark.slow
 def test_a_choice_that_was_cut_goes_on_with_what_it_had_scored(lucky: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = stored_selection(opened(lucky).study)
     limited(lucky)
@@ -374,6 +379,7 @@ def test_without_further_rows_the_best_of_the_search_is_named_and_only_ties_are_
     assert "these rows" in finished.cli("status", "spec.yaml").stdout
 
 
+@pytest.mark.slow
 def test_an_objective_per_task_keeps_its_front_and_names_no_winner(project: Project) -> None:
     project.write(objective="pareto", method="gta", search={"trials": 2})
     printed = project.json("run", "spec.yaml", "--no-test")["best"]
@@ -392,6 +398,7 @@ def test_a_study_of_an_earlier_version_shows_what_it_showed(finished: Project) -
     assert status["selection"] is None
 
 
+@pytest.mark.slow
 def test_agreement_is_compared_on_rows_that_the_experts_answer_first(project: Project) -> None:
     tasks = {name: {**task, "limit": 0.5} for name, task in project.spec["tasks"].items()}
     project.write(tasks=tasks, objective="agreement", method="gta", search={"trials": 3, "max_drop": 60})
@@ -400,6 +407,7 @@ def test_agreement_is_compared_on_rows_that_the_experts_answer_first(project: Pr
     assert selection["scored"] or len(selection["tied"]) == 1
 
 
+@pytest.mark.slow
 def test_rows_can_be_held_out_without_a_limit_and_not_all_of_them(project: Project) -> None:
     search = {"trials": 2, "sampler": "random"}
     project.write(method="gta", search={**search, "holdout": 0.25})

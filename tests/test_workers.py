@@ -197,6 +197,7 @@ def test_workers_that_join_leave_and_die_reach_the_exact_total_on_every_storage(
     place.check_whole()
 
 
+@pytest.mark.slow
 def test_a_worker_that_finds_every_place_taken_waits_and_takes_up_the_trial_of_one_that_dies(tmp_path: Path) -> None:
     place = Place(tmp_path / "s", target=2, points=[])
     holder = place.start(hang_at_call=2)
