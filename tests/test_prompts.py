@@ -25,6 +25,11 @@ from tests.models import FAMILIES, TEXTS
 from tests.project import Project, make_project
 from tests.test_tokenise import SPECIAL, trained
 
+# Of signs that the small tokenizers of tests.models know.
+PLAIN_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}, {% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 CHAT = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -270,9 +275,9 @@ def chats(tmp_path: Path) -> Project:
     """Two tasks of a causal model: one in chat with two examples, one with examples in plain text."""
     project = make_project(tmp_path / "p", "gpt2", rows=10)
     tokenizer = FAMILIES["gpt2"].tokenizer()
-    tokenizer.chat_template = "{{ bos_token }}" + CHAT.replace("{{ eos_token }}", "")
+    tokenizer.chat_template = PLAIN_CHAT
     tokenizer.save_pretrained(project.folder / "base")
-    for name, fields in (("red", {"apply_chat_template": True, "system_instruction": "Say."}), ("blue", {})):
+    for name, fields in (("red", {"apply_chat_template": True, "system_instruction": "answer"}), ("blue", {})):
         project.spec["tasks"][name] |= {"doc_to_text": "{{ input[:7] }}", "num_fewshot": 1, "max_length": 60, **fields}
     project.write()
     return project
@@ -291,15 +296,15 @@ def test_a_study_scores_the_answers_after_the_whole_prompt(chats: Project) -> No
     for row, losses in zip(rows, found, strict=True):
         (shown,) = row.examples
         messages = [
-            {"role": "system", "content": "Say."},
+            {"role": "system", "content": "answer"},
             {"role": "user", "content": shown.text},
             {"role": "assistant", "content": shown.answer},
             {"role": "user", "content": row.text},
         ]
-        begin = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        begin = tokenizer(prompt.rstrip(), add_special_tokens=False)["input_ids"]
         for choice, loss in zip(row.choices, losses, strict=True):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + choice
-            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(prompt + choice, add_special_tokens=False)["input_ids"]
             if len(whole) > 60:
                 continue  # cut
             labels = torch.tensor([[-100] * len(begin) + whole[len(begin) :]])
@@ -310,6 +315,7 @@ def test_a_study_scores_the_answers_after_the_whole_prompt(chats: Project) -> No
     assert compared > 5
 
 
+@pytest.mark.slow
 def test_a_study_with_other_prompts_is_another_study(chats: Project) -> None:
     chats.cli("run", chats.file, "--trials", "1", "--set", "method=averaging")
     chats.cli("run", chats.file, "--trials", "1", "--set", "method=averaging")
@@ -329,8 +335,55 @@ def test_a_base_without_a_chat_template_is_refused_by_validate(chats: Project) -
     assert "tasks.red.apply_chat_template: the tokenizer has no chat template" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_exported_model_has_the_template_and_the_same_scores(chats: Project) -> None:
     summary = chats.json("run", chats.file, "--set", "method=averaging")
     chats.cli("export", chats.file, "--set", "method=averaging", "--out", "out")
     found = chats.json("evaluate", chats.file, "--model", "out")
     assert {name: entry["score"] for name, entry in found["tasks"].items()} == summary["best"]["tasks"]
+
+
+# --- looking at it ---------------------------------------------------------------------------------------------------
+
+
+def test_validate_shows_a_prompt_with_its_special_tokens_the_choices_and_what_is_scored(chats: Project) -> None:
+    found = chats.json("validate", chats.file, "--show", "red")["shown"]
+    assert found["prompt"].startswith("<|endoftext|>system: answer, user: ")
+    assert found["prompt"].endswith(f", user: {TEXTS[0][:7]}, assistant:")
+    assert found["tokens"][0] == "<|endoftext|>"
+    assert [answer["right"] for answer in found["answers"]] == [True, False]
+    assert [answer["text"] for answer in found["answers"]] == [" yes", " a terrible place"]
+    assert all(answer["tokens"] for answer in found["answers"])
+    assert "mean log-likelihood" in found["scored"]
+    printed = chats.cli("validate", chats.file, "--show", "red").stdout
+    assert "  | <|endoftext|>system: answer, user: " in printed
+    assert "  * ' yes'  = " in printed
+    done = chats.cli("validate", chats.file, "--show", "rde", check=2)
+    assert "--show: unknown task 'rde'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "begin", "answers"),
+    [("t5", "", ["yes</s>", "a terrible place</s>"]), ("bert", "[CLS]", ["LABEL_0", "LABEL_1", "LABEL_2"])],
+)
+def test_an_input_of_every_kind_of_model_can_be_shown(
+    family: str, begin: str, answers: list[str], tmp_path: Path
+) -> None:
+    project = make_project(tmp_path / "p", family, rows=6)
+    found = project.json("validate", project.file, "--show", "red")["shown"]
+    assert found["prompt"].startswith(begin)
+    assert found["prompt"].endswith("[SEP]" if family == "bert" else "</s>")
+    assert [answer["text"] for answer in found["answers"]] == answers
+    assert [answer["right"] for answer in found["answers"]].count(True) == 1
+
+
+def test_a_text_that_is_scored_can_be_shown(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "p", "gpt2", rows=6)
+    source = {"dataset": project.spec["tasks"]["red"]["dataset"], "max_length": 60}
+    project.spec["tasks"]["general"] = {"type": "text", "doc_to_target": "input", **source}
+    project.write(method="gta")
+    found = project.json("validate", project.file, "--show", "general")["shown"]
+    assert found["prompt"] == "<|endoftext|>"
+    assert [answer["text"] for answer in found["answers"]] == [f"{TEXTS[0]} <unk>"]
+    assert len(found["answers"][0]["tokens"]) > 10

@@ -19,6 +19,7 @@ from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from dfmerge_studies.study.validate import Estimate
+    from dfmerge_studies.tasks.shown import Shown
 
 
 def status(
@@ -117,6 +118,12 @@ def validate(
     spec: common.SpecArgument = None,
     storage: common.StorageOption = None,
     overrides: common.SetOption = None,
+    show: Annotated[
+        str | None,
+        typer.Option(
+            "--show", metavar="TASK", help="Print one input of a task as the model reads it, and its answers."
+        ),
+    ] = None,
     trust: common.TrustOption = False,
     json: common.JsonOption = False,
 ) -> None:
@@ -126,11 +133,13 @@ def validate(
         common.quiet_libraries()
         from dfmerge_studies.study.validate import validate_examined
 
-        result = validate_examined(found, progress=progress)
+        result = validate_examined(found, show=show, progress=progress)
     if json:
         estimate = asdict(result.estimate) if result.estimate is not None else {}
         problems = problems_json(result.problems)
         found_out = {"notes": result.notes, "estimate": estimate, "search": result.search}
+        if show is not None:
+            found_out["shown"] = asdict(result.shown) if result.shown is not None else None
         common.print_json({"ok": result.ok, "problems": problems, **found_out})
     for problem in result.problems:
         common.warn(f"error: {problem}")
@@ -138,8 +147,25 @@ def validate(
         common.warn(f"note: {note['where']}: {note['what']}")
     if found.spec is not None and result.estimate is not None and not json:
         _show_estimate(found.spec.file.name, result.estimate, result.search)
+    if result.shown is not None and not json:
+        _show_input(result.shown)
     if not result.ok:
         raise typer.Exit(2)
+
+
+def _show_input(shown: Shown) -> None:
+    """A prompt, its answers and what is scored; as plain text, since a prompt may hold anything."""
+    cut = ", cut" if shown.truncated else ""
+    common.say(f"\n{shown.task} ({shown.type}), row {shown.row}: the model reads {len(shown.tokens)} tokens{cut}")
+    common.say("".join(f"  | {line}\n" for line in shown.prompt.split("\n")).rstrip("\n"))
+    for answer in shown.answers:
+        mark, tokens = ("*" if answer.right else " "), "  ".join(answer.tokens)
+        common.say(f"  {mark} {answer.text!r}" + (f"  = {len(answer.tokens)} tokens: {tokens}" if tokens else ""))
+    if any(answer.right for answer in shown.answers):
+        common.say("  * is right")
+    if shown.wanted is not None:
+        common.say(f"  right: {shown.wanted}")
+    common.say(f"  scored: {shown.scored}")
 
 
 def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | None) -> None:

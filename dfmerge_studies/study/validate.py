@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
-from dfmerge_studies.errors import DFMergeError, InputError
+from dfmerge_studies.checkpoints.resident import head_classes
+from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_experts
@@ -29,6 +30,7 @@ from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.session import cache_limit, spec_cache
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.files import check_data_files
+from dfmerge_studies.tasks.shown import Shown, shown_input
 from dfmerge_studies.transforms import TRANSFORMS
 
 
@@ -73,12 +75,14 @@ class Validation:
         notes: `where` and `what` of that which is valid and may still be meant otherwise.
         estimate: None unless everything could be loaded.
         search: how trials would be proposed; None where that is not known, or the method does not search.
+        shown: an input of the task that was asked for; None unless everything could be loaded.
     """
 
     problems: list[DFMergeError]
     notes: list[dict[str, str]]
     estimate: Estimate | None
     search: Mapping[str, Any] | None = None
+    shown: Shown | None = None
 
     @property
     def ok(self) -> bool:
@@ -91,18 +95,31 @@ def validate(spec: StudySpec, *, progress: Progress = silent) -> Validation:
     return validate_examined(Examined(spec=spec), progress=progress)
 
 
-def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent) -> Validation:
+def validate_examined(
+    found: Examined[StudySpec], *, show: str | None = None, progress: Progress = silent
+) -> Validation:
     """The same for a spec that may be wrong: what is left of it is checked as far as that goes.
 
     Args:
         found: from `StudySpec.examine`.
+        show: a task of which one input is shown as the model reads it.
         progress: told how far it is.
+
+    Raises:
+        InputError: there is no such task.
     """
     problems: list[DFMergeError] = [*found.problems]
     spec = found.spec
     notes: list[dict[str, str]] = []
     estimate: Estimate | None = None
     search: Mapping[str, Any] | None = None
+    shown: Shown | None = None
+    if spec is not None and show is not None and show not in spec.tasks:
+        raise InputError(
+            f"unknown task {show!r}",
+            where="--show",
+            hint=did_you_mean(show, spec.tasks) or f"The tasks are {', '.join(spec.tasks)}",
+        )
     if spec is not None:
         for each in (*_file_problems(spec, found.is_sound), *_data_problems(spec, found.is_sound, notes)):
             if str(each) not in map(str, problems):  # a missing file fails every split
@@ -110,6 +127,7 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
     if spec is not None and not problems:
         try:
             problem = load_problem(spec, progress=progress)
+            shown = None if show is None else _shown(problem, show)
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
@@ -119,7 +137,16 @@ def validate_examined(found: Examined[StudySpec], *, progress: Progress = silent
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
-    return Validation(problems, notes, estimate, search)
+    return Validation(problems, notes, estimate, search, shown)
+
+
+def _shown(problem: Problem, task: str) -> Shown:
+    """The first validation input of a task that trials are scored on."""
+    example, resident = problem.examples(task, "validation")[0], problem.resident
+    head = resident.heads.get(task)
+    numbers = [f"class {number}" for number in range(head_classes(head))] if head else []
+    classes = problem.classes.get(task) or numbers
+    return shown_input(task, problem.spec.tasks[task], problem.kinds[task], example, resident.tokenizer, classes)
 
 
 def memory_estimate(problem: Problem) -> Estimate:

@@ -1,0 +1,118 @@
+"""One input of a task as the model reads it: the whole prompt with its special tokens, the answers, what is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dfmerge_studies.tasks.answers import wanted_answers
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """A choice, a class, or a text whose tokens are scored.
+
+    Attributes:
+        text: what it says.
+        tokens: its tokens as the vocabulary has them, those that are scored; of a class none.
+        right: whether the data says that it is the right one.
+    """
+
+    text: str
+    tokens: list[str]
+    right: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One input of a task.
+
+    Attributes:
+        task: name of the task.
+        type: of the task.
+        row: of the validation split.
+        prompt: what the model reads before an answer, special tokens included.
+        tokens: the same as tokens.
+        truncated: whether it was cut.
+        answers: what there is to choose from or to score.
+        wanted: what the data says is right, where it is none of `answers`.
+        scored: what the score is made of, in words.
+    """
+
+    task: str
+    type: str
+    row: int
+    prompt: str
+    tokens: list[str]
+    truncated: bool
+    answers: list[ShownAnswer]
+    wanted: str | None
+    scored: str
+
+
+def shown_input(
+    name: str,
+    task: AnyTask,
+    kind: Kind,
+    example: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str] = (),
+) -> Shown:
+    """One tokenised input in words.
+
+    Args:
+        name: of the task.
+        task: its settings.
+        kind: how the model answers.
+        example: the input.
+        tokenizer: the base's.
+        classes: names of the head's classes, where there is a head.
+    """
+
+    def pieces(ids: Sequence[int]) -> list[str]:
+        return list(map(str, tokenizer.convert_ids_to_tokens(list(ids))))
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    answers = [
+        ShownAnswer(text(ids), pieces(ids), index == example.label) for index, ids in enumerate(example.choices)
+    ] or [ShownAnswer(each, [], index == example.label) for index, each in enumerate(classes)]
+    return Shown(
+        task=name,
+        type=task.type,
+        row=example.index,
+        prompt=text(example.input_ids),
+        tokens=pieces(example.input_ids),
+        truncated=example.truncated,
+        answers=answers,
+        wanted=None if any(answer.right for answer in answers) else _wanted(task, example),
+        scored=_scored(task, kind),
+    )
+
+
+def _wanted(task: AnyTask, example: Encoded) -> str | None:
+    if isinstance(task, (ChoiceTask, ClassificationTask)):
+        return None if example.label is None else f"class {example.label}"
+    (wanted,) = wanted_answers(task, [example])
+    return _words(wanted)
+
+
+def _words(wanted: Any) -> str:
+    return wanted if isinstance(wanted, str) else repr(wanted)
+
+
+def _scored(task: AnyTask, kind: Kind) -> str:
+    """What the score is made of."""
+    if isinstance(task, ChoiceTask):
+        end = ", end of sequence included" if kind is Kind.TEXT_TO_TEXT else ""
+        return f"the tokens of each choice{end}, by their mean log-likelihood after the prompt; the highest is taken"
+    if isinstance(task, TextTask):
+        return "each token of the text, by its log-likelihood after all tokens before it"
+    return "what the head makes of the whole text"
