@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.importance.passes import Job, class_directions
+from dfmerge_studies.importance.directions import class_directions
+from dfmerge_studies.importance.passes import Job
 from dfmerge_studies.importance.task_fisher import FisherResult, sampling_draws, share_of_sum, task_fisher
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.tasks.encoding import Encoded, Kind

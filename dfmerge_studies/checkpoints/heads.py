@@ -1,33 +1,68 @@
-"""What a classifier's configuration says of its head: the names of its classes, and whether it picks one of them."""
+"""What a model's configuration says of its head: the names of its classes, and how it answers."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
 
-_OTHER_HEADS = {"multi_label_classification": "multi-label", "regression": "regression"}
+
+@dataclass(frozen=True)
+class _Head:
+    """A kind of head.
+
+    Attributes:
+        problem: transformers' name, as `problem_type` of a configuration.
+        words: what such a head is called.
+        answers: what it does, after "tasks of type ...".
+    """
+
+    problem: str
+    words: str
+    answers: str
 
 
-def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+_HEADS: Mapping[str, _Head] = {  # by type of the tasks that need it
+    "classification": _Head(
+        "single_label_classification", "single-label classification", "pick one of several classes"
+    ),
+    "regression": _Head("regression", "regression", "have a head that gives one number"),
+}
+_WORDS = {
+    **{head.problem: head.words for head in _HEADS.values()},
+    "multi_label_classification": "multi-label",
+}
+
+
+def problem_type(kind: str) -> str:
+    """Transformers' name of a kind of head.
+
+    Args:
+        kind: type of the tasks that need it.
+    """
+    return _HEADS[kind].problem
+
+
+def class_names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
     """Names of a head's classes in its order, as `id2label` has them; nothing where there is no such field.
 
     Args:
-        checkpoint: a classifier, or an adapter, which may have no config.json.
+        checkpoint: a model with a head, or an adapter, which may have no config.json.
+        kind: type of the task that needs it.
 
     Raises:
-        InputError: the head is no head of single-label classification.
+        InputError: the head is of another kind.
     """
     config = checkpoint.read_config()
-    labels, problem = config.get("id2label"), config.get("problem_type")
+    labels = config.get("id2label")
     names = labels if isinstance(labels, dict) else {}
-    one = len(names) == 1 or config.get("num_labels") == 1
-    kind = _OTHER_HEADS.get(str(problem)) or ("regression" if one else None)
-    if kind is not None:
-        found = f"problem_type {problem!r}" if str(problem) in _OTHER_HEADS else "one label"
+    if (other := _other_kind(kind, config.get("problem_type"), len(names) or config.get("num_labels"))) is not None:
         raise InputError(
-            f"a {kind} head ({found}); tasks of type classification pick one of several classes",
+            f"a {other}; tasks of type {kind} {_HEADS[kind].answers}",
             where=str(checkpoint.path / "config.json"),
-            hint="Name an expert with a head of single-label classification",
+            hint=f"Name an expert with a head of {_HEADS[kind].words}, or give the task the type of its head",
         )
     try:
         return tuple(str(names[number]) for number in sorted(names, key=int))
@@ -37,3 +72,18 @@ def class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
             where=str(checkpoint.path / "config.json"),
             hint="Number the classes from 0",
         ) from error
+
+
+def _other_kind(kind: str, problem: object, outputs: object) -> str | None:
+    """What a head is that cannot be of a kind; None where it can.
+
+    Args:
+        kind: type of the task.
+        problem: `problem_type` of the configuration.
+        outputs: of the head, as far as the configuration says.
+    """
+    if problem in _WORDS and problem != _HEADS[kind].problem:
+        return f"{_WORDS[str(problem)]} head (problem_type {problem!r})"
+    if kind == "regression":
+        return f"head of {outputs} outputs" if isinstance(outputs, int) and outputs != 1 else None
+    return "regression head (one label)" if outputs == 1 else None

@@ -134,7 +134,7 @@ def each_batch(
 
 
 def add_rows_(
-    capture: Capture, rows: int, forward: Callable[[], Tensor], directions: Callable[[Tensor], Sequence[Tensor]]
+    capture: Capture, rows: int, forward: Callable[[], Tensor], directions: Callable[[Tensor], Iterable[Tensor]]
 ) -> Tensor:
     """One batch: a forward pass, and a backward pass per direction, whose squares are added to the capture's sums.
 
@@ -149,10 +149,12 @@ def add_rows_(
     """
     with capture.stage(rows) as stage:
         output = forward()
-    found = directions(output.detach())
-    for k, direction in enumerate(found):
-        numbers = range(k * rows, (k + 1) * rows)
-        capture.backward(stage, output, direction, numbers, keep=k + 1 < len(found))
+    found = iter(directions(output.detach()))
+    direction, k = next(found, None), 0
+    while direction is not None:
+        following = next(found, None)  # the graph is kept as long as there is one
+        capture.backward(stage, output, direction, range(k * rows, (k + 1) * rows), keep=following is not None)
+        direction, k = following, k + 1
     return output
 
 

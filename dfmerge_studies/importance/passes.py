@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import RunError
 from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.directions import directions, drawn_choices, labels_of_all
 from dfmerge_studies.importance.fisher import add_rows_
 from dfmerge_studies.methods import Estimator
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
     Rows,
-    class_logits,
     continuation_losses,
     decode,
     device_of,
     encode,
+    head_outputs,
     make_rows,
     probabilities,
 )
@@ -37,56 +38,15 @@ class Job:
     draws: Tensor
 
 
-def _classification(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
-    """One forward pass, and a backward pass per direction in the space of class scores."""
+def _head(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
+    """One forward pass, and a backward pass per direction in the space of what the head gives."""
     batch = [job.examples[i] for i in chunk]
 
-    def directions(logits: Tensor) -> Sequence[Tensor]:
-        check_finite(logits, batch)
-        return class_rows(job, chunk, logits).unbind(1)
+    def found(z: Tensor) -> Iterator[Tensor]:
+        check_finite(z, batch)
+        return directions(job.kind, job.estimator, z, batch, job.draws[list(chunk)])
 
-    add_rows_(capture, len(batch), lambda: class_logits(job.model, batch, job.pad_id), directions)
-
-
-def class_rows(job: Job, chunk: Sequence[int], logits: Tensor) -> Tensor:
-    """Directions in the space of class scores whose squared gradients are added up.
-
-    Args:
-        job: the estimator, and the draws or labels that it needs.
-        chunk: positions of the B inputs.
-        logits: (B, K) their class scores.
-
-    Returns:
-        (B, rows, K)
-    """
-    p = torch.softmax(logits, dim=-1)
-    if job.estimator is Estimator.EXACT:
-        return class_directions(p)
-    chosen = _chosen(job, chunk, p)
-    return (p - nn.functional.one_hot(chosen, p.shape[1]))[:, None]
-
-
-def class_directions(p: Tensor) -> Tensor:
-    """Columns of a square root of diag(p) - p p^T.
-
-    With s = sqrt(p), a unit vector, the matrix is diag(s) (I - s s^T) diag(s).  The Householder reflection
-    H = I - v v^T / (1 + s_0), v = s + e_0, sends s to -e_0, so the other columns of H span what is orthogonal to s.
-
-    Args:
-        p: (B, K) probabilities.
-
-    Returns:
-        (B, K - 1, K): with D[j] these rows, sum over j of D[j]^T D[j] = diag(p) - p p^T.
-    """
-    s = p.double().sqrt()
-    s = s / s.norm(dim=1, keepdim=True)
-    v = s.clone()
-    v[:, 0] += 1
-    reflection = torch.eye(p.shape[1], dtype=s.dtype, device=s.device) - (
-        v[:, :, None] * v[:, None, :] / (1 + s[:, :1, None])
-    )
-    directions: Tensor = reflection[:, 1:] * s[:, None, :]
-    return directions.to(p.dtype)
+    add_rows_(capture, len(batch), lambda: head_outputs(job.model, job.kind, batch, job.pad_id), found)
 
 
 def _causal(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
@@ -139,7 +99,7 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
         capture.backward(encoder, hidden, direction.to(hidden.dtype), numbers, keep=c < last)
 
 
-PASSES = {Kind.TEXT_TO_TEXT: _text_to_text, Kind.CAUSAL: _causal, Kind.CLASSIFICATION: _classification}
+PASSES = {Kind.TEXT_TO_TEXT: _text_to_text, Kind.CAUSAL: _causal, **dict.fromkeys(HEADED, _head)}
 
 
 # --- which rows, and how much they count -----------------------------------------------------------------------------
@@ -158,18 +118,8 @@ def _weights(job: Job, losses: Tensor, rows: Rows, batch: Sequence[Encoded]) -> 
 def _chosen(job: Job, chunk: Sequence[int], p: Tensor) -> Tensor:
     """(B,) the one choice of each input that counts: its label, or one drawn from p (B, C)."""
     if job.estimator is Estimator.EMPIRICAL:
-        labels = []
-        for i in chunk:
-            label = job.examples[i].label
-            if label is None:
-                where = f"row {job.examples[i].index}"
-                raise InputError("the empirical estimator needs labels", where=where, hint="Give doc_to_target")
-            labels.append(label)
-        return torch.tensor(labels, device=p.device)
-    edges = p.double().cumsum(1)
-    draws = job.draws[list(chunk)].to(p.device)[:, None] * edges[:, -1:]
-    last = (p > 0).long().cumsum(1).argmax(1)
-    return torch.minimum((edges <= draws).sum(1), last)
+        return torch.tensor(labels_of_all([job.examples[i] for i in chunk]), device=p.device)
+    return drawn_choices(p, job.draws[list(chunk)])
 
 
 def only_chosen(

@@ -1,6 +1,6 @@
 """Sum of squared per-row gradients by plain autograd, one row at a time: slow, and right for any model.
 
-A row is an (input, choice) pair, or a direction of an input's class scores, as in `task_fisher`.
+A row is an (input, choice) pair, or a direction of what a head gives for an input, as in `directions`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, first_line, out_of_memory
 from dfmerge_studies.importance.capture import check_names, refuse_unused
-from dfmerge_studies.importance.passes import Job, check_finite, class_rows, only_chosen
+from dfmerge_studies.importance.directions import directions
+from dfmerge_studies.importance.passes import Job, check_finite, only_chosen
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import at_least_float32
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
-    class_logits,
     continuation_losses,
     decode,
     device_of,
     encode,
+    head_outputs,
     make_rows,
     probabilities,
 )
@@ -79,7 +80,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     if not output.requires_grad:
         return [None] * len(wanted)
-    several = output.dim() > 0  # class scores, which have a pass per direction
+    several = output.dim() > 0  # of a head, which has a pass per direction
     try:
         return torch.autograd.grad(output, [*wanted.values()], direction, retain_graph=several, allow_unused=True)
     except RuntimeError as error:
@@ -94,13 +95,12 @@ def _gradients(
 def _rows(job: Job, i: int) -> Iterator[tuple[Tensor, Tensor]]:
     """What each row of the i-th input is the gradient of, and in which direction."""
     example = job.examples[i]
-    if job.kind is Kind.CLASSIFICATION:
+    if job.kind in HEADED:
         with torch.enable_grad():
-            logits = class_logits(job.model, [example], job.pad_id)
-        check_finite(logits.detach(), [example])
-        directions = class_rows(job, [i], logits.detach())
-        for k in range(directions.shape[1]):
-            yield logits, directions[:, k]
+            z = head_outputs(job.model, job.kind, [example], job.pad_id)
+        check_finite(z.detach(), [example])
+        for direction in directions(job.kind, job.estimator, z.detach(), [example], job.draws[[i]]):
+            yield z, direction
         return
     weights = [1.0] * len(example.choices)
     if job.estimator is Estimator.EXACT or job.estimator.draws:

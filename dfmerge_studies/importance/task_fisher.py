@@ -9,9 +9,7 @@
     empirical   F = 1/N  sum over x of (grad l(x, c))^2,  c the label
     mask-nodes  as sampled, but of masks on heads and neurons, spread over the parameters (see `nodes`)
 
-For classes, l(x, c) = -log p(c|x), and sum over c of p_c (grad l_c)^2 is a quadratic form in the gradients of the
-scores with the matrix diag(p) - p p^T.  Its rank is one less than the number of classes, so one backward pass per class
-but one is enough, each along a column of a square root of that matrix.
+For heads, the sum over answers is a quadratic form in the gradients of what the head gives: `directions`.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from dfmerge_studies.importance.ways import can_batch
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
 
 ROW_BUDGET = 8192
@@ -207,6 +205,6 @@ def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _rows_times_tokens(example: Encoded, kind: Kind) -> int:
-    if kind is Kind.CLASSIFICATION:
+    if kind in HEADED:
         return len(example.input_ids)
     return len(example.choices) * (len(example.input_ids) + max(map(len, example.choices), default=0))

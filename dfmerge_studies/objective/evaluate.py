@@ -173,7 +173,7 @@ def _heads(
         owner = next((name for name, expert in spec.experts.items() if expert.task == task), None)
         if owner is None:
             raise InputError(
-                f"neither {file} nor an expert brings a classification head for this task",
+                f"neither {file} nor an expert brings a head for this task",
                 where=spec.where(f"tasks.{task}"),
                 hint="Add an expert with this task, or remove the task",
             )

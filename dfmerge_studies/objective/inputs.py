@@ -16,6 +16,7 @@ from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import divided_rows, draw_rows, seeded_generator
+from dfmerge_studies.tasks.settings import choices_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input, prompted
 
@@ -136,14 +137,17 @@ def check_labels(
     """
     if task not in heads:
         return
-    classes = head_classes(heads[task])
-    if classes == 1:
+    classes, regression = head_classes(heads[task]), spec.tasks[task].type == "regression"
+    if (classes == 1) != regression:
+        kind = "one number" if regression else "single-label classification"
         raise InputError(
-            "the expert's head is a regression head: it has one output",
+            f"the expert's head is no head of {kind}: it has {classes} output{'s' * (classes > 1)}",
             where=spec.where(f"tasks.{task}"),
-            hint="Name an expert with a head of single-label classification",
+            hint=f"Name an expert with a head of {kind}",
         )
-    names = getattr(spec.tasks[task], "doc_to_choice", None)
+    if regression:
+        return
+    names = choices_of(spec.tasks[task])
     if isinstance(names, list) and len(names) != classes:
         raise InputError(
             f"{len(names)} classes {names}, but the expert's head has {classes}",

@@ -29,15 +29,15 @@ from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
-_KINDS = {"classification": Kind.CLASSIFICATION}  # of types of tasks; for the others the architecture decides
 _CLASSES = {
     Kind.TEXT_TO_TEXT: ModelClass.SEQ2SEQ,
     Kind.CAUSAL: ModelClass.CAUSAL,
     Kind.CLASSIFICATION: ModelClass.CLASSIFICATION,
+    Kind.REGRESSION: ModelClass.CLASSIFICATION,
 }
 
 
@@ -214,7 +214,7 @@ def find_checkpoints(spec: StudySpec) -> Checkpoints:
         for name, e in spec.experts.items()
     }
     generator = Kind.TEXT_TO_TEXT if base.read_config().get("is_encoder_decoder") else Kind.CAUSAL
-    kinds = {name: _KINDS.get(task.type, generator) for name, task in spec.tasks.items()}
+    kinds = {name: Kind(task.type) if task.type in HEADED else generator for name, task in spec.tasks.items()}
     return Checkpoints(base, experts, kinds)
 
 
@@ -308,7 +308,7 @@ def _load_problem(
         progress(f"reading {name}", len(spec.experts) + 2 + done, steps)
         if checkpoints.has_heads and name not in resident.heads:
             raise InputError(
-                "no expert brings a classification head for this task",
+                "no expert brings a head for this task",
                 where=spec.where(f"tasks.{name}"),
                 hint="Add an expert with this task, or remove the task",
             )

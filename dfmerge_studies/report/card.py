@@ -31,6 +31,7 @@ _PIPELINES = {
     Kind.TEXT_TO_TEXT: "text2text-generation",
     Kind.CAUSAL: "text-generation",
     Kind.CLASSIFICATION: "text-classification",
+    Kind.REGRESSION: "text-classification",
 }
 
 
@@ -306,7 +307,7 @@ def _precision_lines(spec: StudySpec, merged: Merged) -> list[str]:
 def _usage_lines(problem: Problem, merged: Merged, task: str | None) -> list[str]:
     if merged.adapter is not None:
         return _usage_of_adapter(problem, task)
-    return _usage(problem) if task is None else _usage_of_task(task)
+    return _usage(problem) if task is None else _usage_of_task(problem, task)
 
 
 def _usage_of_adapter(problem: Problem, task: str | None) -> list[str]:
@@ -338,7 +339,7 @@ def _usage(problem: Problem) -> list[str]:
         "from safetensors.torch import load_file",
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         "",
-        'head = load_file("DIR/heads/TASK.safetensors")  # one classification head per task, never merged',
+        'head = load_file("DIR/heads/TASK.safetensors")  # one head per task, never merged',
         "classes = [tensor for name, tensor in head.items() if name.endswith('weight')][-1].shape[0]",
         'tokenizer = AutoTokenizer.from_pretrained("DIR")',
         'model = AutoModelForSequenceClassification.from_pretrained("DIR", num_labels=classes)',
@@ -346,10 +347,12 @@ def _usage(problem: Problem) -> list[str]:
     ]
 
 
-def _usage_of_task(task: str) -> list[str]:
+def _usage_of_task(problem: Problem, task: str) -> list[str]:
+    pair = getattr(problem.spec.tasks[task], "doc_to_text_pair", None) is not None
+    text = f"a text of the task {task}"
     return [
         "from transformers import pipeline",
         "",
-        'classify = pipeline("text-classification", "DIR")',
-        f'print(classify("a text of the task {task}"))',
+        f'classify = pipeline("{_PIPELINES[problem.kinds[task]]}", "DIR")',
+        f'print(classify({{"text": "{text}", "text_pair": "another"}}))' if pair else f'print(classify("{text}"))',
     ]

@@ -10,6 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import model_digest
+from dfmerge_studies.checkpoints.heads import problem_type
 from dfmerge_studies.checkpoints.low_rank import lora_rank
 from dfmerge_studies.checkpoints.precision import in_precision, rounded, written_dtype
 from dfmerge_studies.checkpoints.reference import Checkpoint
@@ -171,14 +172,13 @@ def _save_classifiers(problem: Problem, folder: Path, dtype: str, shard_size: st
     resident = problem.resident
     for task, head in resident.heads.items():
         put_head_on_(resident.model, rounded(head, dtype))
-        owner = next(name for name, expert in problem.spec.experts.items() if expert.task == task)
         save_classifier(
             folder / task,
             resident.model,
             resident.tokenizer,
             source=problem.checkpoints.base.path,
             labels=head_labels(problem.spec, task, problem.classes, head_classes(head)),
-            problem_type=problem.checkpoints.experts[owner].read_config().get("problem_type"),
+            problem_type=problem_type(problem.kinds[task]),
             shard_size=shard_size,
         )
 

@@ -8,6 +8,7 @@ from dfmerge_studies.checkpoints.precision import Precision
 from dfmerge_studies.checkpoints.write import HEADS, SHARD_SIZE
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.encoding import HEADED
 
 _OF_MODELS = frozenset({HEADS, "additional_chat_templates"})  # folders that a model directory itself may have
 
@@ -53,7 +54,7 @@ def check_form(spec: StudySpec, form: Form) -> None:
 
 def _check_heads(spec: StudySpec) -> None:
     for name, task in spec.tasks.items():
-        if task.type != "classification":
+        if task.type not in HEADED:
             raise InputError(
                 f"the task {name} is of the type {task.type}, whose models have no head per task",
                 where="--split-heads",

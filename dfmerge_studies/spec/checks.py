@@ -9,6 +9,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.reading import shortened
+from dfmerge_studies.tasks.encoding import HEADED
+from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
@@ -49,10 +51,10 @@ def _naming(spec: StudySpec) -> Iterator[Finding]:
         for name in names:
             if not NAME.fullmatch(name):
                 yield kind, f"{shortened(name)} is no usable name", "Use letters, digits, '.', '_' and '-'"
-    types = {task.type for task in spec.tasks.values()}
-    if "classification" in types and (others := sorted(types - {"classification"})):
-        what = f"tasks of type {' and '.join(others)} and classification cannot be mixed: one model answers them all"
-        yield "tasks", what, "Use classification alone, whose models have no vocabulary to answer with, or none"
+    types = list(dict.fromkeys(task.type for task in spec.tasks.values()))
+    if len({type_ in HEADED for type_ in types}) > 1:
+        what = f"tasks of type {' and '.join(types)} cannot be mixed: one model answers them all"
+        yield "tasks", what, "Use tasks of language models alone, or of encoders with heads"
 
 
 def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:
@@ -73,10 +75,10 @@ def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
         if spec.needs_labels and task.doc_to_target is None:
             hint = "Add it; without labels use objective: agreement, and no estimator that needs them"
             yield f"tasks.{name}.doc_to_target", "this field is required", hint
-        if spec.objective.kind == "agreement" and task.type == "text":
-            what = "objective: agreement compares answers, and a task of type text has none"
-            yield f"tasks.{name}.type", what, "Use objective: mean, or a task of type choice"
-        elif spec.objective.kind == "agreement" and name not in with_expert:
+        if spec.objective.kind == AGREEMENT and task.type not in METRICS[AGREEMENT].tasks:
+            what = f"objective: agreement compares answers that can be equal, and a task of type {task.type} has none"
+            yield f"tasks.{name}.type", what, "Use another objective, such as mean, or another type of task"
+        elif spec.objective.kind == AGREEMENT and name not in with_expert:
             what = "no expert has this task, and objective: agreement compares with the task's expert"
             yield f"tasks.{name}", what, "Add an expert with this task, or remove the task"
 

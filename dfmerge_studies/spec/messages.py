@@ -23,6 +23,7 @@ _NO_TEXT = "has a character that no text has"
 _UNION_MEMBERS = (
     "choice",
     "classification",
+    "regression",
     "text",
     "float",
     "int",

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -30,7 +30,7 @@ from dfmerge_studies.spec.known import KnownMethod
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, TaskSettings, TextTask
+from dfmerge_studies.tasks.settings import AnyTask, TaskSettings
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
@@ -353,7 +353,7 @@ def _as_trusted(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "": [StudySpec],
     "experts": [ExpertSettings],
-    "tasks": [ChoiceTask, ClassificationTask, TextTask],
+    "tasks": list(get_args(AnyTask)),
     "importance": [ImportanceSettings],
     "search": [SearchSettings, WarmStart, Granularity],
     "objective": [ObjectiveSettings],

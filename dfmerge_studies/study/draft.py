@@ -284,7 +284,7 @@ def _choice_lines(
     owner: Checkpoint | None,
     where: str,
 ) -> list[str]:
-    names = list(known_names(class_names(owner))) if classifier and owner is not None else []
+    names = list(known_names(class_names(owner, "classification"))) if classifier and owner is not None else []
     if names:
         return [f"    doc_to_choice: {_flow(names)}  # the classes of the expert's head, in its order"]
     lists = [c for c in columns if all(isinstance(row[c], (list, tuple)) for row in rows)]

@@ -29,6 +29,7 @@ from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.session import cache_limit, spec_cache
 from dfmerge_studies.study.warm_start import taken_over
+from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.tasks.shown import Shown, shown_input
 from dfmerge_studies.transforms import TRANSFORMS
@@ -229,7 +230,7 @@ def _data_problems(
         if spec.tasks and all(map(is_sound, ("base", "experts", "tasks"))):
             classes = classes_of_experts(spec, find_checkpoints(spec).experts)
     for name, task in spec.tasks.items():
-        whole = is_sound(f"tasks.{name}") and (classes is not None or task.type != "classification")
+        whole = is_sound(f"tasks.{name}") and (classes is not None or task.type not in HEADED)
         for split in ("validation", "test"):
             if getattr(task, f"{split}_split") is None or not is_sound(f"tasks.{name}.dataset"):
                 continue

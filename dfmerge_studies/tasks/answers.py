@@ -11,7 +11,8 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
 from dfmerge_studies.tasks.metrics import Answers, Judged, Texts, predict
-from dfmerge_studies.tasks.settings import TaskSettings, TextTask
+from dfmerge_studies.tasks.numbers import Numbers
+from dfmerge_studies.tasks.settings import RegressionTask, TaskSettings, TextTask
 
 
 def given_answers(
@@ -25,7 +26,7 @@ def given_answers(
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> Sequence[Any]:
-    """What a model gives for every input, in the order of `examples`: losses of choices, classes, or a text.
+    """What a model gives for every input, in the order of `examples`: losses of choices, classes, a text; a number.
 
     Args:
         model: the model, put into evaluation mode for the time of the call.
@@ -40,23 +41,24 @@ def given_answers(
     Raises:
         RunError: a loss is not finite; the message names the row.
     """
-    return choice_losses(
+    found = choice_losses(
         model, kind, examples, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
     )
+    return [number for (number,) in found] if isinstance(task, RegressionTask) else found
 
 
 def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
-    """What a model answers, for others to agree with: per input the choice or class that it takes.
+    """What a model answers, for others to agree with: per input the choice or class that it takes, or its number.
 
     Args:
         task: settings of the task.
         given: of `given_answers`.
     """
-    return predict(given)
+    return list(given) if isinstance(task, RegressionTask) else predict(given)
 
 
 def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]:
-    """What the data says is right, per input: the index of a choice or class; of a text what it holds.
+    """What the data says is right, per input: the index of a choice or class, or a number; of a text what it holds.
 
     Args:
         task: settings of the task.
@@ -81,4 +83,6 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
     """
     if isinstance(task, TextTask):
         return Texts(given, wanted)
+    if isinstance(task, RegressionTask):
+        return Numbers(given, wanted)
     return Answers(given, wanted, positive)

@@ -12,8 +12,17 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.fewshot import draw_examples
 from dfmerge_studies.tasks.files import documents, empty_split, opened_split
 from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
+from dfmerge_studies.tasks.numbers import read_numbers
 from dfmerge_studies.tasks.prompts import Example
-from dfmerge_studies.tasks.settings import AnyTask, ChosenTask, ClassificationTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.settings import (
+    AnyTask,
+    ChosenTask,
+    HeadTask,
+    PromptedTask,
+    RegressionTask,
+    TextTask,
+    choices_of,
+)
 from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer, text_renderer
 
 if TYPE_CHECKING:
@@ -27,9 +36,9 @@ class Row:
     Attributes:
         index: row of the split.
         text: the prompt or the text to classify.
-        pair: second text, for classification of pairs.
+        pair: second text, for heads that read pairs.
         choices: the choices, in order; for classification the class names, or nothing; for texts the text alone.
-        label: index of the right one, None where the data has no labels.
+        label: index of the right one, or the right number; None where the data has no labels.
         description: of the task, before everything in the prompt.
         prefix: how the answer begins.
         examples: before the text in the prompt.
@@ -39,7 +48,7 @@ class Row:
     text: str
     pair: str | None
     choices: tuple[str, ...]
-    label: int | None
+    label: Any
     description: str = ""
     prefix: str = ""
     examples: tuple[Example, ...] = ()
@@ -111,6 +120,11 @@ def _labelled_rows(
         if isinstance(task, TextTask):
             return _texts(dataset, task, where)
         rows, values = _render(dataset, task, target, names or known_names(classes), where)
+    if isinstance(task, RegressionTask):
+        if target is None:
+            return rows
+        numbers = read_numbers(values, where=f"{where}.doc_to_target", split=split)
+        return [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
     if target is not None:
         choices = [row.choices for row in rows]
         if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
@@ -160,12 +174,12 @@ def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask, where: str)
     return replace(
         row,
         choices=tuple(row.choices[order.index(place)] for place in range(len(order))),
-        label=None if row.label is None else order[row.label],
+        label=order[row.label] if isinstance(row.label, int) else None,
     )
 
 
 def _render(
-    dataset: Dataset, task: ChosenTask, target: str | int | None, names: Sequence[str], where: str
+    dataset: Dataset, task: ChosenTask | HeadTask, target: str | int | None, names: Sequence[str], where: str
 ) -> tuple[list[Row], list[Any]]:
     """Rows without their labels, and what `doc_to_target` gives for each."""
     columns = list(dataset.column_names)
@@ -173,7 +187,7 @@ def _render(
     source = bare_column(target, columns) or target
     to_target = None if source is None else renderer(source, columns, f"{where}.doc_to_target")
     to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice", tuple(names))
-    pair = task.doc_to_text_pair if isinstance(task, ClassificationTask) else None
+    pair = task.doc_to_text_pair if isinstance(task, HeadTask) else None
     to_pair = None if pair is None else renderer(pair, columns, f"{where}.doc_to_text_pair")
     around = {
         field: text_renderer(getattr(task, field, None), columns, f"{where}.{field}")
@@ -190,9 +204,9 @@ def _render(
 
 
 def _choice_renderer(
-    task: ChosenTask, columns: Sequence[str], where: str, names: tuple[str, ...]
+    task: ChosenTask | HeadTask, columns: Sequence[str], where: str, names: tuple[str, ...]
 ) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
-    source = task.doc_to_choice
+    source = choices_of(task)
     if source is None:
         return lambda _document, _index: names
     if isinstance(source, list):

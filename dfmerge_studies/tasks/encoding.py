@@ -13,7 +13,11 @@ class Kind(StrEnum):
 
     TEXT_TO_TEXT = "text-to-text"  # encoder-decoder, choices are target texts
     CAUSAL = "causal"  # decoder only, choices are continuations of the prompt
-    CLASSIFICATION = "classification"  # encoder with a classification head, choices are classes
+    CLASSIFICATION = "classification"  # encoder with a head per task that picks one of several classes
+    REGRESSION = "regression"  # encoder with a head per task that gives a number
+
+
+HEADED = frozenset({Kind.CLASSIFICATION, Kind.REGRESSION})  # with a head per task; their values are types of tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +27,8 @@ class Encoded:
     Attributes:
         index: row of the split that it came from.
         input_ids: token ids of the encoder input, of the prompt, or of the whole text, by kind.
-        choices: token ids of every choice, special tokens of the target included; empty for classification.
-        label: index of the right choice or class, `None` where the data has no labels.
+        choices: token ids of every choice, special tokens of the target included; empty for heads.
+        label: index of the right choice or class, or the right number; `None` where the data has no labels.
         token_type_ids: segment ids beside `input_ids` for models that use them (text pairs), otherwise `None`.
         truncated: whether the text was cut to fit.
         text: of a text that is scored, what it holds; it is the only choice then.
@@ -33,7 +37,7 @@ class Encoded:
     index: int
     input_ids: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...] = ()
-    label: int | None = None
+    label: int | float | None = None
     token_type_ids: tuple[int, ...] | None = None
     truncated: bool = False
     text: TextSize | None = None

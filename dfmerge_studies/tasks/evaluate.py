@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def choice_losses(
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> list[list[float]]:
-    """Losses of all choices of all inputs, in the order of `examples`.
+    """Losses of all choices of all inputs, or what heads give that pick none, in the order of `examples`.
 
     Args:
         model: the model, put into evaluation mode for the time of the call.
@@ -97,7 +98,7 @@ def choice_losses(
         ranks: processes that share the inputs; every one of them gets all losses.
 
     Returns:
-        One list per input: a loss per choice, or per class.
+        One list per input, as `forward_losses` has it: a loss per choice or class, or one number.
 
     Raises:
         RunError: a loss is not finite; the message names the row.
@@ -194,8 +195,8 @@ def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance))
 
 
-def labels_of(examples: Sequence[Encoded]) -> list[int]:
-    """Index of every input's right choice or class.
+def labels_of(examples: Sequence[Encoded]) -> list[Any]:
+    """Every input's label: the index of its right choice or class, or its right number.
 
     Raises:
         InputError: an input has no label.

@@ -46,7 +46,7 @@ def read_labels(
         InputError: a label is missing, is no choice and no index, or some labels are texts and others indices.
     """
     texts = [_by_text(value, options, names) for value, options in zip(values, choices, strict=True)]
-    numbers = [_by_number(value, options) for value, options in zip(values, choices, strict=True)]
+    numbers = [_bynumber_of(value, options) for value, options in zip(values, choices, strict=True)]
     read_as_texts = [index for index in texts if index is not None]
     if len(read_as_texts) == len(values):
         return read_as_texts, _remark_on_texts(values, choices, texts, numbers, names)
@@ -63,7 +63,7 @@ def read_index(value: int, choices: Sequence[tuple[str, ...]], *, where: str, sp
     Raises:
         InputError: a row has no such choice.
     """
-    indices = [_by_number(value, options) for options in choices]
+    indices = [_bynumber_of(value, options) for options in choices]
     if None in indices:
         raise _refused([value] * len(choices), choices, [None] * len(choices), indices, where, split)
     return [value] * len(choices)
@@ -122,7 +122,7 @@ def _by_text(value: Any, choices: tuple[str, ...], names: Sequence[str]) -> int 
         return next((choices.index(word) for word in (_TRUE if value else _FALSE) if word in choices), None)
     if isinstance(value, (str, int)) and str(value) in choices:
         return choices.index(str(value))
-    return None if _number(value) is None else _only(choices, value, _number)
+    return None if number_of(value) is None else _only(choices, value, number_of)
 
 
 def _only(choices: tuple[str, ...], value: Any, form: Any) -> int | None:
@@ -131,22 +131,26 @@ def _only(choices: tuple[str, ...], value: Any, form: Any) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _by_number(value: Any, choices: tuple[str, ...]) -> int | None:
+def _bynumber_of(value: Any, choices: tuple[str, ...]) -> int | None:
     """A label as an index; a boolean only where there are two choices, false being the first."""
     if isinstance(value, bool):
         return int(value) if len(choices) in (0, 2) else None
-    number = _number(value)
+    number = number_of(value)
     if number is None or number != int(number) or not 0 <= number < (len(choices) or math.inf):
         return None
     return int(number)
 
 
-def _number(value: Any) -> float | int | None:
-    """A number, or the number that a text reads as; None where there is none."""
+def number_of(value: Any) -> float | int | None:
+    """A number, or the number that a text reads as; None where there is none, or none that is finite.
+
+    Args:
+        value: of a cell.
+    """
     if isinstance(value, str):
         for kind in (int, float):
             with suppress(ValueError):
-                return _number(kind(value))
+                return number_of(kind(value))
         return None
     if isinstance(value, Decimal):  # of a parquet file
         value = float(value)

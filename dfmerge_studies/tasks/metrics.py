@@ -17,12 +17,14 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.numbers import all_equal, pearson, spearman, squared_errors
 from dfmerge_studies.tasks.splits import Split
 
 SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
 CHOICES = frozenset({"choice", "classification"})  # types of task whose answer is one of several
 TEXTS = frozenset({"text"})  # types of task that score texts, among which nothing is chosen
+NUMBERS = frozenset({"regression"})
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
 
@@ -46,9 +48,13 @@ class Judged(Protocol):
     def wanted(self) -> Sequence[Any]:
         """Per input, what it should give."""
 
+
+class Settled(Judged, Protocol):
+    """The same where what is given is right or wrong."""
+
     @property
     def right(self) -> Sequence[bool]:
-        """Per input, whether it does."""
+        """Per input, whether the model gives what it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,7 @@ class Metric:
     labels: bool = True
     classes: bool = False
     positive: bool = False
-    pointless: Callable[[Sequence[int], int | None], str | None] = lambda labels, positive: None
+    pointless: Callable[[Sequence[Any], int | None], str | None] = lambda labels, positive: None
 
     def score(self, answers: Judged) -> float:
         """The score of a model on one task.
@@ -402,7 +408,7 @@ def agrees(split: Split, doc_to_target: object) -> bool:
     return split != "test" or doc_to_target is None
 
 
-def _right(answers: Judged) -> list[float]:
+def _right(answers: Settled) -> list[float]:
     return list(map(float, answers.right))
 
 
@@ -496,6 +502,9 @@ METRICS: Mapping[str, Metric] = {
         replace(_of_texts, of_rows=_bits_per_byte),
         replace(_of_texts, name="byte_perplexity", of_rows=_perplexity("bytes"), low=1.0),
         replace(_of_texts, name="word_perplexity", of_rows=_perplexity("words"), low=1.0),
+        Metric("pearson", of_all=pearson, tasks=NUMBERS, low=-1.0, pointless=all_equal),
+        Metric("spearman", of_all=spearman, tasks=NUMBERS, low=-1.0, pointless=all_equal),
+        Metric("mse", of_rows=squared_errors, tasks=NUMBERS, high=math.inf, higher_is_better=False, percent=False),
         replace(_accuracy, name=AGREEMENT, labels=False),
     )
 }

@@ -3,7 +3,8 @@
     x        one tokenised input (`Encoded`), B of them in a batch, padded on the right to S tokens
     c        one of its choices, or one class; inputs may have different numbers of them, at most C
     row      one pair (x, c), R of them in a batch, choices padded on the right to T tokens
-    loss     l(x, c): mean negative log-likelihood of the choice's tokens, or -log softmax(logits)[c] of a class
+    loss     l(x, c): mean negative log-likelihood of the choice's tokens, or -log softmax(z)[c] of a class
+    z        what a head gives for an input: a score per class, or the number of a regression
     p(c|x)   softmax over the choices of -l(x, c)
 
 Evaluation wants all losses of a batch as cheaply as possible (`forward_losses`); the Fisher engine wants the same
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 
 IGNORED = -100  # target value of padding, the convention of transformers
 
@@ -313,11 +314,11 @@ def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
     return mean_token_loss(logits.reshape(len(batch) * most, width, -1).index_select(0, place), rows.targets)
 
 
-# --- classification --------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------------------
 
 
-def class_logits(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Tensor:
-    """Logits (B, classes) of a classification head, in float32 at least."""
+def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id: int) -> Tensor:
+    """What a head gives, in float32 at least: (B, K) scores of classes; (B, 1) numbers of a regression."""
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
@@ -346,7 +347,7 @@ def forward_losses(
     pad_id: int,
     folded: bool = False,
 ) -> Tensor:
-    """Losses of all choices of a batch.
+    """Losses of all choices of a batch, or the numbers of a regression.
 
     Args:
         model: model in evaluation mode, on one device.
@@ -356,10 +357,11 @@ def forward_losses(
         folded: lay the choices of an input in one sequence; right for most models, and cheaper.
 
     Returns:
-        (B, C) losses in float32 at least, infinite where an input has fewer than C choices.
+        (B, C) losses in float32 at least, infinite where an input has fewer than C choices; (B, 1) numbers.
     """
-    if kind is Kind.CLASSIFICATION:
-        return -torch.log_softmax(class_logits(model, batch, pad_id), dim=-1)
+    if kind in HEADED:
+        z = head_outputs(model, kind, batch, pad_id)
+        return z if kind is Kind.REGRESSION else -torch.log_softmax(z, dim=-1)
     rows = make_rows(batch, device_of(model))
     if kind is Kind.CAUSAL:
         way = _fold_continuations if folded else continuation_losses

@@ -10,6 +10,8 @@ from dfmerge_studies import limits
 from dfmerge_studies.tasks.metrics import METRICS, task_metrics
 from dfmerge_studies.tasks.strict import Settings, one_of
 
+_PAIR = "second text of a pair: a column or a template"
+
 
 class _Task(Settings):
     dataset: dict[str, Any] = Field(
@@ -18,7 +20,7 @@ class _Task(Settings):
     doc_to_text: str = Field(description="the input: a column or a Jinja2 template")
     doc_to_target: str | int | None = Field(
         None,
-        description="the right choice, by index or by text: a column or a template; null: no labels",
+        description="the right choice, by index or text, or the right number: a column or a template; null: no labels",
     )
     training_split: str | None = Field(None, description="split that scripts/finetune.py trains on; no study reads it")
     validation_split: str = Field(
@@ -165,11 +167,19 @@ class ChoiceTask(PromptedTask):
 
 
 class ClassificationTask(_Task):
-    """An encoder with a classification head per task picks a class."""
+    """An encoder with a head per task picks a class."""
 
     type: Literal["classification"]
-    doc_to_text_pair: str | None = Field(None, description="second text of a pair: a column or a template")
+    doc_to_text_pair: str | None = Field(None, description=_PAIR)
     doc_to_choice: list[str] | None = Field(None, description="names of the classes, in the order of the head")
+
+
+class RegressionTask(_Task):
+    """An encoder with a head per task gives a number, such as how alike two texts are."""
+
+    type: Literal["regression"]
+    doc_to_text_pair: str | None = Field(None, description=_PAIR)
+    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("pearson", description="what a score is")
 
 
 class TextTask(_Task):
@@ -184,6 +194,16 @@ class TextTask(_Task):
     )
 
 
+HeadTask = ClassificationTask | RegressionTask  # of encoders with a head per task
 ChosenTask = ChoiceTask | ClassificationTask  # whose inputs have choices or classes, one of them right
-AnyTask = ChosenTask | TextTask
+AnyTask = ChosenTask | RegressionTask | TextTask
 TaskSettings = Annotated[AnyTask, Field(discriminator="type")]
+
+
+def choices_of(task: AnyTask) -> str | list[str] | None:
+    """Where the choices or the names of the classes of a task stand, or they themselves; None where it has none.
+
+    Args:
+        task: its settings.
+    """
+    return getattr(task, "doc_to_choice", None)

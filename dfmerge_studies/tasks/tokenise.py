@@ -80,7 +80,7 @@ def encode_rows(
     is tokenised whole, without special tokens behind it, and split where the prompt ends, or before it where a token
     spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence. Special
     tokens that a chat template writes and the tokenizer puts around every text stand there once.
-    Classification: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
+    Heads: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
     else the token that begins a sequence; one that is too long loses its end.
 
     Args:
@@ -111,7 +111,7 @@ def encode_rows(
         around = _Frame.of(tokenizer, (row.text for row in rows)) if long else None
         encoded = [_encode_pair_of_texts(row, tokenizer, around, limit, longest, where) for row in rows]
     else:
-        encoded = [_encode_classification(row, tokenizer, limit) for row in rows]
+        encoded = [_encode_for_head(row, tokenizer, limit) for row in rows]
     if task.max_length is None:
         for item in encoded:
             if item.truncated:
@@ -358,7 +358,7 @@ def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -
         texts[ids] = text
 
 
-def _encode_classification(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Encoded:
+def _encode_for_head(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Encoded:
     arguments = (row.text,) if row.pair is None else (row.text, row.pair)
     encoded = tokenizer(*arguments, verbose=False)
     cut = limit is not None and len(encoded["input_ids"]) > limit
