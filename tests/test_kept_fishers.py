@@ -28,10 +28,10 @@ from dfmerge_studies.importance.cache.file import STRONG, read_metadata
 from dfmerge_studies.importance.cache.shelf import SMALL
 from dfmerge_studies.importance.cache.writer import Writer, size_of
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.provenance import FINGERPRINT
 from dfmerge_studies.study.recurrence import Recurrence
-from dfmerge_studies.study.session import cache_limit, spec_cache
 from tests.processes import Forked
 from tests.project import Project
 from tests.test_cache import KEY, same, values

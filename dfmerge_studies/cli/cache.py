@@ -151,7 +151,7 @@ def _other(spec: Path | None, location: str, flag: str) -> FisherCache:
 
 
 def _open(spec: Path | None, cache: str | None) -> FisherCache:
-    from dfmerge_studies.study.session import spec_cache
+    from dfmerge_studies.study.fishers import spec_cache
 
     settings = common.load_spec(spec, cache=cache)
     opened = spec_cache(settings)

@@ -71,7 +71,7 @@ def merge(
         from dfmerge_studies.objective.rehearsal import rehearse_
         from dfmerge_studies.report.card import Merged
         from dfmerge_studies.report.export import export_merge
-        from dfmerge_studies.study.session import spec_cache
+        from dfmerge_studies.study.fishers import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         point = point_of(problem, row, given, own, "--coefficients")
@@ -122,7 +122,7 @@ def fisher(
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
-        from dfmerge_studies.study.session import spec_cache
+        from dfmerge_studies.study.fishers import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
         method = settings.row  # which may prescribe an estimator

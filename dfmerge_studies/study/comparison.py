@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import safe_url
@@ -17,7 +16,6 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row, results_by_split
 from dfmerge_studies.study.selection import name_winner_
-from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.variants import Variant, choose_variants, study_spec
 from dfmerge_studies.study.winner import Selection
 from dfmerge_studies.tasks.metrics import Metrics, TaskScore
@@ -26,6 +24,10 @@ from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
 from dfmerge_studies.trials.loop import Summary
 from dfmerge_studies.trials.marks import COEFFICIENTS, FISHERS, SECONDS, place_of
 from dfmerge_studies.trials.reading import results
+
+if TYPE_CHECKING:
+    from dfmerge_studies.objective.problem import Problem
+    from dfmerge_studies.study.session import Session
 
 ZERO_SHOT, FINE_TUNED, MULTI_TASK = "zero-shot", "fine-tuned", "multi-task"
 
@@ -167,7 +169,7 @@ class Planned:
     of: int
 
 
-Work = Callable[[Session, int, Planned], Summary]
+Work: TypeAlias = "Callable[[Session, int, Planned], Summary]"
 
 
 def quietly(session: Session, total: int, planned: Planned) -> Summary:
@@ -238,6 +240,8 @@ def compare(
         InputError: a method is unknown, something does not fit, or a stored study is about something else.
         RunError: base or experts cannot be scored, or the database is gone for good.
     """
+    from dfmerge_studies.study.session import open_study  # torch: reports show comparisons without it
+
     splits = check_split(spec, split)
     variants = choose_variants(spec, methods, ablation=ablation, split=splits[-1])
     planned = plan(spec, variants, seeds)

@@ -11,6 +11,7 @@ interruption is not computed again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.trial import FrozenTrial
@@ -21,12 +22,14 @@ from dfmerge_studies.study.probed import Rechosen, ScoredLines, keep_probe, stor
 from dfmerge_studies.study.rows import packed, trial_rows, unpacked
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.selection import largest_drop
-from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import objective_values, one_value
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.reading import results
+
+if TYPE_CHECKING:
+    from dfmerge_studies.study.session import Session
 
 POINTS = 11
 DRAWS = 20

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -18,13 +18,15 @@ from optuna.storages import BaseStorage
 from dfmerge_studies.checkpoints.digest import json_digest
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Method, method_named
-from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings, StudySpec
 from dfmerge_studies.storage import create_study, join_study, safe_url
 from dfmerge_studies.study.totals import OWED, TARGET
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
+
+if TYPE_CHECKING:
+    from dfmerge_studies.objective.problem import Problem
 
 # User attributes of a study.
 FINGERPRINT = "dfmerge:science"

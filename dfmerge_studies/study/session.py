@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.importance.cache import FisherCache, Shelf, default_limit, open_cache
+from dfmerge_studies.importance.cache import Shelf
 from dfmerge_studies.methods import Method
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
@@ -23,7 +23,7 @@ from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
-from dfmerge_studies.spec import StudySpec, parse_size
+from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import (
     check_constraints,
     open_storage,
@@ -31,6 +31,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.evaluating import Trials
+from dfmerge_studies.study.fishers import spec_cache
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.repair import sweep_unfinished
@@ -52,18 +53,6 @@ from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.results import Event
 
 logger = logging.getLogger(__name__)
-
-
-def spec_cache(spec: StudySpec) -> FisherCache | None:
-    """The spec's Fisher cache."""
-    return open_cache(spec.cache_place, spec.workdir, cache_limit(spec))
-
-
-def cache_limit(spec: StudySpec) -> int | None:
-    """Bytes that the spec's Fisher cache may take, None for no limit; one that keeps all has none of its own."""
-    if spec.cache_limit == "auto":
-        return default_limit(spec.cache_place, spec.workdir) if spec.cache_policy == "auto" else None
-    return parse_size(spec.cache_limit) if spec.cache_limit is not None else None
 
 
 @dataclass

@@ -25,9 +25,9 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec
 from dfmerge_studies.storage import check_url
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
-from dfmerge_studies.study.session import cache_limit, spec_cache
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files

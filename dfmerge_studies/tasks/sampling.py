@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seeded_generator(seed: int, *labels: str) -> np.random.Generator:
@@ -21,6 +24,8 @@ def seeded_generator(seed: int, *labels: str) -> np.random.Generator:
 
 def torch_generator(seed: int, *labels: str) -> torch.Generator:
     """The same for torch, on the CPU."""
+    import torch
+
     return torch.Generator().manual_seed(int(seeded_generator(seed, *labels).integers(2**62)))
 
 

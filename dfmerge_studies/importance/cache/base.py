@@ -12,13 +12,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import first_line
 from dfmerge_studies.importance.cache.file import without_checksum
 from dfmerge_studies.importance.cache.key import FisherKey, key_metadata
 from dfmerge_studies.redact import masked_url
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 PAUSE = 60.0  # seconds that a cache which failed is left alone: a dead server must not cost a time-out per Fisher

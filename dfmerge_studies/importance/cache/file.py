@@ -2,6 +2,8 @@
 
 safetensors notices bytes that are missing or too many, but loads a flipped bit silently: hence the checksum.  What
 stays on this machine's file systems has a fast one, xxh3_128; what leaves it has sha256, which nobody can forge.
+
+Torch is imported where values are: `dfmerge cache ls` reads metadata only.
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-from torch import Tensor
 
 from dfmerge_studies.errors import first_line
 from dfmerge_studies.temporary import beside
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 _HEADER = 8  # bytes that say how long the JSON header is
@@ -42,6 +44,8 @@ def save_fisher(
     Raises:
         OSError: no space, no permission.
     """
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
     temporary = beside(file)
@@ -80,6 +84,8 @@ def parse_fisher(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: it is damaged; says how.
     """
+    from safetensors.torch import load
+
     try:
         values = load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # a type that torch lacks, say
@@ -130,6 +136,8 @@ def checksum(values: Mapping[str, Tensor], kind: str = STRONG) -> str:
         values: one tensor per parameter name.
         kind: one of `CHECKSUMS`.
     """
+    import torch
+
     total = CHECKSUMS[kind]()
     for name in sorted(values):
         total.update(name.encode())

@@ -12,12 +12,13 @@ import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
-
-from torch import Tensor
+from typing import IO, TYPE_CHECKING
 
 from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import FAST, parse_fisher, read_metadata, save_fisher
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl

@@ -18,14 +18,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import STRONG, checksum, parse_fisher
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRACE = 600.0  # seconds: an entry used in the last so many is in use; data without a manifest so old is left over
 _DATA, _MANIFEST, _USED = ".safetensors", ".json", ".used"
@@ -64,6 +64,8 @@ class RemoteCache(FisherCache):
 
     def save(self, digest: str, values: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """See `FisherCache.save`."""
+        from safetensors.torch import save
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in values.items()}
         described = {**metadata, STRONG: checksum(tensors)}
         data = save(tensors, described)

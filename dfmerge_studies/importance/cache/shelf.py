@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from dfmerge_studies.importance.cache.base import FisherCache
 from dfmerge_studies.importance.cache.key import FisherKey
 from dfmerge_studies.importance.cache.writer import Writer, size_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

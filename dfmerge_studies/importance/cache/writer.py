@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dfmerge_studies.errors import first_line
 from dfmerge_studies.importance.cache.base import FisherCache
 from dfmerge_studies.importance.cache.key import FisherKey
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
