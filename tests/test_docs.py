@@ -101,20 +101,27 @@ def is_a_field(parts: list[str], model: Any = StudySpec) -> bool:
     return any(is_a_field(parts, kind) for kind in kinds)
 
 
-def members(name: str) -> set[str]:
-    """Attributes that classes of this name have, of themselves or of their instances."""
-    found: set[str] = set()
+@cache
+def classes() -> dict[str, set[str]]:
+    """By the name of a class in lower case: attributes that it has, of itself or of its instances."""
+    found: dict[str, set[str]] = {}
     for tree in sources().values():
         for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef) and node.name.casefold() == name.replace("_", "").casefold():
+            if isinstance(node, ast.ClassDef):
+                names = found.setdefault(node.name.casefold(), set())
                 for inner in ast.walk(node):
                     if isinstance(inner, ast.FunctionDef):
-                        found.add(inner.name)
+                        names.add(inner.name)
                     elif isinstance(inner, ast.Attribute) and getattr(inner.value, "id", None) == "self":
-                        found.add(inner.attr)
+                        names.add(inner.attr)
                     elif isinstance(inner, ast.Name):
-                        found.add(inner.id)
+                        names.add(inner.id)
     return found
+
+
+def members(name: str) -> set[str]:
+    """Attributes of the classes of this name, which may be written as that of a variable."""
+    return classes().get(name.replace("_", "").casefold(), set())
 
 
 def leads_somewhere(start: str, rest: list[str]) -> bool:
