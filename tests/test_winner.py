@@ -254,6 +254,11 @@ def test_every_command_names_the_winner_and_not_the_luckiest_trial(lucky: Projec
     shown = lucky.cli("run", "spec.yaml", "--no-test").stdout
     assert f"gta (trial {number})" in shown
     assert f"winner: trial {number}" in shown
+    rows = {row["name"]: row for row in lucky.json("run", "spec.yaml", "--no-test")["rows"]}
+    assert rows[f"gta (trial {number})"]["validation"]["mean"] == pytest.approx(status["value"])
+    assert rows[f"gta (trial {number}), on all rows"]["validation"]["mean"] == pytest.approx(
+        status["selection"]["value"]
+    )
     assert "on 9 rows a task (3 rows a task new to the search)" in shown
     assert "on 9 rows a task" in lucky.cli("status", "spec.yaml").stdout
     (entry,) = lucky.json("list", "spec.yaml")

@@ -18,9 +18,10 @@ from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
 
     from dfmerge_studies.importance.cache.shelf import Tally
-    from dfmerge_studies.report.standings import Standings
+    from dfmerge_studies.report.standings import Scored, Standings
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.session import Session
@@ -189,7 +190,26 @@ def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> 
             name = f"{each.method.name} (trial {best.number})" if each is session else each.method.name
             found = results_by_split(each.study, best, splits)
             rows.append(Scored(name, scores, detail=each.point(best).described(), results=found))
+            if each is session:
+                rows += _rescored(session, name, best)
     return side_by_side(rows, {split: session.spec.metrics(split) for split in splits}, session.spec.name)
+
+
+def _rescored(session: Session, name: str, winner: FrozenTrial) -> list[Scored]:
+    """The winner on all rows that its choice rests on: the number that is not the best of many."""
+    from dfmerge_studies.report.standings import Scored
+    from dfmerge_studies.study.winner import selection_of
+    from dfmerge_studies.tasks.metrics import TaskScore
+    from dfmerge_studies.trials.reading import results
+
+    selection = selection_of(session.study, results(session.study))
+    if selection is None or selection.rescored is None:
+        return []
+    metrics, tasks = session.spec.metrics("validation"), selection.rescored.tasks
+    scores = {task: TaskScore(score, metrics[task].name, selection.rows[task]) for task, score in tasks.items()}
+    row = f"{name}, on all rows"
+    detail = session.point(winner).described()
+    return [Scored(row, {"validation": tasks}, compete=False, detail=detail, results={"validation": scores})]
 
 
 def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) -> None:

@@ -150,7 +150,8 @@ class Standings:
     @property
     def rows_by_column(self) -> dict[str, int]:
         """How many rows of data the scores of each column rest on, as far as it is known."""
-        numbers = {column: {row.cells[column].n for row in self.rows if column in row.cells} for column in self.columns}
+        rows = [row for row in self.rows if row.compete] or self.rows
+        numbers = {column: {row.cells[column].n for row in rows if column in row.cells} for column in self.columns}
         return {column: max(found) for column, found in numbers.items() if max(found, default=0)}
 
     @property
