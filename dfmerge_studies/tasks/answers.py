@@ -10,7 +10,7 @@ from torch import nn
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
-from dfmerge_studies.tasks.metrics import Answers, Judged, Texts, predict
+from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.settings import RegressionTask, TaskSettings, TextTask
 
@@ -44,7 +44,20 @@ def given_answers(
     found = choice_losses(
         model, kind, examples, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
     )
-    return [number for (number,) in found] if isinstance(task, RegressionTask) else found
+    if isinstance(task, RegressionTask):
+        return [number for (number,) in found]
+    size = METRICS[task.metric].size
+    return (
+        found
+        if size is None
+        else [_summed(example, losses, size) for example, losses in zip(examples, found, strict=True)]
+    )
+
+
+def _summed(example: Encoded, losses: Sequence[float], size: Callable[[str], float]) -> list[float]:
+    """Losses of choices as sums over their tokens, divided by a size of their texts."""
+    choices = zip(losses, example.choices, example.choice_texts, strict=True)
+    return [loss * len(ids) / size(text) for loss, ids, text in choices]
 
 
 def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ class Encoded:
         token_type_ids: segment ids beside `input_ids` for models that use them (text pairs), otherwise `None`.
         truncated: whether the text was cut to fit.
         text: of a text that is scored, what it holds; it is the only choice then.
+        choice_texts: of every choice, what it says.
     """
 
     index: int
@@ -41,3 +42,4 @@ class Encoded:
     token_type_ids: tuple[int, ...] | None = None
     truncated: bool = False
     text: TextSize | None = None
+    choice_texts: tuple[str, ...] = ()

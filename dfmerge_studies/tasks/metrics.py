@@ -168,6 +168,7 @@ class Metric:
         labels: needs the labels of the data.
         classes: compares choices across inputs, so that all inputs of a task must have the same ones.
         positive: needs the task's `positive`.
+        size: of a choice's text; where there is one, a choice's loss is the sum over its tokens, divided by it.
         pointless: from the labels of all inputs and `positive`, why every model would score the same, if so.
     """
 
@@ -182,6 +183,7 @@ class Metric:
     labels: bool = True
     classes: bool = False
     positive: bool = False
+    size: Callable[[str], float] | None = None
     pointless: Callable[[Sequence[Any], int | None], str | None] = lambda labels, positive: None
 
     def score(self, answers: Judged) -> float:
@@ -488,11 +490,16 @@ def _one_class(labels: Sequence[int], positive: int | None) -> str | None:
 
 _LARGEST = 300.0  # nats a word: its exponential is a number, and no model that is of use comes near
 _accuracy = Metric("accuracy", of_rows=_right)
+_of_sums = Metric("acc", of_rows=_right, tasks=frozenset({"choice"}), size=lambda text: 1.0)
 _of_texts = Metric("bits_per_byte", high=math.inf, higher_is_better=False, percent=False, tasks=TEXTS)
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         _accuracy,
+        # As lm-evaluation-harness has them: `acc_norm` divides by the signs of a choice, `acc_bytes` by its bytes.
+        _of_sums,
+        replace(_of_sums, name="acc_norm", size=lambda text: float(len(text))),
+        replace(_of_sums, name="acc_bytes", size=lambda text: float(len(text.encode()))),
         # Classes that neither labels nor answers have do not count in the three that follow: scikit-learn's rule.
         Metric("balanced_accuracy", of_all=_balanced_accuracy, classes=True),
         Metric("f1", of_all=_f1, classes=True, positive=True, pointless=_no_positive),

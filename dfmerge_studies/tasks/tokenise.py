@@ -190,7 +190,7 @@ def _encode_pair_of_texts(
                 hint="Shorten the choice",
             )
     _check_different(row, choices, where)
-    return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut)
+    return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut, choice_texts=row.choices)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _encode_causal(
     context, choices = context[:shared], [tuple(whole[shared:]) for whole in wholes]
     _check_different(row, choices, where)
     if limit is None or len(context) + max(map(len, choices)) <= limit:
-        return Encoded(row.index, tuple(context), tuple(choices), row.label)
+        return Encoded(row.index, tuple(context), tuple(choices), row.label, choice_texts=row.choices)
     kept, room = frame.kept(context), limit - max(map(len, choices))
     if room <= kept:
         raise InputError(
@@ -276,7 +276,7 @@ def _encode_causal(
             hint="Raise max_length",
         )
     cut = (*context[:kept], *context[len(context) - (room - kept) :])
-    return Encoded(row.index, cut, tuple(choices), row.label, None, True)
+    return Encoded(row.index, cut, tuple(choices), row.label, None, True, choice_texts=row.choices)
 
 
 def _encode_text(
