@@ -11,7 +11,7 @@ import typer
 from dfmerge_studies import limits
 from dfmerge_studies.cli import common, forms
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import Coefficients, Importance, coefficient_range, fixed_coefficients
+from dfmerge_studies.methods import Coefficients, Importance, coefficient_range
 from dfmerge_studies.tasks.splits import as_split
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ def merge(
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.quiet_libraries()
-        from dfmerge_studies.objective.given import point_of
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
@@ -74,10 +73,10 @@ def merge(
         from dfmerge_studies.study.fishers import spec_cache
 
         problem = load_problem(settings, progress=progress, ranks=common.join_ranks(settings))
-        point = point_of(problem, row, given, own, "--coefficients")
         if row.importance is not Importance.UNIFORM:  # what has no importance puts no input through the models
             rehearse_(problem, row)
         merger = Merger(problem, row, spec_cache(settings), progress=progress)
+        point = merger.point(given, own, "--coefficients")
         exported = export_merge(merger, settings, Merged(row.name, point), out, form, force=force)
     result = {
         "out": str(out),
@@ -256,15 +255,17 @@ def _described(score: TaskScore, metric: Metric) -> dict[str, Any]:
     return {"score": score.score, "metric": score.metric, "n": score.n, "standard_error": error}
 
 
-def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float | dict[str, float]]:
-    """`a=0.4,b=0.9`, one number for all, or JSON, as coefficients that are checked as far as the spec alone says."""
+def _parse_coefficients(spec: StudySpec, text: str | None) -> dict[str, float | dict[str, float]] | None:
+    """`a=0.4,b=0.9`, one number for all, or JSON, checked as far as the spec alone says; None for the method's own."""
     from dfmerge_studies.spec import check_coefficients
 
     where = "--coefficients"
     if text is None:
-        if spec.row.coefficients is not Coefficients.FIXED:
+        if spec.row.coefficients.chosen:
             raise InputError(f"the method {spec.method!r} needs coefficients", where=where, hint="Give one per expert")
-        return {**fixed_coefficients(list(spec.experts))}
+        return None
+    if spec.row.coefficients is Coefficients.FISHER_TRACE:
+        raise InputError(f"the method {spec.method!r} has its own", where=where, hint="Leave them out")
     if text.lstrip().startswith("{"):
         return _json_coefficients(text, where)
     point: dict[str, float] = {}

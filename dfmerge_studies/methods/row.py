@@ -70,6 +70,12 @@ class Coefficients(Enum):
     FIXED = "1/M"
     SHARED_GRID = "one shared value on a grid"
     PER_EXPERT = "one per expert, Bayesian"
+    FISHER_TRACE = "one per expert and layer, from the trace of the Fisher information on random tokens"
+
+    @property
+    def chosen(self) -> bool:
+        """Whether trials choose among several; otherwise there is one trial."""
+        return self in (Coefficients.SHARED_GRID, Coefficients.PER_EXPERT)
 
     @property
     def word(self) -> str:
@@ -86,6 +92,7 @@ _COEFFICIENT_WORDS = {
     Coefficients.FIXED: "fixed",
     Coefficients.SHARED_GRID: "shared",
     Coefficients.PER_EXPERT: "per-expert",
+    Coefficients.FISHER_TRACE: "fisher-trace",
 }
 
 
@@ -268,6 +275,7 @@ class Method:
             return replace(parameter, grid=(), bounds=values, default=min(max(middle, values[0]), values[1]))
         ways = {
             Coefficients.FIXED: "a number",
+            Coefficients.FISHER_TRACE: "a number",
             Coefficients.SHARED_GRID: "a number, or a list of different values to try",
             Coefficients.PER_EXPERT: "a number, or the two ends of a range in rising order",
         }
@@ -324,7 +332,7 @@ class Method:
         if self.coefficients is Coefficients.SHARED_GRID:
             ranges = {name: (min(values), max(values)) for name, values in self.grid.items()}
             return Space(tuple(ranges), *ranges.pop(SHARED), own=ranges)
-        if self.coefficients is Coefficients.FIXED:
+        if not self.coefficients.chosen:
             return Space(tuple(experts))
         own = {each.name: each.bounds for each in self.parameters if each.bounds is not None}
         tied = {fine_name(expert, group): expert for expert in experts for group in groups}

@@ -104,6 +104,7 @@ METHODS: Mapping[str, Method] = {
         Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER_NODES, estimator=Estimator.MASK_NODES),
         Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
         Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
+        Method("fim", Importance.UNIFORM, Coefficients.FISHER_TRACE, "https://arxiv.org/abs/2603.21705"),
         # Ours: df-merge, but for the scale of the importance.
         Method(
             "df-merge-scaled",

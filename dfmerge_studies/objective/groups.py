@@ -52,6 +52,22 @@ def parameter_groups(spec: StudySpec, model: nn.Module, names: Sequence[str]) ->
     return {group: members for group, members in found.items() if members}
 
 
+def layer_groups(model: nn.Module, names: Sequence[str]) -> Groups:
+    """A group for each layer of a model, what comes before and what comes after; `rest` of one without layers.
+
+    Args:
+        model: the base.
+        names: parameters on which some expert differs from it, in the model's order.
+    """
+    layers = {layer for name, _ in model.named_parameters() if (layer := _layer(name)) is not None}
+    if not layers:
+        return {REST: tuple(names)}
+    group_of = _by_depth(len(layers), names, model, FIELD)
+    order = [EMBEDDINGS, *map(_block, range(len(layers))), FINAL]
+    found = {group: tuple(name for name in names if group_of[name] == group) for group in order}
+    return {group: members for group, members in found.items() if members}
+
+
 def _block(index: int) -> str:
     return f"block{index + 1}"
 

@@ -257,6 +257,10 @@ def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Meth
         raise InputError(
             f"{name!r} computes its importance from the tasks of a spec", where="method", hint="Use fisher, or a spec"
         )
+    if method.coefficients is Coefficients.FISHER_TRACE:
+        raise InputError(
+            f"{name!r} computes its coefficients from the tokens of a spec's models", where="method", hint="Use a spec"
+        )
     if method.importance is Importance.UNIFORM and importance is not None:
         raise InputError(f"the method {name!r} has no importance", where="importance", hint="Leave one of them out")
     if method.importance is not Importance.UNIFORM and importance is None:

@@ -12,15 +12,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from dfmerge_studies.errors import out_of_memory
+from dfmerge_studies.errors import InputError, out_of_memory
 from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import merge_into_
-from dfmerge_studies.methods import Importance, Method, importance_coefficient
+from dfmerge_studies.methods import Coefficients, Importance, Method, fixed_coefficients, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
-from dfmerge_studies.objective.given import point_of
+from dfmerge_studies.objective.given import Given, point_of
+from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.importances import Importances, Uses, asked_once
+from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
@@ -180,7 +182,43 @@ class Merger:
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
     def _coefficients(self, point: Point) -> dict[str, Coefficient]:
-        return point.spread(self.problem.groups if point.groups else {})
+        return point.spread(self._groups if point.groups else {})
+
+    @property
+    def _groups(self) -> Groups:
+        """Names of the parameters that share a coefficient where an expert has several."""
+        by_layer = self.method.coefficients is Coefficients.FISHER_TRACE
+        return self.problem.layers if by_layer else self.problem.groups
+
+    def point(self, given: Given | None, parameters: Mapping[str, float], where: str) -> Point:
+        """What somebody asks for, or what the method itself chooses.
+
+        Args:
+            given: coefficients, see `given.point_of`; None for a method that has its own.
+            parameters: of the method.
+            where: what to name as the place at fault.
+
+        Raises:
+            InputError: a coefficient is missing, unknown or outside the bounds, or the method has its own.
+        """
+        if self.method.coefficients is Coefficients.FISHER_TRACE:
+            if given:
+                raise InputError(f"the method {self.method.name!r} has its own", where=where, hint="Leave them out")
+            return replace(self.traced_point(), parameters=parameters)
+        if given is None and self.method.coefficients is Coefficients.FIXED:
+            given = fixed_coefficients(self.problem.experts)
+        return point_of(self.problem, self.method, given or {}, parameters, where)
+
+    @_everywhere
+    @memory_errors()
+    def traced_point(self) -> Point:
+        """Coefficients by expert and layer, or by the groups of a search, from random tokens; see `layer_trace`.
+
+        Raises:
+            RunError: a loss is not finite, or memory ran out.
+        """
+        found = layer_coefficients_(self.problem, self._groups, self.progress)
+        return Point.grouped(found, self.method.complete({}))
 
     @_everywhere
     @memory_errors()
@@ -327,7 +365,7 @@ class Merger:
 
 def merge(
     problem: Problem,
-    coefficients: Mapping[str, float | Mapping[str, float]],
+    coefficients: Mapping[str, float | Mapping[str, float]] | None = None,
     *,
     method: str | None = None,
     cache: FisherCache | None = None,
@@ -348,7 +386,7 @@ def merge(
     Args:
         problem: the loaded spec.
         coefficients: lambda per expert; with `search.granularity` also per group, as `{"EXPERT.GROUP": x}` or
-            `{"EXPERT": {"GROUP": x}}`.
+            `{"EXPERT": {"GROUP": x}}`. Those of `fim` are its own: leave them out.
         method: row of the method table; the spec's by default.
         cache: where Fishers are looked up and kept, if anywhere.
         **parameters: the method's own, by the names of its row; the spec's or their defaults otherwise.
@@ -358,5 +396,5 @@ def merge(
         RunError: something is not finite, or memory ran out.
     """
     row = problem.spec.row_of(method or problem.spec.method)
-    found = point_of(problem, row, coefficients, row.complete(parameters, "merge"), "coefficients")
-    return Merger(problem, row, cache).run(found)
+    own, merger = row.complete(parameters, "merge"), Merger(problem, row, cache)
+    return merger.run(merger.point(coefficients, own, "coefficients"))

@@ -15,7 +15,7 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_experts
-from dfmerge_studies.objective.groups import Groups, parameter_groups
+from dfmerge_studies.objective.groups import Groups, layer_groups, parameter_groups
 from dfmerge_studies.objective.inputs import (
     check_labels,
     encode_for_all,
@@ -138,6 +138,11 @@ class Problem:
             InputError: the spec's groups do not fit the model.
         """
         return parameter_groups(self.spec, self.resident.model, self.resident.names)
+
+    @cached_property
+    def layers(self) -> Groups:
+        """Names of the parameters of each layer."""
+        return layer_groups(self.resident.model, self.resident.names)
 
     def fisher_indices(self) -> dict[str, list[int]]:
         """Validation rows of the Fisher inputs, by task."""

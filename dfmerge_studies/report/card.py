@@ -9,7 +9,7 @@ from typing import Any
 
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.checkpoints.write import PROVENANCE
-from dfmerge_studies.methods import label, method_named
+from dfmerge_studies.methods import Coefficients, label, method_named
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Point, fine_name, groups_json
 from dfmerge_studies.report.adapters import AdapterExport
@@ -251,9 +251,11 @@ def _parameters(spec: StudySpec, merged: Merged) -> list[str]:
 def _command(spec: StudySpec, merged: Merged) -> str:
     fine = {fine_name(expert, g): v for expert, own in merged.point.groups.items() for g, v in own.items()}
     coefficients = ",".join(f"{name}={value!r}" for name, value in (fine or merged.point.coefficients).items())
-    command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method} --coefficients {coefficients}"
-    own = [f"{each.flag} {merged.point.parameters[each.name]!r}" for each in method_named(merged.method).parameters]
-    return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own else command
+    method = method_named(merged.method)
+    chosen = "" if method.coefficients is Coefficients.FISHER_TRACE else f" --coefficients {coefficients}"
+    command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method}{chosen}"
+    own = [f"{each.flag} {merged.point.parameters[each.name]!r}" for each in method.parameters]
+    return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own or not chosen else command
 
 
 def _score_table(spec: StudySpec, merged: Merged) -> list[str]:

@@ -215,7 +215,7 @@ class StudyView:
         return self._chosen([fine_name(expert, group) for expert in self.experts for group in groups] or self.experts)
 
     def _chosen(self, coefficients: Iterable[str]) -> dict[str, str]:
-        if self.policy is Coefficients.FIXED:
+        if not self.policy.chosen:
             return {}
         shared = {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else {}
         row = find_method(self.method)

@@ -7,6 +7,7 @@ from dfmerge_studies.spec.checks import check_coefficients
 from dfmerge_studies.spec.examine import Examined
 from dfmerge_studies.spec.fields import (
     DEFAULT_SAMPLER,
+    TRACED,
     ExpertSettings,
     ImportanceSettings,
     ObjectiveSettings,
@@ -18,6 +19,7 @@ from dfmerge_studies.spec.study import StudySpec
 
 __all__ = [
     "DEFAULT_SAMPLER",
+    "TRACED",
     "Examined",
     "ExpertSettings",
     "ImportanceSettings",

@@ -139,6 +139,11 @@ def _odd_points(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     space = row.space(experts, search.bounds, search.step) if row.searches else plain
     own = {each.name: each.default for each in row.searched if each.default is not None} if row.searches else {}
     for point in search.enqueue:
+        if isinstance(point, str):
+            if search.granularity is None:
+                what = f"{point!r} is a coefficient for each group of parameters, and the experts have one each"
+                yield "search.enqueue", InputError(what, where=spec.where("search.enqueue"), hint="Add granularity")
+            continue
         given = dict.fromkeys(experts, point) if isinstance(point, float) else point
         try:
             space.check({**own, **given}, where=spec.where("search.enqueue"))

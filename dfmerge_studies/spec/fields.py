@@ -15,6 +15,7 @@ from dfmerge_studies.names import NAME
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.trials.space import is_multiple
 
+TRACED: Literal["fisher-trace"] = "fisher-trace"  # a point of `search.enqueue` that is computed from random tokens
 DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is there keeps its own
 
 # Searches that a spec may name instead of writing their fields.
@@ -153,8 +154,10 @@ class SearchSettings(Settings):
         description="validation rows per task (count, or fraction below 1) that the search does not see, on which the "
         "winner is chosen; null: those that `limit` leaves over",
     )
-    enqueue: list[float | dict[str, float]] = Field(
-        default_factory=list, description="points to try first, after 1/M: one number for all experts, or one each"
+    enqueue: list[float | Literal["fisher-trace"] | dict[str, float]] = Field(
+        default_factory=list,
+        description="points to try first, after 1/M: one number for all experts, or one each; of groups also "
+        "fisher-trace, the coefficients of `fim`",
     )
     warm_start: WarmStart | None = Field(
         None, description="another study whose best points are tried first: its name, or {study, storage, points}"

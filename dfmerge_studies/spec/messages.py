@@ -26,6 +26,7 @@ _UNION_MEMBERS = (
     "regression",
     "text",
     "float",
+    "literal['fisher-trace']",
     "int",
     "str",
     "list[str]",

@@ -7,6 +7,11 @@ from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
 
+from dfmerge_studies.methods import Coefficients
+from dfmerge_studies.points import Point, fine_name
+from dfmerge_studies.spec import TRACED
+from dfmerge_studies.study.proposals import inside
+from dfmerge_studies.study.provenance import TRACED_POINT
 from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.value import rounded_seconds, standing, trial_result
 from dfmerge_studies.trials.marks import FISHERS, SECONDS
@@ -35,10 +40,18 @@ class Trials:
         missing = constraints.values() if isinstance(constraints, Mapping) else constraints
         return standing(trial.values, missing, self._session.spec.objective)
 
+    def _asked(self, values: Mapping[str, float]) -> Point:
+        """What a trial is to be merged at: what was proposed, or what a method without proposals chooses itself."""
+        session = self._session
+        if session.method.coefficients is Coefficients.FISHER_TRACE:
+            return session.merger.traced_point()
+        point = session.method.point(values, session.problem.experts, session.plan.groups)
+        return point.on_step(session.spec.search.step)
+
     def __call__(self, point: Mapping[str, float]) -> TrialResult:
         """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept."""
         session, spec = self._session, self._session.spec
-        at = session.method.point(point, session.problem.experts, session.plan.groups).on_step(spec.search.step)
+        at = self._asked(point)
         with session.merger.importances.shelf.trial() as fishers:
             outcome = session.merger.run(at)
             result = trial_result(
@@ -59,3 +72,21 @@ class Trials:
                 self._best = reached
                 fishers.keep()
         return result
+
+
+def traced_points(session: Session) -> list[dict[str, float]]:
+    """The point of `search.enqueue: [fisher-trace]`, if the spec asks for it; computed once in a study, and kept in it.
+
+    Args:
+        session: an open study.
+    """
+    if TRACED not in session.spec.search.enqueue or not session.plan.groups:
+        return []
+    point = session.study.user_attrs.get(TRACED_POINT)
+    if point is None:
+        found, space = session.merger.traced_point().groups, session.plan.space
+        own = {each.name: each.default for each in session.method.searched}
+        fine = {fine_name(expert, group): value for expert, by in found.items() for group, value in by.items()}
+        point = {**own, **{name: inside(space, name, value) for name, value in fine.items()}}
+        session.study.set_user_attr(TRACED_POINT, point)
+    return [dict(point)]

@@ -23,6 +23,7 @@ def total_trials(method: Method, search: SearchSettings) -> int:
     """Trials that a study should reach: what is asked for, or as many as a method without a search has points."""
     totals = {
         Coefficients.FIXED: 1,
+        Coefficients.FISHER_TRACE: 1,
         Coefficients.SHARED_GRID: math.prod(len(values) for values in method.grid.values()),
         Coefficients.PER_EXPERT: search.trials,
     }
@@ -30,13 +31,13 @@ def total_trials(method: Method, search: SearchSettings) -> int:
 
 
 def first_points(method: Method, experts: Sequence[str], search: SearchSettings) -> list[Mapping[str, float]]:
-    """What a study tries first: 1/M, then what is asked for; none on a grid."""
+    """What a study tries first: 1/M, then what is asked for; none on a grid, nor what the models must be asked for."""
     if method.coefficients is Coefficients.SHARED_GRID:
         return []
     first = fixed_coefficients(experts)
-    if method.coefficients is Coefficients.FIXED:
+    if not method.coefficients.chosen:
         return [first]
-    asked = [dict.fromkeys(experts, p) if isinstance(p, float) else p for p in search.enqueue]
+    asked = [dict.fromkeys(experts, p) if isinstance(p, float) else p for p in search.enqueue if not isinstance(p, str)]
     own = {each.name: each.default for each in method.searched if each.default is not None}
     space = method.space(experts, search.bounds, search.step)
     return [{**own, **point} for point in ({name: inside(space, name, value) for name, value in first.items()}, *asked)]

@@ -34,6 +34,7 @@ SPEC = "dfmerge:spec"
 INDICES = "dfmerge:fisher_indices"
 VERSIONS = "dfmerge:versions"
 WARM_START = "dfmerge:warm_start"
+TRACED_POINT = "dfmerge:fisher_trace"
 ATTRIBUTES = frozenset({FINGERPRINT, SPEC, INDICES, VERSIONS, TARGET, OWED, WARM_START})
 
 _FOUNDING_SECONDS = 5.0  # a founder writes four attributes; one that takes longer has been killed

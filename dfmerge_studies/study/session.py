@@ -30,7 +30,7 @@ from dfmerge_studies.storage import (
     storage_errors,
 )
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.evaluating import Trials
+from dfmerge_studies.study.evaluating import Trials, traced_points
 from dfmerge_studies.study.fishers import spec_cache
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.recurrence import Recurrence
@@ -117,9 +117,8 @@ class Session:
             total = self.total(target)
             self._check_total(total)
             state_total(self.study, total, lower=lower)
-            enqueue(
-                self.study, self.plan.space, [*self.plan.points, *map(self.plan.space.spread, points_of(self.warm))]
-            )
+            others = map(self.plan.space.spread, points_of(self.warm))
+            enqueue(self.study, self.plan.space, [*self.plan.points, *traced_points(self), *others])
             expert_scores = self.reference_scores("experts", "validation")
             self.keeper = Keeper(self.study)
             trial = Trials(self, expert_scores)

@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.figures.base import (
     DARK,
     SCALE,
@@ -132,7 +131,7 @@ class Slices(Drawing):
 
 def slices(view: StudyView) -> Slices | Missing:
     """Slices through the space of coefficients."""
-    if view.policy is Coefficients.FIXED:
+    if not view.policy.chosen:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients.")
     if len(view.trials) < 2 or view.best is None:
         return Missing(NAME, TITLE, f"{len(view.trials)} completed trial: slices need at least two.")

@@ -287,7 +287,7 @@ def _level_looks(position: int) -> tuple[str, str]:
 
 def trajectory(view: StudyView) -> Trajectory | Missing:
     """The trajectory of a study."""
-    if view.policy is Coefficients.FIXED:
+    if not view.policy.chosen:
         return Missing(NAME, TITLE, f"{view.method} has fixed coefficients, so there is one merge and no search.")
     if len(view.trials) < 2:
         return Missing(NAME, TITLE, f"{len(view.trials)} completed trial: a trajectory needs at least two.")
