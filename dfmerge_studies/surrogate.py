@@ -107,6 +107,16 @@ def utility(kind: str, weights: Sequence[float] | None) -> Utility:
     return lambda y: (y * shares).sum(-1) / shares.sum()
 
 
+def of_some(worth: Utility, places: Sequence[int]) -> Utility:
+    """A utility of some of the scores of a vector, as one of the whole vector: guards are worth nothing.
+
+    Args:
+        worth: of the scores at these places alone.
+        places: in the vector.
+    """
+    return lambda y: worth(y[..., list(places)])
+
+
 def scalarisation(s: Tensor, seed: int) -> Utility:
     """A utility whose best point lies on the Pareto front, another part of it for another seed.
 

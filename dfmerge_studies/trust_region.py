@@ -33,11 +33,15 @@ class Goal:
         weights: per task, None for equal ones.
         points: score of one point (a hundredth of the metric's range) per task, negative where lower is better; tasks
             that are not named have accuracy's 0.01.
+        allowed: points that tasks may lose, of those that have such a bound.
+        guards: tasks that have a bound and are worth nothing.
     """
 
     kind: str = "mean"
     weights: Mapping[str, float] | None = None
     points: Mapping[str, float] = field(default_factory=dict)
+    allowed: Mapping[str, float] = field(default_factory=dict)
+    guards: frozenset[str] = frozenset()
 
     def point(self, task: str) -> float:
         """Score of one point of a task."""
@@ -129,11 +133,12 @@ def _next_point(
         torch.tensor(sorted(_unit(trial, space) for trial in running), dtype=torch.float64) if running else None,
         _thresholds(complete[-1], tasks, goal),
     )
+    aims = [place for place, task in enumerate(tasks) if task not in goal.guards]
     if goal.kind == "pareto":
-        worth, region = surrogate.scalarisation(history.s, seed), surrogate.WHOLE
+        worth, region = surrogate.of_some(surrogate.scalarisation(history.s[:, aims], seed), aims), surrogate.WHOLE
     else:
-        weights = None if goal.weights is None else [goal.weights.get(task, 0.0) for task in tasks]
-        worth = surrogate.utility(goal.kind, weights)
+        weights = None if goal.weights is None else [goal.weights.get(tasks[place], 0.0) for place in aims]
+        worth = surrogate.of_some(surrogate.utility(goal.kind, weights), aims)
         merits = list(zip([-violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
     width = space.high - space.low
@@ -179,11 +184,12 @@ def _unit(trial: FrozenTrial, space: Space) -> list[float]:
 def _thresholds(trial: FrozenTrial, tasks: Sequence[str], goal: Goal) -> Tensor | None:
     """The score that every task must keep, from any trial with constraints.
 
-    A constraint is the drop against the expert in points, minus what is allowed: (e_t - s_t) / point_t - max_drop.
+    A constraint is the drop against the expert (of a guard, against the base) in points, minus what is allowed:
+    (e_t - s_t) / point_t - allowed_t.
     """
     import torch
 
-    drops = list(trial.user_attrs.get(DROPS, {}))
+    drops = [task for task in trial.user_attrs.get(DROPS, {}) if task in goal.allowed]
     if not trial.constraints or len(drops) != len(trial.constraints):
         return None
     limits = dict(zip(drops, (trial.constraints[name] for name in sorted(trial.constraints)), strict=True))

@@ -221,7 +221,7 @@ def test_an_expectation_over_the_choices_of_a_text_is_refused(project):
         ({"tasks.blue.metric": "bits_per_byte"}, ("tasks.blue", "does not fit", "accuracy")),
         ({"tasks.red.doc_to_target": None}, ("tasks.red.doc_to_target",)),
         ({"tasks.red.doc_to_choice": ["a", "b"]}, ("tasks.red.doc_to_choice", "unknown key")),
-        ({"objective": "agreement"}, ("tasks.red.type", "type text has none")),
+        ({"objective": "agreement"}, ("tasks.red.type", "task of type text has none")),
     ],
 )
 def test_what_a_task_of_texts_cannot_have_is_refused_by_field(project, fields, words):

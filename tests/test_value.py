@@ -57,8 +57,9 @@ def test_drops_are_points_lost_against_the_task_s_own_expert():
 
 
 def test_a_drop_of_exactly_max_drop_is_feasible():
-    assert constraint_values({"a": 5.0 + 1e-12, "b": -1.0}, 5.0) == (0.0, -6.0)
-    assert constraint_values({"a": 5.0}, None) == ()
+    assert constraint_values({"a": 5.0 + 1e-12, "b": -1.0}, {"a": 5.0, "b": 5.0}) == (0.0, -6.0)
+    assert constraint_values({"a": 5.0, "b": 2.0}, {"b": 1.0}) == (1.0,)
+    assert constraint_values({"a": 5.0}, {}) == ()
 
 
 def test_the_best_trial_is_the_feasible_one_with_the_highest_value():

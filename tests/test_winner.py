@@ -159,7 +159,7 @@ def test_the_best_on_all_rows_is_named_and_constraints_count_on_them_too() -> No
         2: Rescored(0.7, {"t": 0.7}, drops={"t": 1.0}),
     }
     assert preferred(trials, scored).number == 0
-    assert preferred(trials, scored, max_drop=5.0).number == 2
+    assert preferred(trials, scored, {"t": 5.0}).number == 2
 
 
 # Which rows they are scored on

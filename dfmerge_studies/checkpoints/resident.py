@@ -6,7 +6,7 @@ heads[t]    parameters of task t's own head, never merged                       
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,7 @@ def load_resident(
     task_of: Mapping[str, str | None],
     model_class: ModelClass,
     *,
+    guards: Sequence[str] = (),
     dtype: torch.dtype,
     device: torch.device,
     loading: Callable[[str], None] = lambda name: None,
@@ -107,6 +108,7 @@ def load_resident(
         experts: expert name to checkpoint; full models or adapters.
         task_of: expert name to the task whose head it brings (heads only exist for classification).
         model_class: how to read them.
+        guards: tasks that the base's own head answers, where it has one.
         dtype: of parameters and task vectors.
         device: where they go.
         loading: told the name of each model before it is read.
@@ -125,6 +127,9 @@ def load_resident(
         check_finite(tensor, name, where=str(base.path))
     vectors: list[TaskVector] = []
     heads: dict[str, dict[str, Tensor]] = {}
+    if classifier and not own & loaded.missing:
+        whole = {name: p.detach().clone().to(device) for name, p in float_parameters(model).items() if name in own}
+        heads = {guard: dict(whole) for guard in guards}
     others: dict[str, PreTrainedTokenizerBase] = {}
     for expert, checkpoint in experts.items():
         loading(expert)

@@ -13,7 +13,10 @@ from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dfmerge_studies.report.export import Exported
+    from dfmerge_studies.tasks.metrics import Guarded
 
 _DTYPES = [precision.value for precision in Precision]
 
@@ -101,5 +104,22 @@ def tell(exported: Exported, result: dict[str, Any]) -> None:
         common.output().print(exported.checked.line(), markup=False)
         for warning in exported.checked.warnings():
             common.warn(f"warning: {warning}")
+    tell_guards(exported.guards)
     if "hub" in result:
         common.output().print(f"pushed to {result['hub']}", markup=False)
+
+
+def guards_json(guards: Mapping[str, Guarded]) -> dict[str, Any]:
+    """How a model stands to the guards, for `--json`; nothing where there are none."""
+    return {"guards": {task: found.described() for task, found in guards.items()}} if guards else {}
+
+
+def tell_guards(guards: Mapping[str, Guarded]) -> None:
+    """Say how a model stands to the guards; a broken one is a warning."""
+    for task, found in guards.items():
+        way = "loses" if found.drop > 0 else "gains"
+        text = f"guard {task}: {way} {abs(found.drop):.1f} points against the base, {found.allowed:g} may be lost"
+        if found.kept:
+            common.output().print(text, markup=False)
+        else:
+            common.warn(f"warning: {text}")

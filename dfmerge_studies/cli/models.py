@@ -64,7 +64,7 @@ def merge(
     check_form(settings, form)
     common.check_early(settings)
     with common.progress_bar() as progress:
-        common.load_libraries()
+        common.quiet_libraries()
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
@@ -116,7 +116,7 @@ def fisher(
     fisher_target(settings, out, force=force)
     common.check_early(settings)
     with common.progress_bar() as progress:
-        common.load_libraries()
+        common.quiet_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
@@ -168,20 +168,29 @@ def evaluate(
     common.check_early(settings)
     check_model(model, root=Path.cwd(), where="--model")
     with common.progress_bar() as progress:
-        common.load_libraries()
-        from dfmerge_studies.objective.evaluate import evaluate_model
+        common.quiet_libraries()
+        from dfmerge_studies.objective.evaluate import base_on_guards, evaluate_model
+        from dfmerge_studies.report.standings import BASE, Scored, side_by_side
+        from dfmerge_studies.tasks.metrics import guarded
 
-        tasks = evaluate_model(settings, model, chosen, progress=progress, ranks=common.join_ranks(settings))
-    metrics, scores = settings.metrics(chosen), {task: entry.score for task, entry in tasks.items()}
+        ranks = common.join_ranks(settings)
+        tasks = evaluate_model(settings, model, chosen, progress=progress, ranks=ranks)
+        base = base_on_guards(settings, chosen, progress=progress, ranks=ranks)
+    metrics = settings.metrics(chosen)
+    scores, of_base = ({task: entry.score for task, entry in found.items()} for found in (tasks, base))
+    guards = guarded(scores, of_base, metrics)
     if json:
         described = {task: _described(entry, metrics[task]) for task, entry in tasks.items()}
-        common.print_json({"model": model, "split": chosen, "tasks": described, "mean": metrics.mean_of(scores)})
+        found = {"model": model, "split": chosen, "tasks": described, "mean": metrics.mean_of(scores)}
+        common.print_json({**found, **forms.guards_json(guards)})
         return
     from dfmerge_studies.report.renderings import standings_table
-    from dfmerge_studies.report.standings import Scored, side_by_side
 
-    found = side_by_side([Scored(model, {chosen: scores}, results={chosen: tasks})], {chosen: metrics})[chosen]
-    common.output().print(standings_table(found, title=f"{chosen} {metrics.heading}"))
+    rows = [Scored(BASE, {chosen: of_base}, compete=False, results={chosen: base})] if base else []
+    rows.append(Scored(model, {chosen: scores}, results={chosen: tasks}))
+    table = side_by_side(rows, {chosen: metrics})[chosen]
+    common.output().print(standings_table(table, title=f"{chosen} {metrics.heading}"))
+    forms.tell_guards(guards)
 
 
 def export(
@@ -221,7 +230,7 @@ def export(
     check_form(settings, form)
     common.check_early(settings, storage=True, create=False)
     with common.progress_bar() as progress:
-        common.load_libraries()
+        common.quiet_libraries()
         from dfmerge_studies.report.card import CARD
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.report.notes import keep_card

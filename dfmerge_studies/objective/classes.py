@@ -14,21 +14,39 @@ from dfmerge_studies.tasks.settings import choices_of
 Classes = Mapping[str, Sequence[str]]  # by task; a task without names of classes is left out
 
 
-def classes_of_experts(spec: StudySpec, experts: Mapping[str, Checkpoint]) -> dict[str, tuple[str, ...]]:
-    """Names of the classes of the heads that a spec's experts bring.
+def classes_of_heads(
+    spec: StudySpec, base: Checkpoint, experts: Mapping[str, Checkpoint]
+) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of the heads that a spec's experts bring, and for guards of the base's own.
 
     Args:
         spec: which expert has which task.
+        base: the base.
         experts: the experts by name.
 
     Raises:
         InputError: a head is of another kind than its task's.
     """
     classes: dict[str, tuple[str, ...]] = {}
-    for name, expert in spec.experts.items():
-        if expert.task in spec.tasks and spec.tasks[expert.task].type in HEADED:
-            classes.setdefault(expert.task, class_names(experts[name], spec.tasks[expert.task].type))
+    for name, task in spec.tasks.items():
+        owner = head_owner(spec, name, base, experts)
+        if owner is not None and task.type in HEADED:
+            classes[name] = class_names(owner, task.type)
     return {task: names for task, names in classes.items() if names}
+
+
+def head_owner(spec: StudySpec, task: str, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    """The model whose head answers a task: its first expert, of a guard the base; None where no expert has it.
+
+    Args:
+        spec: which expert has which task.
+        task: its name.
+        base: the base.
+        experts: the experts by name.
+    """
+    if spec.tasks[task].guard:
+        return base
+    return next((experts[name] for name, expert in spec.experts.items() if expert.task == task), None)
 
 
 def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:

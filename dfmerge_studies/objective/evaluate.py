@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.classes import Classes, classes_of_experts, positive_class
+from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, positive_class
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
 from dfmerge_studies.params import float_parameters
@@ -45,9 +45,10 @@ class _Evaluate:
     spec: StudySpec
     reference: str
     split: Split
+    tasks: Collection[str] | None
 
     def __call__(self, memory: dict[str, Any]) -> None:
-        evaluate_model(self.spec, self.reference, self.split, ranks=memory["ranks"])
+        evaluate_model(self.spec, self.reference, self.split, tasks=self.tasks, ranks=memory["ranks"])
 
 
 def evaluate_model(
@@ -55,6 +56,7 @@ def evaluate_model(
     reference: str,
     split: Split,
     *,
+    tasks: Collection[str] | None = None,
     progress: Progress = silent,
     ranks: Ranks = SOLO,
     contents: Contents | None = None,
@@ -67,6 +69,7 @@ def evaluate_model(
         spec: tasks, device, dtype.
         reference: directory (relative to the working directory), Hub id, or adapter on the spec's base.
         split: of the tasks' data.
+        tasks: those to score; all by default.
         progress: told how far it is.
         ranks: processes that share the inputs.
         contents: what the model's files held when their digest was taken.
@@ -79,13 +82,37 @@ def evaluate_model(
         RunError: its files do not hold what `contents` says.
     """
     return ranks.everywhere(
-        _Evaluate(spec, reference, split),
-        lambda: _evaluate(spec, reference, split, progress, ranks, contents or Contents()),
+        _Evaluate(spec, reference, split, tasks),
+        lambda: _evaluate(spec, reference, split, tasks, progress, ranks, contents or Contents()),
     )
 
 
+def base_on_guards(
+    spec: StudySpec, split: Split, *, progress: Progress = silent, ranks: Ranks = SOLO
+) -> dict[str, TaskScore]:
+    """What the base scores on the guards of a spec, which other models are compared with; nothing where there are none.
+
+    Args:
+        spec: the settings.
+        split: of the tasks' data.
+        progress: told how far it is.
+        ranks: processes that share the inputs.
+    """
+    guards = spec.metrics(split).guards
+    if not guards:
+        return {}
+    base = str(find_checkpoints(spec).base.path)
+    return evaluate_model(spec, base, split, tasks=list(guards), progress=progress, ranks=ranks)
+
+
 def _evaluate(
-    spec: StudySpec, reference: str, split: Split, progress: Progress, ranks: Ranks, contents: Contents
+    spec: StudySpec,
+    reference: str,
+    split: Split,
+    wanted: Collection[str] | None,
+    progress: Progress,
+    ranks: Ranks,
+    contents: Contents,
 ) -> dict[str, TaskScore]:
     found = find_checkpoints(spec)
     checkpoint = resolve(reference, root=Path.cwd(), where="--model", trust_remote_code=spec.trust_remote_code)
@@ -102,11 +129,13 @@ def _evaluate(
     tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
     heads = _heads(spec, checkpoint, found, dtype, contents) if found.has_heads else {}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
-    of_experts = classes_of_experts(spec, found.experts)
+    of_experts = classes_of_heads(spec, found.base, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
     budget = spec.token_budget
     for task, settings in spec.tasks.items():
+        if wanted is not None and task not in wanted:
+            continue
         kind = found.kinds[task]
         examples = encode_split(spec, task, split, model, tokenizer, kind, classes)
         check_labels(spec, task, examples, heads)
@@ -170,14 +199,14 @@ def _heads(
         if file.is_file():
             heads[task] = {n: t.to(dtype) for n, t in read_tensors(file, contents, dtype=dtype).items()}
             continue
-        owner = next((name for name, expert in spec.experts.items() if expert.task == task), None)
+        owner = head_owner(spec, task, found.base, found.experts)
         if owner is None:
             raise InputError(
                 f"neither {file} nor an expert brings a head for this task",
                 where=spec.where(f"tasks.{task}"),
                 hint="Add an expert with this task, or remove the task",
             )
-        heads[task] = _expert_head(found.experts[owner], found.base, dtype)
+        heads[task] = _expert_head(owner, found.base, dtype)
     return heads
 
 

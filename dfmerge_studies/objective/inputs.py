@@ -214,7 +214,7 @@ def read_split(
     if name is None:
         hint = "Name one, or use --split validation" if split == "test" else "Name one"
         raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), hint=hint)
-    labelled = split == "test" or spec.needs_labels
+    labelled = split == "test" or spec.needs_labels(task)
     rows = load_rows(
         task,
         settings,
@@ -338,7 +338,7 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
 
 
 def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:
-    """The rows of the validation split that a task's importance is estimated on.
+    """The rows of the validation split that a task's importance is estimated on; none of a guard.
 
     Args:
         spec: where their number and the seed stand.
@@ -349,6 +349,8 @@ def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, lis
     Raises:
         InputError: the rows that are wanted are not there.
     """
+    if spec.tasks[task].guard:  # no expert stands for it
+        return []
     if wanted is None or task not in wanted:
         return draw_rows(total, spec.importance.samples, seeded_generator(spec.search.seed, "fisher", task))
     rows = wanted[task]

@@ -224,7 +224,7 @@ class Merger:
     @memory_errors()
     def importance(
         self, index: int, coefficient: Coefficient, *, names: Sequence[str] | None = None
-    ) -> tuple[Mapping[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], bool]:
         """`Importances.at` on every rank.
 
         Args:
@@ -255,16 +255,18 @@ class Merger:
         return {task: result.score for task, result in self.results(split).items()}
 
     @_everywhere
-    def results(self, split: Split) -> dict[str, TaskScore]:
+    def results(self, split: Split, tasks: Sequence[str] | None = None) -> dict[str, TaskScore]:
         """The same with the rows that the scores rest on.
 
         Args:
             split: of the tasks' data.
+            tasks: those to score; all by default.
 
         Raises:
             RunError: a loss is not finite.
         """
-        return {task: self.result(task, split) for task in self.problem.tasks_of(split)}
+        wanted = [task for task in self.problem.tasks_of(split) if tasks is None or task in tasks]
+        return {task: self.result(task, split) for task in wanted}
 
     @_everywhere
     def result(self, task: str, split: Split) -> TaskScore:
@@ -341,15 +343,16 @@ class Merger:
         return results
 
     @_everywhere
-    def base_results(self, split: Split) -> dict[str, TaskScore]:
+    def base_results(self, split: Split, tasks: Sequence[str] | None = None) -> dict[str, TaskScore]:
         """Score of the base on every task, under the task's head where there are heads.
 
         Args:
             split: of the tasks' data.
+            tasks: those to score; all by default.
         """
         self.ask_experts_(split)
         self.problem.resident.load_base_()
-        return self.results(split)
+        return self.results(split, tasks)
 
     def all_names(self) -> list[str]:
         """Every shared parameter of the base, changed by an expert or not."""

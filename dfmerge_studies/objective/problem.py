@@ -14,7 +14,7 @@ from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.classes import Classes, classes_of_experts
+from dfmerge_studies.objective.classes import Classes, classes_of_heads
 from dfmerge_studies.objective.groups import Groups, layer_groups, parameter_groups
 from dfmerge_studies.objective.inputs import (
     check_labels,
@@ -145,8 +145,8 @@ class Problem:
         return layer_groups(self.resident.model, self.resident.names)
 
     def fisher_indices(self) -> dict[str, list[int]]:
-        """Validation rows of the Fisher inputs, by task."""
-        return {name: [example.index for example in task.fisher] for name, task in self.tasks.items()}
+        """Validation rows of the Fisher inputs, by task; guards have none."""
+        return {name: [example.index for example in self.tasks[name].fisher] for name in self.spec.aims}
 
     def data_digests(self, split: Split = "validation") -> dict[str, str]:
         """Identity of every task's inputs as the model sees them: prompts and tokenizer included.
@@ -295,7 +295,7 @@ def _load_problem(
     checkpoints = find_checkpoints(spec)
     device, dtype = choose_device(spec, ranks), getattr(torch, spec.dtype)
     wanted = indices or read_indices(spec)
-    classes = classes_of_experts(spec, checkpoints.experts)
+    classes = classes_of_heads(spec, checkpoints.base, checkpoints.experts)
     # Before the weights: it fails sooner.
     rows = {name: read_split(spec, name, "validation", classes) for name in spec.tasks}
     progress("loading models", 1, steps)
@@ -304,6 +304,7 @@ def _load_problem(
         checkpoints.experts,
         {name: expert.task for name, expert in spec.experts.items()},
         checkpoints.model_class,
+        guards=[name for name, task in spec.tasks.items() if task.guard],
         dtype=dtype,
         device=device,
         loading=lambda name: progress(f"loading {name}", 1 + list(spec.experts).index(name), steps),
@@ -312,10 +313,15 @@ def _load_problem(
     for done, name in enumerate(spec.tasks):
         progress(f"reading {name}", len(spec.experts) + 2 + done, steps)
         if checkpoints.has_heads and name not in resident.heads:
+            guard = spec.tasks[name].guard
             raise InputError(
-                "no expert brings a head for this task",
+                "a guard is answered by the base's own head, and the base has none"
+                if guard
+                else "no expert brings a head for this task",
                 where=spec.where(f"tasks.{name}"),
-                hint="Add an expert with this task, or remove the task",
+                hint="Guard a task of a base with a head, or leave it out"
+                if guard
+                else "Add an expert with this task, or remove the task",
             )
         everything = encode_for_all(spec, name, rows[name], resident, checkpoints.kinds[name])
         check_labels(spec, name, everything, resident.heads)

@@ -36,7 +36,8 @@ def rehearse_(problem: Problem, method: Method) -> None:
     estimator = check_importance(problem, method)
     for task in problem.tasks:
         scored, weighed = (task, "scores"), (task, estimator.value)
-        needed = {scored} if method.importance is Importance.UNIFORM else {scored, weighed}
+        unweighed = method.importance is Importance.UNIFORM or problem.spec.tasks[task].guard
+        needed = {scored} if unweighed else {scored, weighed}
         if needed <= problem.rehearsed:
             continue
         _put_expert_on_(problem, task)

@@ -17,7 +17,7 @@ from dfmerge_studies.report.checked import Checked
 from dfmerge_studies.report.origins import CARD as CARD
 from dfmerge_studies.report.origins import Origin, license_lines, origin_of, public_name, shared_license
 from dfmerge_studies.report.renderings import task_lines
-from dfmerge_studies.report.standings import Scored, side_by_side
+from dfmerge_studies.report.standings import BASE, Scored, Standings, side_by_side
 from dfmerge_studies.report.tables import selection_text, sentence
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study import provenance
@@ -46,6 +46,7 @@ class Merged:
         value: what the trial was worth.
         scores: per split, per task.
         expert_scores: per split, of each task's own expert.
+        base_scores: per split, of the base; nothing where there are no guards, which are compared with it.
         selection: how its trial was named the winner, None where it was not.
         results: the scores with the rows that they rest on, as far as these are known.
         dtype: that the weights are stored in.
@@ -60,6 +61,7 @@ class Merged:
     value: float | None = None
     scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
     expert_scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
+    base_scores: Mapping[Split, Mapping[str, float]] = field(default_factory=dict)
     selection: Selection | None = None
     results: Mapping[Split, Mapping[str, TaskScore]] = field(default_factory=dict)
     dtype: str = "float32"
@@ -71,8 +73,9 @@ class Merged:
         """The same with the scores of one task."""
         scores = {split: _only(found, task) for split, found in self.scores.items()}
         experts = {split: _only(found, task) for split, found in self.expert_scores.items()}
+        base = {split: _only(found, task) for split, found in self.base_scores.items()}
         checked = self.checked.only(task) if self.checked is not None else None
-        return replace(self, scores=scores, expert_scores=experts, checked=checked, verdict=())
+        return replace(self, scores=scores, expert_scores=experts, base_scores=base, checked=checked, verdict=())
 
 
 def _only(scores: Mapping[str, float], task: str) -> dict[str, float]:
@@ -94,6 +97,7 @@ def provenance_json(problem: Problem, spec: StudySpec, merged: Merged) -> str:
         **merged.point.parameters,
         "scores": merged.scores,
         "expert_scores": merged.expert_scores,
+        **({"base_scores": merged.base_scores} if merged.base_scores else {}),
         "dtype": merged.dtype,
         **({"adapter": merged.adapter.described()} if merged.adapter is not None else {}),
         "checked": merged.checked.described() if merged.checked is not None else None,
@@ -266,6 +270,8 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
     if merged.checked is not None:
         results["validation"] = merged.checked.written
     rows = [Scored("merged", scores, results=results), Scored("own expert", merged.expert_scores, compete=False)]
+    if merged.base_scores:
+        rows.append(Scored(BASE, merged.base_scores, compete=False))
     tables = side_by_side(rows, {split: spec.metrics(split).only(found) for split, found in scores.items()})
     what = "; ".join(f"{split}: {table.metrics.heading}" for split, table in tables.items())
     lines = [
@@ -275,12 +281,27 @@ def _score_table(spec: StudySpec, merged: Merged) -> list[str]:
         "",
         f"{sentence(what)} Coefficients were chosen on the validation split.",
         "",
+        *_guards(tables),
         *_named(spec, merged),
         *_precision_lines(spec, merged),
     ]
     if any(not metric.labels for table in tables.values() for metric in table.metrics.values()):
         lines += ["Agreement is the share of inputs that the model answers as the task's own expert does.", ""]
     return lines
+
+
+def _guards(tables: Mapping[Split, Standings]) -> list[str]:
+    """What guards are, and whether the merge keeps them."""
+    lines = []
+    for split, table in tables.items():
+        for name, found in table.guards_of(table.rows[0]).items():
+            verb = "loses" if found.drop > 0 else "gains"
+            lines.append(
+                f"- {name} on {split}: {verb} {abs(found.drop):.1f} points against the base, "
+                f"{found.allowed:g} may be lost{'' if found.kept else ': NOT kept'}"
+            )
+    what = "Guards are tasks that no expert stands for, on which the merge should keep what the base can:"
+    return [what, "", *lines, ""] if lines else []
 
 
 def _named(spec: StudySpec, merged: Merged) -> list[str]:

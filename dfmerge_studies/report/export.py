@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from dfmerge_studies.study.scores import results_by_split
 from dfmerge_studies.study.session import Session
 from dfmerge_studies.study.value import trial_value
 from dfmerge_studies.study.winner import selection_of
-from dfmerge_studies.tasks.metrics import TaskScore
+from dfmerge_studies.tasks.metrics import Guarded, TaskScore, guarded
 from dfmerge_studies.tasks.splits import SPLITS
 from dfmerge_studies.trials.reading import results
 
@@ -59,6 +59,7 @@ class Exported:
         dtype: that the weights are stored in.
         checked: scores of what was written, where it is not what the merge was scored as.
         adapter: what an adapter keeps of the merge, None for a whole model.
+        guards: how the merge stands to the guards.
     """
 
     digest: str
@@ -69,6 +70,7 @@ class Exported:
     dtype: str = "float32"
     checked: Checked | None = None
     adapter: AdapterExport | None = None
+    guards: Mapping[str, Guarded] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """The same for `--json`, each of the method's parameters by its name."""
@@ -82,6 +84,7 @@ class Exported:
             "dtype": self.dtype,
             "checked": self.checked.described() if self.checked is not None else None,
             **adapter,
+            **({"guards": {task: each.described() for task, each in self.guards.items()}} if self.guards else {}),
         }
 
 
@@ -118,7 +121,10 @@ def export_merge(
     again = dtype != spec.dtype or form.adapter
     if again:
         merger.ask_experts_("validation")
+    guards = list(spec.metrics("validation").guards) if merged.trial is None else []
+    of_base = merger.base_results("validation", guards) if guards else {}
     outcome = merger.merge_(merged.point)
+    kept = _guarded(merger.results("validation", guards) if guards else {}, of_base, spec)
     before = merger.results("validation") if again else {}
     checked, adapter = None, None
     with new_directory(place, force=force) as folder:
@@ -136,7 +142,12 @@ def export_merge(
             write_texts(folder / task, {**texts, CARD: model_card(problem, spec, merged, task)})
     fishers = {"computed": outcome.computed, "cached": outcome.cached}
     digest = model_digest(Checkpoint(str(out), scored_folder(place, problem, form)))
-    return Exported(digest, merged.point, fishers, dtype=dtype, checked=checked, adapter=adapter)
+    return Exported(digest, merged.point, fishers, dtype=dtype, checked=checked, adapter=adapter, guards=kept)
+
+
+def _guarded(scores: Mapping[str, TaskScore], base: Mapping[str, TaskScore], spec: StudySpec) -> dict[str, Guarded]:
+    ours, theirs = ({task: found.score for task, found in each.items()} for each in (scores, base))
+    return guarded(ours, theirs, spec.metrics("validation"))
 
 
 def scored_folder(place: Path, problem: Problem, form: Form) -> Path:
@@ -223,9 +234,17 @@ def export_trial(
             "validation": session.reference_scores("experts", "validation"),
             **session.kept_scores("experts", "test"),
         },
+        base_scores={
+            "validation": session.reference_scores("base", "validation"),
+            **session.kept_scores("base", "test"),
+        }
+        if session.spec.metrics("validation").guards
+        else {},
         selection=selection if selection is not None and selection.winner == trial.number else None,
         results=results_by_split(session.study, trial, SPLITS),
         verdict=verdict.lines if verdict is not None and verdict.trial == trial.number else (),
     )
     exported = export_merge(session.merger, session.spec, merged, out, form, force=force)
-    return replace(exported, value=value, metric=session.spec.metrics("validation").text)
+    metrics = session.spec.metrics("validation")
+    guards = guarded(scores, merged.base_scores.get("validation", {}), metrics)
+    return replace(exported, value=value, metric=metrics.text, guards=guards)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from dfmerge_studies.report.renderings import footer, label, notes, shown, trials_text
+from dfmerge_studies.report.renderings import footer, headings, label, notes, shown, trials_text
 from dfmerge_studies.report.standings import Standing, Standings
 from dfmerge_studies.tasks.metrics import MEAN
 
@@ -34,7 +34,7 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
     """
     spreads = len(found.seeds) > 1
     scores = found.columns
-    heads = [rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" if spreads else _escape(name) for name in scores]
+    heads = [rf"\multicolumn{{2}}{{c}}{{{_escape(name)}}}" if spreads else _escape(name) for name in headings(found)]
     lines = [
         f"% {found.split} {found.metrics.heading}",
         r"% needs \usepackage{booktabs}",
@@ -54,7 +54,12 @@ def standings_latex(found: Standings, labels: Mapping[str, str]) -> str:
         cells.append(trials_text(row).replace("-", "--"))
         lines.append(" & ".join(cells) + r" \\")
     for number, (name, texts) in enumerate(footer(found, labels)):
-        cells = [_escape(name), *(f"{texts.get(column, '')}{' & ' if spreads else ''}" for column in scores), " & ", ""]
+        cells = [
+            _escape(name),
+            *(f"{_escape(texts.get(column, ''))}{' & ' if spreads else ''}" for column in scores),
+            " & ",
+            "",
+        ]
         lines += [*([] if number else [r"\midrule"]), " & ".join(cells) + r" \\"]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 

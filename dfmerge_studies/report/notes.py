@@ -21,7 +21,7 @@ from dfmerge_studies.report.expectations import expectation_text, gain_left, gai
 from dfmerge_studies.report.figures import plotly_figures
 from dfmerge_studies.report.renderings import beside_experts
 from dfmerge_studies.report.standings import Scored, side_by_side
-from dfmerge_studies.report.tables import selection_text, sentence
+from dfmerge_studies.report.tables import bounds_text, selection_text, sentence
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import id_of
@@ -141,16 +141,20 @@ def trial_note(view: StudyView, trial: FrozenTrial, rank: int) -> str:
         trial: one of its completed trials.
         rank: 1 for the best.
     """
+    metrics = view.metrics("validation")
+    base = view.scores("base", "validation") or {}
+    others = {**(view.scores("experts", "validation") or {}), **{t: base[t] for t in metrics.guards if t in base}}
+    other = "own expert, of guards the base" if metrics.guards else "own expert"
     scored = [
         Scored("merged", {"validation": view.trial_scores(trial, "validation") or {}}),
-        Scored("own expert", {"validation": view.scores("experts", "validation") or {}}, compete=False),
+        Scored(other, {"validation": others}, compete=False),
     ]
-    found = side_by_side(scored, {"validation": view.metrics("validation")})["validation"]
+    found = side_by_side(scored, {"validation": metrics})["validation"]
     return "\n".join(
         [
             f"**Number {rank} of the study** (on the validation splits)",
             "",
-            *_table(["task", "metric", "merged", "own expert", "difference"], beside_experts(found)),
+            *_table(["task", "metric", "merged", other, "difference"], beside_experts(found)),
             *_expectation(view, trial),
             *_constraint(view, trial),
             *(_export(f" --trial {trial.number}") if "base" in view.spec else []),
@@ -192,21 +196,22 @@ def _best_trials(view: StudyView) -> list[FrozenTrial]:
 
 
 def _feasible(view: StudyView) -> str:
-    allowed = view.spec.get("search", {}).get("max_drop")
-    if allowed is None:
+    if not view.allowed:
         return ""
     kept = sum(violation(trial) == 0 for trial in view.trials)
-    return f", {kept} of them with every task within {allowed:g} points of its own expert"
+    return f", {kept} of them with every task within {bounds_text(view.allowed, view.metrics('validation').guards)}"
 
 
 def _constraint(view: StudyView, trial: FrozenTrial) -> list[str]:
     """Whether a trial keeps every task within `max_drop`: optuna-dashboard does not show constraints of Optuna 5."""
-    allowed = view.spec.get("search", {}).get("max_drop")
-    if allowed is None:
+    drops = {task: drop for task, drop in trial.user_attrs.get(DROPS, {}).items() if task in view.allowed}
+    if not drops:
         return []
-    worst = max(trial.user_attrs[DROPS].values(), default=0.0)
+    worst = max(drops, key=lambda task: drops[task] - view.allowed[task])
     verdict = "kept" if violation(trial) == 0 else "violated"
-    return [f"Constraint {verdict}: largest drop {worst:.1f} points, allowed {allowed:g}.", ""]
+    against = " against the base" if worst in view.metrics("validation").guards else ""
+    text = f"{escape(worst)} loses {drops[worst]:.1f} points{against}, allowed {view.allowed[worst]:g}"
+    return [f"Constraint {verdict}: {text}.", ""]
 
 
 def _expectation(view: StudyView, trial: FrozenTrial) -> list[str]:

@@ -21,11 +21,12 @@ from dfmerge_studies.tasks.metrics import MEAN
 from dfmerge_studies.tasks.splits import Split
 
 _OF_STUDIES = ("largest drop", "trials", "seconds")  # columns that only rows of a comparison have
+BROKEN = "!"  # behind a score that loses more against the base than a guard allows
 _STYLES = {1: "bold", 2: "underline"}
 CSV_COLUMNS = (
     "split", "method", "merged", "task", "mean", "std", "seeds", "rank", "p", "star",
     "drop_points", "drop_task", "trials", "seconds", "fishers_computed", "fishers_cached", "error", "metric",
-    "rows", "standard_error",
+    "rows", "standard_error", "guard_drop", "guard_allowed",
 )  # fmt: skip
 
 
@@ -42,13 +43,14 @@ def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] =
         labels: what to call a row instead of by its method's name.
     """
     spreads, starred = len(found.seeds) > 1, any(row.star for row in found.rows)
-    columns = ["", *found.columns, *([""] if spreads else []), *(_OF_STUDIES if found.compared else [])]
+    columns = ["", *headings(found), *([""] if spreads else []), *(_OF_STUDIES if found.compared else [])]
     lines = []
     for row in found.rows:
         cells = [Text(label(row, labels, len(found.seeds)), style="" if row.compete else "dim")]
         for column in found.columns:
             mean, std = shown(found, row, column) or ("-", "")
-            cells.append(Text(mean, style=_STYLES.get(found.marks[column].get(row.method, 0), "")))
+            broken = mean.endswith(BROKEN)
+            cells.append(Text(mean, style="red" if broken else _STYLES.get(found.marks[column].get(row.method, 0), "")))
         if spreads:
             cells.append(Text(f"± {std}" if std else "").append("*" if row.star else " " if starred else ""))
         lines.append([*cells, *(map(Text, _of_studies(row)) if found.compared else [])])
@@ -67,13 +69,17 @@ def standings_table(found: Standings, *, title: str, labels: Mapping[str, str] =
 
 
 def footer(found: Standings, labels: Mapping[str, str] = MappingProxyType({})) -> list[tuple[str, dict[str, str]]]:
-    """Lines below a table: rows of data and standard errors, by column, as far as they are known.
+    """Lines below a table: what guards allow, rows of data and standard errors, by column, as far as they are known.
 
     Args:
         found: the numbers.
         labels: what to call a row instead of by its method's name.
     """
     lines, rows, errors = [], found.rows_by_column, found.errors
+    if bounds := found.bounds:
+        signs = {task: ">=" if found.metrics[task].higher_is_better else "<=" for task in bounds}
+        shown = {task: f"{signs[task]} {found.metrics[task].shown(bound)}" for task, bound in bounds.items()}
+        lines.append(("guards allow", shown))
     if errors is not None:
         method, by_column = errors
         shown = {column: found.metrics.of(column).shown(error) for column, error in by_column.items()}
@@ -98,6 +104,9 @@ def notes(found: Standings) -> list[str]:
     odd = any((metric.low, metric.high) != (0.0, 1.0) for metric in found.metrics.values())
     what = "points that the worst task loses against its own expert"
     lines.append(f"largest drop: {what}{', hundredths of the range of its metric' if odd else ''}")
+    if found.metrics.guards:
+        names = ", ".join(found.metrics.guards)
+        lines.append(f"guards ({names}): not in the mean; {BROKEN} loses more against the base than max_drop allows")
     lines.append("trials and seconds: per seed; Fishers from the cache cost no time")
     if found.errors is not None:
         lines.append("± standard error: over the rows of data, of all seeds together")
@@ -128,7 +137,7 @@ def standings_csv(found: Standings) -> str:
     writer.writeheader()
     for row in found.rows:
         for task in found.columns:
-            cell = row.cells.get(task)
+            cell, guard = row.cells.get(task), found.guards_of(row).get(task)
             writer.writerow(
                 {
                     "split": found.split,
@@ -150,6 +159,8 @@ def standings_csv(found: Standings) -> str:
                     "metric": found.metrics.of(task).name,
                     "rows": (cell.n or None) if cell else None,
                     "standard_error": cell.error if cell else None,
+                    "guard_drop": guard.drop if guard else None,
+                    "guard_allowed": guard.allowed if guard else None,
                 }
             )
     return out.getvalue()
@@ -173,7 +184,7 @@ def standings_section(found: Standings, title: str) -> sections.Section:
         rows.append(sections.TableRow(cells, reference=True))
     return sections.Section(
         title,
-        ["", *found.columns, *(_OF_STUDIES if found.compared else [])],
+        ["", *headings(found), *(_OF_STUDIES if found.compared else [])],
         rows,
         text=" ".join(map(sentence, notes(found))) if found.compared else "",
         numbers=True,
@@ -192,8 +203,24 @@ def rows_json(tables: Mapping[Split, Standings]) -> list[dict[str, Any]]:
             means = {column: cell.mean for column, cell in row.cells.items()}
             scores = {task: means[task] for task in table.tasks if task in means}
             entry = rows.setdefault(row.method, {"name": row.method, "coefficients": None, **row.detail})
-            entry[split] = {"tasks": scores, "mean": means.get(MEAN), **_of_rows(row, list(scores))}
+            entry[split] = {
+                "tasks": scores,
+                "mean": means.get(MEAN),
+                **_of_guards(table, row),
+                **_of_rows(row, list(scores)),
+            }
     return list(rows.values())
+
+
+def _of_guards(table: Standings, row: Standing) -> dict[str, Any]:
+    """How a row stands to the guards, where there are any."""
+    found = table.guards_of(row)
+    return {"guards": {task: each.described() for task, each in found.items()}} if found else {}
+
+
+def headings(found: Standings) -> list[str]:
+    """Heads of the columns with scores: the tasks, of which guards are called so, and their mean."""
+    return [f"{column} (guard)" if column in found.metrics.guards else column for column in found.columns]
 
 
 def _of_rows(row: Standing, tasks: list[str]) -> dict[str, Any]:
@@ -215,8 +242,9 @@ def task_lines(tables: Mapping[Split, Standings]) -> list[str]:
     for table in tables.values():
         columns += [(f"{table.split}: {name}", texts) for name, texts in footer(table)]
     lines = [f"| task | {' | '.join(head for head, _ in columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for task in next(iter(tables.values())).tasks:
-        lines.append(f"| {task} | {' | '.join(texts.get(task, '-') for _, texts in columns)} |")
+    first = next(iter(tables.values()))
+    for task, name in zip(first.tasks, headings(first), strict=False):  # the mean has no line
+        lines.append(f"| {name} | {' | '.join(texts.get(task, '-') for _, texts in columns)} |")
     return lines
 
 
@@ -263,6 +291,7 @@ def _row_json(found: Standings, row: Standing) -> dict[str, Any]:
         "p": row.p,
         "star": row.star,
         "drop": {"task": row.drop[0], "points": row.drop[1]} if row.drop else None,
+        **_of_guards(found, row),
         "trials": fmean(entry.trials for entry in row.entries) if row.entries else None,
         "seconds": fmean(entry.seconds for entry in row.entries) if row.entries else None,
         "fishers": _fishers(row) if row.entries else None,
@@ -301,7 +330,7 @@ def label(row: Standing, labels: Mapping[str, str], seeds: int) -> str:
 
 
 def shown(found: Standings, row: Standing, column: str) -> tuple[str, str] | None:
-    """Mean and standard deviation as text; no deviation for what no seed can change.
+    """Mean and standard deviation as text; no deviation for what no seed can change. A broken guard is marked.
 
     Args:
         found: the table.
@@ -315,8 +344,9 @@ def shown(found: Standings, row: Standing, column: str) -> tuple[str, str] | Non
     if cell is None:
         return None
     spread = cell.std is not None and (row.compete or cell.std > 0)
-    metric = found.metrics.of(column)
-    return metric.shown(cell.mean), metric.shown(cell.std or 0) if spread else ""
+    metric, guard = found.metrics.of(column), found.guards_of(row).get(column)
+    broken = BROKEN if guard is not None and not guard.kept else ""
+    return metric.shown(cell.mean) + broken, metric.shown(cell.std or 0) if spread else ""
 
 
 def trials_text(row: Standing) -> str:

@@ -17,8 +17,8 @@ from statistics import fmean, stdev
 from types import MappingProxyType
 from typing import Any
 
-from dfmerge_studies.study.comparison import FINE_TUNED, ComparedStudy, Comparison
-from dfmerge_studies.tasks.metrics import MEAN, SAME, Metric, Metrics, TaskScore, largest_drop
+from dfmerge_studies.study.comparison import FINE_TUNED, ZERO_SHOT, ComparedStudy, Comparison
+from dfmerge_studies.tasks.metrics import MEAN, SAME, Guarded, Metric, Metrics, TaskScore, guarded, largest_drop
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.uncertainty import difference, mean_error, mean_rows, standard_error
 
@@ -108,7 +108,7 @@ class Standings:
         metrics: what they are; their tasks are the columns before the mean.
         seeds: of the comparison.
         rows: in order, the models that are not merged first.
-        ranks: by column, 1 for the rows that are best and 2 for those that are second, by method.
+        ranks: by column, 1 for the rows that are best and 2 for those that are second, by method; none for guards.
         marks: the same as tables show it: nothing where the rows of the data do not tell the best from the others.
     """
 
@@ -146,6 +146,26 @@ class Standings:
     def columns(self) -> list[str]:
         """Columns with scores."""
         return [*self.metrics, MEAN]
+
+    @property
+    def base(self) -> dict[str, float]:
+        """Scores of the base, if it has a row."""
+        row = next((row for row in self.rows if row.method in (BASE, ZERO_SHOT)), None)
+        return {} if row is None else {task: cell.mean for task, cell in row.cells.items() if task != MEAN}
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The score that each guard must keep, as far as the base's is known."""
+        return self.metrics.bounds(self.base)
+
+    def guards_of(self, row: Standing) -> dict[str, Guarded]:
+        """How a row stands to each guard, as far as both it and the base have a score of it.
+
+        Args:
+            row: one of the table's.
+        """
+        scores = {task: row.cells[task].mean for task in self.bounds if task in row.cells}
+        return guarded(scores, self.base, self.metrics)
 
     @property
     def rows_by_column(self) -> dict[str, int]:
@@ -269,8 +289,9 @@ def _with_rows(cell: Cell, column: str, results: Mapping[str, TaskScore], metric
     """A cell with its standard error and number of rows."""
     if column in results:
         return replace(cell, error=standard_error(results[column], metrics[column]), n=results[column].n)
-    if column == MEAN and results.keys() == metrics.keys():
-        return replace(cell, error=mean_error(results, metrics), n=sum(each.n for each in results.values()))
+    aims = {task: result for task, result in results.items() if task in metrics.aims}
+    if column == MEAN and aims.keys() == metrics.aims.keys():
+        return replace(cell, error=mean_error(aims, metrics), n=sum(each.n for each in aims.values()))
     return cell
 
 
@@ -280,7 +301,7 @@ def _of(row: Standing, tasks: Sequence[str]) -> dict[str, TaskScore]:
 
 def _alike(rows: Sequence[Standing], metrics: Metrics, column: str, ranks: Mapping[str, int]) -> bool:
     """Whether the data's rows do not tell the best of a column from the others, as far as they are known."""
-    tasks = list(metrics) if column == MEAN else [column]
+    tasks = list(metrics.aims) if column == MEAN else [column]
     known = [row for row in rows if row.compete and column in row.cells and set(tasks) <= row.results.keys()]
     best = [row for row in known if ranks.get(row.method) == 1]
     others = [row for row in known if row not in best[:1]]
@@ -289,9 +310,12 @@ def _alike(rows: Sequence[Standing], metrics: Metrics, column: str, ranks: Mappi
 
 
 def _ranks(rows: Sequence[Standing], metrics: Metrics) -> dict[str, dict[str, int]]:
+    """Ranks by column; in that of a guard nobody competes."""
     return {
         column: ranked(
-            {row.method: row.cells[column].mean for row in rows if row.compete and column in row.cells},
+            {row.method: row.cells[column].mean for row in rows if row.compete and column in row.cells}
+            if column not in metrics.guards
+            else {},
             metrics.of(column),
         )
         for column in (*metrics, MEAN)
@@ -304,10 +328,10 @@ def column_score(scores: Mapping[str, float], metrics: Metrics, column: str) -> 
     Args:
         scores: by task; some may be missing.
         metrics: of all tasks that there are.
-        column: a task, or "mean", which only a row with all tasks has.
+        column: a task, or "mean", which only a row with all tasks but guards has.
     """
     if column == MEAN:
-        return metrics.mean_of(scores) if set(scores) == set(metrics) else None
+        return metrics.mean_of(scores) if set(metrics.aims) <= set(scores) else None
     return scores.get(column)
 
 

@@ -49,6 +49,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
         "expected_gain": gain_left(trials),
         "metric": metrics.text,
         "task_metrics": metrics.names,
+        "guards": metrics.guards,
         "best": _best(best, plan, selection_of(study, completed)) if best is not None else None,
         "storage": plan.place,
         "workers": sum(worker["current"] is not None for worker in alive),
@@ -85,7 +86,7 @@ def _best(best: optuna.trial.FrozenTrial, plan: Plan, selection: Selection | Non
     }
     if len(best.values) > 1:
         described["values"] = best.values
-    if plan.spec.search.max_drop is not None:
+    if plan.spec.allowed:
         described["drops"] = best.user_attrs[DROPS]
         described["feasible"] = violation(best) == 0
     return described
@@ -118,11 +119,12 @@ def _entry(study: optuna.Study) -> dict[str, Any]:
         "best_value": trial_value(best) if best is not None else None,
         "metric": metrics.text if metrics is not None else None,
         "task_metrics": metrics.names if metrics is not None else None,
+        "guards": metrics.guards if metrics is not None else None,
     }
 
 
 def _unreadable(name: str, error: InputError) -> dict[str, Any]:
     """What stands in the list for a study that cannot be read."""
     trials = dict.fromkeys(("target", "complete", "running", "waiting", "failed", "pruned"))
-    nothing = dict.fromkeys(("method", "stopped", "best_value", "metric", "task_metrics"))
+    nothing = dict.fromkeys(("method", "stopped", "best_value", "metric", "task_metrics", "guards"))
     return {"study": name, **nothing, "trials": trials, "problem": str(error)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -80,6 +80,21 @@ def search_text(search: Mapping[str, Any]) -> str:
     return f"{sampler} ({how})" if how else sampler
 
 
+def bounds_text(allowed: Mapping[str, float], guards: Collection[str]) -> str:
+    """What tasks may lose, in a few words: `5 points of its own expert, the guard wiki within 2 points of the base`.
+
+    Args:
+        allowed: points, of the tasks that have a bound.
+        guards: those that are compared with the base.
+    """
+    of_experts = {task: points for task, points in allowed.items() if task not in guards}
+    shared = {f"{points:g} points of its own expert" for points in of_experts.values()}
+    own = [f"{points:g} points of its own expert ({task})" for task, points in of_experts.items()]
+    parts = sorted(shared) if len(shared) == 1 else own
+    parts += [f"{allowed[task]:g} points of the base (guard {task})" for task in guards if task in allowed]
+    return ", ".join(parts)
+
+
 def progress_text(summary: Mapping[str, Any]) -> str:
     """How far a study is, and why it has stopped if it has.
 
@@ -111,7 +126,7 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_column(style="dim")
     table.add_column()
     trials, best = summary["trials"], summary["best"]
-    metrics = Metrics.named(summary["task_metrics"])
+    metrics = Metrics.named(summary["task_metrics"], summary["guards"])
     for line in verdict_lines(summary):
         table.add_row("verdict", Text(line))
     table.add_row("study", f"{summary['study']} ({summary['method']})")
@@ -143,8 +158,11 @@ def status_table(summary: Mapping[str, Any]) -> Table:
             "tasks", "  ".join(f"{task} {metrics[task].shown(score)}" for task, score in best["tasks"].items())
         )
         if "drops" in best:
-            text = "  ".join(f"{task} {drop:+.1f}" for task, drop in best["drops"].items())
-            table.add_row("drop vs expert", f"{text}  ({'within' if best['feasible'] else 'NOT within'} max_drop)")
+            within = f"  ({'within' if best['feasible'] else 'NOT within'} max_drop)"
+            for name, tasks in (("drop vs expert", metrics.aims), ("drop vs base", metrics.guards)):
+                drops = [f"{task} {drop:+.1f}" for task, drop in best["drops"].items() if task in tasks]
+                if drops:
+                    table.add_row(name, f"{'  '.join(drops)}{within}")
     if summary["expected_gain"] is not None:
         table.add_row("gain to come", gain_text(summary["expected_gain"], metrics))
     if summary["seconds_per_trial"]:
@@ -190,7 +208,7 @@ def status_line(summary: Mapping[str, Any]) -> str:
     parts += [stop_text(summary["stopped"])] if summary["stopped"] is not None else []
     parts += [f"{len(summary['workers_alive'])} workers"] if summary["workers_alive"] else []
     if best is not None:
-        metrics = Metrics.named(summary["task_metrics"])
+        metrics = Metrics.named(summary["task_metrics"], summary["guards"])
         parts.append(f"best {metrics.value_text([best['value']])} {summary['metric']} (trial {best['number']})")
     parts += [pace_text(summary)] if summary["trials_per_hour"]["overall"] is not None else []
     return f"{summary['study']}: {', '.join(parts)}"
@@ -206,7 +224,7 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("study", "method", "complete", "total", "best", "metric"):
         table.add_column(name, justify="right" if name in ("complete", "total", "best") else "left")
     for entry in entries:
-        best, metrics = entry["best_value"], Metrics.named(entry["task_metrics"] or {})
+        best, metrics = entry["best_value"], Metrics.named(entry["task_metrics"] or {}, entry["guards"] or {})
         table.add_row(
             Text(entry["study"]),
             "cannot be read" if "problem" in entry else entry["method"] or "-",

@@ -11,13 +11,13 @@ more than one standard error of the difference is called no better.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.value import task_weights, trial_value
-from dfmerge_studies.tasks.metrics import Metrics, TaskScore, largest_drop
+from dfmerge_studies.tasks.metrics import Guarded, Metrics, TaskScore, guarded, largest_drop
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.uncertainty import Difference, difference, standard_error
 
@@ -66,6 +66,7 @@ class Verdict:
         largest_drop: the task that loses most against its own expert, and its points; None where none has one.
         against: the merge compared with every other method of the storage, the best first.
         notes: what else to know, one line each.
+        guards: how the merge stands to each guard that both it and the base were scored on.
     """
 
     text: str
@@ -75,6 +76,7 @@ class Verdict:
     largest_drop: tuple[str, float] | None
     against: Sequence[Against]
     notes: Sequence[str]
+    guards: Mapping[str, Guarded] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
@@ -91,6 +93,7 @@ class Verdict:
             "largest_drop": None if drop is None else {"task": drop[0], "points": drop[1]},
             "against": [asdict(each) for each in self.against],
             "notes": list(self.notes),
+            **({"guards": {task: each.described() for task, each in self.guards.items()}} if self.guards else {}),
         }
 
 
@@ -114,8 +117,15 @@ def verdict_of(view: StudyView) -> Verdict | None:
     where = "test" if split == "test" else "validation, which chose it"
     parts = [_kept_text(merge, experts, metrics, kept, where), _drop_text(drop), _against_text(found, metrics)]
     text = "; ".join(part for part in parts if part)
-    notes = [*_expert_notes(view, split), *_row_notes(view), *_edge_notes(view)]
-    return Verdict(text, view.best.number, split, kept, drop, found, notes)
+    base = view.results("base", split) or {}
+    guards = guarded(_plain(merge), _plain(base), metrics)
+    notes = [
+        *_guard_notes(guards, merge, base, metrics),
+        *_expert_notes(view, split),
+        *_row_notes(view),
+        *_edge_notes(view),
+    ]
+    return Verdict(text, view.best.number, split, kept, drop, found, notes, guards)
 
 
 def _split(view: StudyView, rivals: Sequence[StudyView]) -> Split:
@@ -140,7 +150,7 @@ def _against(view: StudyView, metrics: Metrics, merge: Scores, other: Scores) ->
 
 def _weights(view: StudyView, metrics: Metrics, scores: Scores) -> dict[str, float]:
     """Of every task in what a model is worth."""
-    return task_weights(view.objective, metrics.worths(_plain(scores)))
+    return task_weights(view.objective, metrics.worths_of_aims(_plain(scores)))
 
 
 def _kept(merge: Scores, experts: Scores, metrics: Metrics) -> float | None:
@@ -193,6 +203,24 @@ def _names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _guard_notes(guards: Mapping[str, Guarded], merge: Scores, base: Scores, metrics: Metrics) -> list[str]:
+    """What the merge has lost or kept of what no expert stands for."""
+    notes = []
+    for task, found in guards.items():
+        metric = metrics[task]
+        moved = "as good as" if abs(found.drop) < 0.05 else f"{abs(found.drop):.1f} points {_way(found.drop)}"
+        state = "kept" if found.kept else "NOT kept"
+        notes.append(
+            f"the guard {task} is {state}: {metric.shown(merge[task].score)} {metric.name}, {moved} the base's "
+            f"{metric.shown(base[task].score)}, where {found.allowed:g} points worse is allowed"
+        )
+    return notes
+
+
+def _way(drop: float) -> str:
+    return "worse than" if drop > 0 else "better than"
+
+
 def _expert_notes(view: StudyView, split: Split) -> list[str]:
     """Experts that are worse than the base on their own task."""
     experts, base = view.results("experts", split), view.results("base", split)
@@ -222,6 +250,8 @@ def _row_notes(view: StudyView) -> list[str]:
     winner, metrics = view.results(best, "validation") or {}, view.metrics("validation")
     notes = []
     for task, score in winner.items():
+        if task in metrics.guards:
+            continue
         error = standard_error(score, metrics[task])
         points = None if error is None else 100 * error / metrics[task].span
         if not others or points is None or points < FEW:

@@ -117,13 +117,19 @@ class StudyView:
         return provenance.stored_metrics(self.study, split)
 
     @property
+    def allowed(self) -> dict[str, float]:
+        """Points that each task may lose, of those that have a bound: against its expert, a guard against the base."""
+        return provenance.allowed_drops(self.fingerprint)
+
+    @property
     def unit(self) -> str:
         """Of a trial's value as it is shown: "%" or nothing."""
         return self.metrics("validation").mean.unit
 
     def scores_alike(self, other: StudyView, split: Split) -> bool:
         """Whether the scores of another study may stand beside this one's."""
-        return self.metrics(split) == other.metrics(split)
+        ours, theirs = self.metrics(split), other.metrics(split)
+        return ours == theirs and ours.guards.keys() == theirs.guards.keys()
 
     @cached_property
     def baselines(self) -> dict[str, StudyView]:

@@ -26,6 +26,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     for field, what, hint in (
         *_naming(spec),
         *_experts_without_task(spec),
+        *_odd_guards(spec),
         *labels_lacking(spec),
         *_odd_baselines(spec),
         *_starts_from_itself(spec),
@@ -64,6 +65,34 @@ def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:
             yield f"experts.{name}", what, "Name its task, or write 'task: null' to weigh it by all tasks"
 
 
+def _odd_guards(spec: StudySpec) -> Iterator[Finding]:
+    """Guards that nothing bounds, that an expert stands for or that the objective names; bounds against nothing."""
+    owners = {expert.task: name for name, expert in spec.experts.items()}
+    if spec.tasks and not spec.aims:
+        yield "tasks", "all tasks are guards, so nothing is left to search for", "Add the experts' own tasks"
+    for name, task in spec.tasks.items():
+        where = f"tasks.{name}"
+        if task.guard and name in owners:
+            what = f"the expert {owners[name]} stands for this task, and a guard is one that no expert stands for"
+            yield (
+                f"{where}.guard",
+                what,
+                f"Leave guard out and give max_drop alone, or write experts.{owners[name]}.task",
+            )
+        if task.guard and name not in spec.allowed:
+            what = "a guard needs a bound: how many points it may lose against the base"
+            yield f"{where}.max_drop", what, "Add max_drop here or to search"
+        if not task.guard and task.max_drop is not None and name not in owners:
+            what = "no expert has this task, so there is nothing that it could fall below"
+            yield f"{where}.max_drop", what, "Write guard: true, which compares it with the base, or leave it out"
+    named = {"objective.weights": spec.objective.weights, "importance.indices": spec.importance.indices}
+    for field, of_tasks in named.items():
+        guards = [n for n in of_tasks if n in spec.tasks and spec.tasks[n].guard] if isinstance(of_tasks, dict) else []
+        for name in guards:
+            reason = "the objective" if field == "objective.weights" else "any importance"
+            yield field, f"{name!r} is a guard, which is no part of {reason}", f"Leave {name} out here"
+
+
 def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
     """Tasks that the objective cannot score: without a label, or for agreement without an expert.
 
@@ -72,9 +101,11 @@ def labels_lacking(spec: StudySpec) -> Iterator[Finding]:
     """
     with_expert = {expert.task for expert in spec.experts.values()}
     for name, task in spec.tasks.items():
-        if spec.needs_labels and task.doc_to_target is None:
+        if spec.needs_labels(name) and task.doc_to_target is None:
             hint = "Add it; without labels use objective: agreement, and no estimator that needs them"
             yield f"tasks.{name}.doc_to_target", "this field is required", hint
+        if task.guard:
+            continue
         if spec.objective.kind == AGREEMENT and task.type not in METRICS[AGREEMENT].tasks:
             what = f"objective: agreement compares answers that can be equal, and a task of type {task.type} has none"
             yield f"tasks.{name}.type", what, "Use another objective, such as mean, or another type of task"

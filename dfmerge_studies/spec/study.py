@@ -139,9 +139,24 @@ class StudySpec(Settings):
         return row
 
     @property
-    def needs_labels(self) -> bool:
-        """Whether validation inputs must have labels."""
-        return self.objective.kind != "agreement" or self.importance.estimator == "empirical"
+    def aims(self) -> list[str]:
+        """Names of the tasks that the objective is about: all but guards."""
+        return [name for name, task in self.tasks.items() if not task.guard]
+
+    @property
+    def allowed(self) -> dict[str, float]:
+        """Points that each task may lose, of those that have a bound: against its expert, a guard against the base."""
+        own = {n: self.search.max_drop if task.max_drop is None else task.max_drop for n, task in self.tasks.items()}
+        return {name: points for name, points in own.items() if points is not None}
+
+    def needs_labels(self, task: str) -> bool:
+        """Whether the validation inputs of a task must have labels.
+
+        Args:
+            task: its name.
+        """
+        agreement = self.objective.kind == AGREEMENT and not self.tasks[task].guard
+        return not agreement or self.importance.estimator == "empirical"
 
     def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task: the task's own metric, or agreement with the task's expert.
@@ -152,9 +167,12 @@ class StudySpec(Settings):
         agreement = self.objective.kind == AGREEMENT
         return Metrics(
             {
-                name: METRICS[AGREEMENT if agreement and agrees(split, task.doc_to_target) else task.metric]
+                name: METRICS[
+                    AGREEMENT if agreement and not task.guard and agrees(split, task.doc_to_target) else task.metric
+                ]
                 for name, task in self.tasks.items()
-            }
+            },
+            {name: points for name, points in self.allowed.items() if self.tasks[name].guard},
         )
 
     def where(self, field: str) -> str:

@@ -27,12 +27,12 @@ class Trials:
 
     Args:
         session: an open study.
-        expert_scores: of each task's own expert, as far as they are known.
+        references: what each task is compared with, from `Session.references`.
     """
 
-    def __init__(self, session: Session, expert_scores: Mapping[str, float]) -> None:
+    def __init__(self, session: Session, references: Mapping[str, float]) -> None:
         self._session = session
-        self._expert_scores = expert_scores
+        self._references = references
         self._best = max(map(self._standing, results(session.study)), default=None)
 
     def _standing(self, trial: FrozenTrial | TrialResult) -> tuple[float, ...]:
@@ -59,8 +59,8 @@ class Trials:
                 outcome.tasks,
                 spec.metrics("validation"),
                 objective=spec.objective,
-                expert_scores=self._expert_scores,
-                max_drop=spec.search.max_drop,
+                references=self._references,
+                allowed=spec.allowed,
                 attributes={
                     SECONDS: rounded_seconds(outcome.seconds),
                     FISHERS: {"computed": outcome.computed, "cached": outcome.cached},

@@ -7,6 +7,7 @@ scores and importance come from functions of the caller's.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,7 @@ def optimize_merge(
     method: str | None = None,
     parameters: Mapping[str, float | Sequence[float]] | None = None,
     objective: str | Mapping[str, Any] = "mean",
+    guards: Mapping[str, float] | None = None,
     storage: str | BaseStorage | None = None,
     name: str = "merge",
     exclude: Sequence[str] = (),
@@ -148,6 +150,8 @@ def optimize_merge(
         parameters: of the method: a number fixes it, a list is searched (values of a grid, or the two ends of a range).
         objective: how task scores become one value: mean, min, pareto (one objective per task), or
             {"kind": "weighted", "weights": {task: number}}.
+        guards: tasks that are not in the objective and must not fall far below the base, each with the points (0.01 of
+            a score) that it may lose.
         storage: URL of an Optuna storage (sqlite:///study.db, relative to the working directory; PostgreSQL; a
             journal), or a storage object. With one, the study is kept: the same call joins it and goes on to `trials`.
             Without one it ends with the process.
@@ -181,7 +185,7 @@ def optimize_merge(
         raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)
     merging = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), settings.seed)
     merger = ModelMerger(base, experts, merging)
-    search_of = _Search(merger, score, settings, how, name)
+    search_of = _Search(merger, score, settings, how, name, guards or {})
     url = resolve_url(storage, Path.cwd()) if isinstance(storage, str) else None
     with storage_errors(url):
         study = search_of.study(storage if isinstance(storage, BaseStorage) else None, url)
@@ -203,12 +207,14 @@ class _Search(Generic[Model]):
         settings: SearchSettings,
         objective: ObjectiveSettings,
         name: str,
+        guards: Mapping[str, float],
     ) -> None:
         self.merger = merger
         self.score = score
         self.settings = settings
         self.objective = objective
         self.name = name
+        self.guards = guards
         self.space = merger.method.space(merger.experts, settings.bounds, settings.step)
         self.warm: Mapping[str, Any] | None = None  # what is tried first of another study
         self.tasks: list[str] = []
@@ -222,12 +228,13 @@ class _Search(Generic[Model]):
         former = load_study(store, self.name) if self.name in optuna.get_all_study_names(store) else None
         self._score_references(former)
         warm = self._taken_over(former, store, url)
-        if self.settings.max_drop is not None and url is not None:
-            check_constraints(url, len(self.expert_scores), where="max_drop")
+        self._check_guards()
+        if self.allowed and url is not None:
+            check_constraints(url, len(self.allowed), where="max_drop")
         study = provenance.join(
             store,
             self.name,
-            directions=directions(self.objective, self.tasks),
+            directions=directions(self.objective, list(self.metrics.aims)),
             fingerprint=self._science(),
             sampler=DEFAULT_SAMPLER,
             attributes={
@@ -235,12 +242,40 @@ class _Search(Generic[Model]):
                 **scores_attribute("experts", "validation", self.expert_scores),
                 **({provenance.WARM_START: warm} if warm is not None else {}),
             },
-            metric_names=metric_names(self.objective, self.tasks),
+            metric_names=metric_names(self.objective, list(self.metrics.aims)),
             where=safe_url(url) if url is not None else self.name,
         )
         study.sampler = self._sampler(study)
         self.warm = warm_start.agreed(study, warm)
         return study
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the scores are."""
+        return Metrics.named(dict.fromkeys(self.tasks, _METRIC), self.guards)
+
+    @property
+    def allowed(self) -> dict[str, float]:
+        """Points that tasks may lose, of those that have a bound."""
+        shared = self.settings.max_drop
+        return {**({} if shared is None else dict.fromkeys(self.expert_scores, shared)), **self.guards}
+
+    def _check_guards(self) -> None:
+        """Refuse guards that cannot be."""
+        tasks = ", ".join(self.tasks)
+        for name, points in self.guards.items():
+            if name not in self.tasks:
+                raise InputError(f"there is no task {name!r}", where="guards", hint=f"The tasks are {tasks}")
+            if name in self.merger.experts:
+                what = f"the expert {name!r} stands for this task, and a guard is one that no expert stands for"
+                raise InputError(what, where="guards", hint="Leave it out, or use max_drop")
+            if isinstance(points, bool) or not isinstance(points, (int, float)) or not 0 <= points < math.inf:
+                raise InputError(f"{points!r} is no number of points", where=f"guards: {name}", hint="Give 0 or more")
+            if name in (self.objective.weights or {}):
+                what = f"{name!r} is a guard, which is no part of the objective"
+                raise InputError(what, where="objective", hint=f"Leave {name} out of the weights")
+        if set(self.guards) >= set(self.tasks):
+            raise InputError("all tasks are guards, so nothing is left to search for", where="guards")
 
     def _taken_over(self, former: optuna.Study | None, store: BaseStorage, url: str | None) -> dict[str, Any] | None:
         settings = self.settings.warm_start
@@ -251,7 +286,7 @@ class _Search(Generic[Model]):
         return warm_start.chosen(settings, former, self.space, self.merger.experts, source)
 
     def _sampler(self, study: optuna.Study) -> BaseSampler:
-        settings, goal = self.settings, goal_of(self.objective, Metrics({}))
+        settings, goal = self.settings, goal_of(self.objective, self.metrics, self.allowed)
         kept = provenance.sampler_of(provenance.stored_fingerprint(study) or {})
         return study_sampler(self.name, self.merger.method, self.space, settings, goal, settings.stated_sampler or kept)
 
@@ -277,7 +312,7 @@ class _Search(Generic[Model]):
     def run(self, study: optuna.Study, url: str | None, on_event: Callable[[Event], None]) -> Summary:
         """Work until the study has its total."""
         method, settings = self.merger.method, self.settings
-        rule = Rule.of(settings, Noise(self.objective, Metrics({}), {})) if method.searches else None
+        rule = Rule.of(settings, Noise(self.objective, self.metrics, {})) if method.searches else None
         watch = Watch(study, rule, settings.stops) if rule is not None else None
         reconsider(study, rule)
         stopped = Asked.of(study).stopped is not None
@@ -324,10 +359,10 @@ class _Search(Generic[Model]):
         return trial_result(
             point,
             scores,
-            Metrics.named(dict.fromkeys(scores, _METRIC)),
+            self.metrics,
             objective=self.objective,
-            expert_scores=self.expert_scores,
-            max_drop=self.settings.max_drop,
+            references={**self.expert_scores, **{guard: self.base_scores[guard] for guard in self.guards}},
+            allowed=self.allowed,
             attributes={SECONDS: rounded_seconds(seconds)},
         )
 
@@ -343,6 +378,7 @@ class _Search(Generic[Model]):
             "experts": [[expert, expert if expert in self.tasks else None] for expert in merger.experts],
             "tasks": self.tasks,
             "metrics": dict.fromkeys(self.tasks, _METRIC),
+            **({provenance.GUARDS: dict(self.guards)} if self.guards else {}),
             **{f"search.{field}": value for field, value in searched.items()},
             **provenance.stated_sampler(self.settings),
             "objective": self.objective.model_dump(),

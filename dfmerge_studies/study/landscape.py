@@ -206,4 +206,4 @@ def _plain_search(problem: Problem) -> dict[str, Any]:
 def _tasks(problem: Problem) -> list[str]:
     """The two experts' own tasks, or all where one has none of its own."""
     own = [expert.task for expert in problem.spec.experts.values()]
-    return list(problem.tasks) if None in own else list(dict.fromkeys(task for task in own if task is not None))
+    return problem.spec.aims if None in own else list(dict.fromkeys(task for task in own if task is not None))

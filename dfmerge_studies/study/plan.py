@@ -122,7 +122,7 @@ class Plan:
     def sampler(self) -> BaseSampler:
         """The sampler that proposes the study's trials."""
         spec = self.spec
-        goal = goal_of(spec.objective, spec.metrics("validation"))
+        goal = goal_of(spec.objective, spec.metrics("validation"), spec.allowed)
         return study_sampler(spec.name, self.method, self.space, spec.search, goal, self.proposer)
 
     @property

@@ -128,7 +128,7 @@ def reselect(
         raise InputError("a ratio must be above 0 and at most 1", where="--ratios", hint="For instance 0.1,0.5,1")
     trials = results(session.study)
     metrics = session.spec.metrics("validation")
-    reason = why_not_reselect(session.spec.search.max_drop, session.spec.objective.kind, len(trials), metrics)
+    reason = why_not_reselect(session.spec.allowed, session.spec.objective.kind, len(trials), metrics)
     if reason is not None:
         raise InputError(reason, where="--figures", hint="Leave the figure `ratio` out")
     split: Split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
@@ -148,9 +148,9 @@ def reselect(
     return found
 
 
-def why_not_reselect(max_drop: float | None, objective: str, trials: int, metrics: Metrics) -> str | None:
+def why_not_reselect(allowed: Mapping[str, float], objective: str, trials: int, metrics: Metrics) -> str | None:
     """Why a study has no choice to make again, None where it has."""
-    if max_drop is not None:
+    if allowed:
         return "a choice under max_drop depends on more than the rows of the merges"
     if objective not in ("mean", "weighted", "min", "pareto"):
         return f"the objective {objective} does not score answers against labels"

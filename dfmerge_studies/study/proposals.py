@@ -89,13 +89,14 @@ def study_sampler(
     return TiedSampler(of(space.coarse), of(space), space=space, total=stored_total) if space.tied else of(space)
 
 
-def goal_of(objective: ObjectiveSettings, metrics: Metrics) -> Goal:
+def goal_of(objective: ObjectiveSettings, metrics: Metrics, allowed: Mapping[str, float]) -> Goal:
     """What task scores are worth together.
 
     Args:
         objective: how they become one value.
         metrics: what they are; empty where all are numbers with a range of 1, of which higher is better.
+        allowed: points that tasks may lose.
     """
     kind = objective.kind
     points = {task: math.copysign(metric.span / 100.0, metric.worth(1.0)) for task, metric in metrics.items()}
-    return Goal("mean" if kind in _MEANS else kind, objective.weights, points)
+    return Goal("mean" if kind in _MEANS else kind, objective.weights, points, allowed, frozenset(metrics.guards))

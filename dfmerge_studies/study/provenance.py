@@ -54,12 +54,17 @@ _LIBRARIES = (
 
 GRANULARITY, _GROUPS = "search.granularity", "groups of parameters"  # of a fingerprint
 
+GUARDS = "guards"  # of a fingerprint: points that each may lose against the base
+MAX_DROP = "max_drop"  # of a fingerprint: points of the tasks that have a bound of their own
+
 # What studies did before a field came to be stated: whoever does not state it, did this.
 _FORMERLY: Mapping[str, Any] = {
     "importance.normalise": "none",
     "importance.power": 1.0,
     GRANULARITY: "model",
     "positive": {},
+    GUARDS: {},
+    MAX_DROP: {},
     "parameters": {},
 }
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
@@ -80,6 +85,8 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
         **({"positive": positive} if positive else {}),
+        **({GUARDS: dict(guards)} if (guards := spec.metrics("validation").guards) else {}),
+        **({MAX_DROP: own} if (own := _own_bounds(spec)) else {}),
         **({"parameters": changed} if (changed := _changed_parameters(spec.row)) else {}),
         "importance.estimator": spec.row.estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
@@ -103,6 +110,22 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
 def stated_sampler(search: SearchSettings) -> dict[str, str]:
     """What a fingerprint says of the sampler that settings name; nothing of one that they leave to the study."""
     return {SAMPLER: search.stated_sampler} if search.stated_sampler is not None else {}
+
+
+def _own_bounds(spec: StudySpec) -> dict[str, float]:
+    return {n: task.max_drop for n, task in spec.tasks.items() if task.max_drop is not None and not task.guard}
+
+
+def allowed_drops(fingerprint: Mapping[str, Any]) -> dict[str, float]:
+    """Points that each task of a stored study may lose, of those that have a bound.
+
+    Args:
+        fingerprint: what the study is about.
+    """
+    shared = fingerprint.get("search.max_drop")
+    own = {**dict.fromkeys(fingerprint.get("tasks", ()), shared), **fingerprint.get(MAX_DROP, {})}
+    own |= fingerprint.get(GUARDS, {})
+    return {task: float(points) for task, points in own.items() if points is not None}
 
 
 def _granularity(spec: StudySpec) -> dict[str, Any] | None:
@@ -339,11 +362,15 @@ def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
         split: of the tasks' data.
     """
     fingerprint, spec = stored_fingerprint(study) or {}, study.user_attrs.get(SPEC, {})
+    guards = fingerprint.get(GUARDS, {})
     names = {task: fingerprint.get("metrics", {}).get(task, "accuracy") for task in fingerprint.get("tasks", ())}
     if stored_spec_objective(study).kind == AGREEMENT:
         targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
-        names = {task: AGREEMENT if agrees(split, targets[task]) else name for task, name in names.items()}
-    return Metrics.named(names)
+        names = {
+            task: AGREEMENT if task not in guards and agrees(split, targets[task]) else name
+            for task, name in names.items()
+        }
+    return Metrics.named(names, guards)
 
 
 def awaited_fingerprint(study: optuna.Study) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ rows instead, independently of the others: that tells fewer apart.
 Of those, at most five are scored on the m[t] rows and judged by (n s + m f) / (n + m): a mean over all rows where the
 metric is one.  All of it costs as many scored rows as 0.05 T trials, or as one: K = max(2, floor(0.05 T)) trials, and
 m / n the power of two below max(1, 0.05 T) / K, so that trials that are added later find the same rows and the scores
-that are there.  Fishers come from the cache; experts are scored once on the same rows where `max_drop` or agreement
-needs them.
+that are there.  Fishers come from the cache; experts, and the base for guards, are scored once on the same rows where a
+bound or agreement needs them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,23 +102,18 @@ def _selection(session: Session, completed: Sequence[FrozenTrial], most: int, da
     tied = contenders(completed, spec.objective, metrics, seen, seed=spec.search.seed)
     scored: dict[int, Rescored] = {}
     if len(tied) > 1 and any(further.values()):
-        experts: dict[str, float] = {}
-        if spec.search.max_drop is not None:
-            experts = _together(
-                session.reference_scores("experts", "validation"),
-                session.reference_scores("experts", "holdout"),
-                seen,
-                further,
-            )
+        references: dict[str, float] = {}
+        if spec.allowed:
+            references = _together(session.references("validation"), session.references("holdout"), seen, further)
         for position, trial in enumerate(tied[:most], start=1):
             session.merger.progress("choosing the winner", position - 1, min(most, len(tied)))
             found = session.trial_scores(trial, "holdout")
             tasks = _together(trial.user_attrs[TASKS], found, seen, further)
             (value,) = objective_values(spec.objective, tasks, metrics)
-            scored[trial.number] = Rescored(value, tasks, found, metrics.drops(tasks, experts))
+            scored[trial.number] = Rescored(value, tasks, found, metrics.drops(tasks, references))
     among = [trial for trial in tied if trial.number in scored] or tied
     return Selection(
-        winner=preferred(among, scored, spec.search.max_drop).number,
+        winner=preferred(among, scored, spec.allowed).number,
         among=len(completed),
         tied=[trial.number for trial in tied],
         rows={task: seen[task] + (further[task] if scored else 0) for task in seen},
@@ -163,14 +159,16 @@ def contenders(
 
 
 def preferred(
-    trials: Sequence[FrozenTrial], scored: Mapping[int, Rescored], max_drop: float | None = None
+    trials: Sequence[FrozenTrial],
+    scored: Mapping[int, Rescored],
+    allowed: Mapping[str, float] = MappingProxyType({}),
 ) -> FrozenTrial:
     """The best of some trials: by constraints, then by value, then by the smaller largest drop, then the earliest.
 
     Args:
         trials: at least one; either all of them are scored again or none.
         scored: on all rows, by number.
-        max_drop: of the spec.
+        allowed: points that tasks may lose, of the spec.
     """
 
     def order(trial: FrozenTrial) -> tuple[float, float, float, int]:
@@ -178,7 +176,7 @@ def preferred(
         missed, value = (violation(trial), trial_value(trial))
         drops: Mapping[str, float] = trial.user_attrs.get(DROPS, {})
         if again is not None:
-            missed = sum(max(0.0, each) for each in constraint_values(again.drops, max_drop))
+            missed = sum(max(0.0, each) for each in constraint_values(again.drops, allowed))
             value, drops = again.value, again.drops or drops
         return missed, -round(value, 9), _largest(drops), place_of(trial)
 
@@ -186,7 +184,7 @@ def preferred(
 
 
 def largest_drop(trial: FrozenTrial) -> float:
-    """Points that the worst task of a completed trial loses against its expert; 0 where none has one."""
+    """Points that the worst task of a completed trial loses against what it is compared with; 0 where nothing is."""
     return _largest(trial.user_attrs.get(DROPS, {}))
 
 

@@ -119,9 +119,9 @@ class Session:
             state_total(self.study, total, lower=lower)
             others = map(self.plan.space.spread, points_of(self.warm))
             enqueue(self.study, self.plan.space, [*self.plan.points, *traced_points(self), *others])
-            expert_scores = self.reference_scores("experts", "validation")
+            references = self.references("validation")
             self.keeper = Keeper(self.study)
-            trial = Trials(self, expert_scores)
+            trial = Trials(self, references)
             try:
                 summary = work(
                     self.study,
@@ -200,6 +200,16 @@ class Session:
         """
         compute = self.merger.base_results if row == "base" else self.merger.expert_results
         return self.scores.shared(row, split, lambda: compute(split))
+
+    def references(self, split: Split) -> dict[str, float]:
+        """What the score of each task is compared with: its own expert's, of a guard the base's.
+
+        Args:
+            split: of the tasks' data.
+        """
+        found, guards = self.reference_scores("experts", split), self.spec.metrics(split).guards
+        base = self.reference_scores("base", split) if guards else {}
+        return {**found, **{task: base[task] for task in guards if task in base}}
 
     def model_scores(self, reference: str, split: Split) -> dict[str, float]:
         """Scores of any model (the multi-task model, say), computed once per study and then kept in it.
@@ -290,8 +300,8 @@ def open_study(
     """
     check_extras(spec)
     plan = Plan.of(spec)
-    if spec.search.max_drop is not None:
-        check_constraints(plan.url, len(spec.tasks), where=spec.where("search.max_drop"))
+    if spec.allowed:
+        check_constraints(plan.url, len(spec.allowed), where=spec.where("search.max_drop"))
     cache, stored, where = spec_cache(spec), plan.study_if_any(), plan.place
     if stored is not None:
         found = provenance.stored_fingerprint(stored)
@@ -336,7 +346,7 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Ma
         study = provenance.join(
             open_storage(plan.url),
             spec.name,
-            directions=directions(spec.objective, list(spec.tasks)),
+            directions=directions(spec.objective, spec.aims),
             fingerprint=fingerprint,
             sampler=plan.proposer,
             attributes={
@@ -344,7 +354,7 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Ma
                 provenance.INDICES: problem.fisher_indices(),
                 **({provenance.WARM_START: warm} if warm is not None else {}),
             },
-            metric_names=metric_names(spec.objective, list(spec.tasks)),
+            metric_names=metric_names(spec.objective, spec.aims),
             where=plan.place,
         )
         described = study.user_attrs.get(provenance.SPEC, {})

@@ -69,9 +69,9 @@ class Noise:
     def of(self, trial: FrozenTrial) -> list[float]:
         """Standard error of each of a trial's values."""
         errors = self.errors(trial)
+        scores = self.metrics.worths_of_aims(trial.user_attrs[TASKS]) if self.metrics else trial.user_attrs[TASKS]
         if self.objective.kind == "pareto":
-            return list(errors.values())
-        scores = self.metrics.worths(trial.user_attrs[TASKS]) if self.metrics else trial.user_attrs[TASKS]
+            return [errors[task] for task in scores]
         return [math.hypot(*(weight * errors[t] for t, weight in task_weights(self.objective, scores).items()))]
 
 

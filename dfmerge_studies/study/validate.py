@@ -15,7 +15,7 @@ from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
-from dfmerge_studies.objective.classes import Classes, classes_of_experts
+from dfmerge_studies.objective.classes import Classes, classes_of_heads
 from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.inputs import read_split
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
@@ -154,7 +154,7 @@ def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance, in float32; what the transform keeps; a trial's Fishers
+    sums of the merge and one importance with its workspace, in float32; what the transform keeps; a trial's Fishers
     that wait to be written to the cache.
     """
     resident = problem.resident
@@ -165,7 +165,7 @@ def memory_estimate(problem: Problem) -> Estimate:
     importance = method.importance is not Importance.UNIFORM
     nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
     stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
-    sums = (3 if importance else 1) * 4 * changed
+    sums = (4 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
     fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" else 4) * stored
@@ -228,7 +228,8 @@ def _data_problems(
     classes: Classes | None = None
     with suppress(InputError):  # of a model: told elsewhere
         if spec.tasks and all(map(is_sound, ("base", "experts", "tasks"))):
-            classes = classes_of_experts(spec, find_checkpoints(spec).experts)
+            found = find_checkpoints(spec)
+            classes = classes_of_heads(spec, found.base, found.experts)
     for name, task in spec.tasks.items():
         whole = is_sound(f"tasks.{name}") and (classes is not None or task.type not in HEADED)
         for split in ("validation", "test"):

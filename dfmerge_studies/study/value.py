@@ -16,7 +16,7 @@ from dfmerge_studies.trials.results import TrialResult
 
 
 def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
-    """Optuna directions: one, or one per task for `pareto`."""
+    """Optuna directions: one, or one per task for `pareto`; guards are not among the tasks."""
     return ["maximize"] * (len(tasks) if objective.kind == "pareto" else 1)
 
 
@@ -30,13 +30,13 @@ def objective_values(objective: ObjectiveSettings, scores: Mapping[str, float], 
 
     Args:
         objective: the spec's objective.
-        scores: per task.
+        scores: per task; those of guards do not count.
         metrics: what the scores are.
 
     Returns:
         One value, or for `pareto` one per task in the order of `scores`.
     """
-    worths = metrics.worths(scores)
+    worths = metrics.worths_of_aims(scores)
     if objective.kind == "pareto":
         return tuple(worths.values())
     if objective.kind == "min":
@@ -61,17 +61,15 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def constraint_values(task_drops: Mapping[str, float], max_drop: float | None) -> tuple[float, ...]:
-    """Optuna constraints, feasible where <= 0: drop - max_drop per task.
+def constraint_values(task_drops: Mapping[str, float], allowed: Mapping[str, float]) -> tuple[float, ...]:
+    """Optuna constraints, feasible where <= 0: of each task that has a bound, its drop minus what is allowed.
 
     Args:
         task_drops: from `drops`.
-        max_drop: points, or None for no constraint.
+        allowed: points, by task.
     """
-    if max_drop is None:
-        return ()
     # A hair's breadth of rounding must not make a drop of exactly max_drop infeasible.
-    return tuple(round(drop - max_drop, 9) for drop in task_drops.values())
+    return tuple(round(drop - allowed[task], 9) for task, drop in task_drops.items() if task in allowed)
 
 
 def trial_result(
@@ -80,8 +78,8 @@ def trial_result(
     metrics: Metrics,
     *,
     objective: ObjectiveSettings,
-    expert_scores: Mapping[str, float],
-    max_drop: float | None,
+    references: Mapping[str, float],
+    allowed: Mapping[str, float],
     attributes: Mapping[str, Any],
 ) -> TrialResult:
     """What a trial gave, as it is stored.
@@ -91,11 +89,11 @@ def trial_result(
         scores: per task.
         metrics: what they are.
         objective: how they become the trial's values.
-        expert_scores: of each task's own expert, as far as they are known.
-        max_drop: points that a task may lose against them, None for no constraint.
+        references: of each task's own expert, as far as they are known; of a guard, of the base.
+        allowed: points that a task may lose against them, of those that have a bound.
         attributes: what else is stored.
     """
-    task_drops = metrics.drops(scores, expert_scores)
+    task_drops = metrics.drops(scores, references)
     return TrialResult(
         values=objective_values(objective, scores, metrics),
         attributes={
@@ -104,7 +102,7 @@ def trial_result(
             **attributes,
             DROPS: {task: round(drop, 4) for task, drop in task_drops.items()},
         },
-        constraints=constraint_values(task_drops, max_drop),
+        constraints=constraint_values(task_drops, allowed),
     )
 
 

@@ -29,7 +29,7 @@ class Rescored:
         value: what it is worth on them, as the value of a trial.
         tasks: score by task.
         further: score by task on the further rows alone.
-        drops: points against each task's expert on all rows, where experts were scored on them.
+        drops: points against each task's expert, or a guard's base, on all rows, where these were scored on them.
     """
 
     value: float

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from dfmerge_studies.errors import InputError
@@ -260,19 +261,23 @@ class Metrics(Mapping[str, Metric]):
 
     Args:
         by_task: at least one.
+        guards: of the tasks those that the objective is not about, each with the points that it may lose against the
+            base.
     """
 
-    def __init__(self, by_task: Mapping[str, Metric]) -> None:
+    def __init__(self, by_task: Mapping[str, Metric], guards: Mapping[str, float] = MappingProxyType({})) -> None:
         self._by_task = dict(by_task)
+        self.guards = {task: guards[task] for task in by_task if task in guards}
 
     @classmethod
-    def named(cls, names: Mapping[str, str]) -> Metrics:
+    def named(cls, names: Mapping[str, str], guards: Mapping[str, float] = MappingProxyType({})) -> Metrics:
         """The metrics of these names, which may be those of a study that another version has stored.
 
         Args:
             names: by task.
+            guards: as above.
         """
-        return cls({task: METRICS.get(name) or Metric(name, percent=False) for task, name in names.items()})
+        return cls({task: METRICS.get(name) or Metric(name, percent=False) for task, name in names.items()}, guards)
 
     def __getitem__(self, task: str) -> Metric:
         return self._by_task[task]
@@ -289,7 +294,13 @@ class Metrics(Mapping[str, Metric]):
         Args:
             tasks: at least one.
         """
-        return Metrics({task: self[task] for task in tasks})
+        return Metrics({task: self[task] for task in tasks}, self.guards)
+
+    @cached_property
+    def aims(self) -> Metrics:
+        """Those of the tasks that the objective and every mean are about: all but guards, unless all are."""
+        aims = {task: metric for task, metric in self.items() if task not in self.guards}
+        return Metrics(aims or self._by_task)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -300,9 +311,9 @@ class Metrics(Mapping[str, Metric]):
     def mean(self) -> Metric:
         """What the mean over the tasks is: their metric if they have one, otherwise a number in percent if all are.
 
-        Where for some tasks higher is better and for others lower, the mean is that of `worth`.
+        Guards are not in it. Where for some tasks higher is better and for others lower, the mean is that of `worth`.
         """
-        first, *others = dict.fromkeys(self.values())
+        first, *others = dict.fromkeys(self.aims.values())
         if not others:
             return first
         everything = [first, *others]
@@ -331,26 +342,47 @@ class Metrics(Mapping[str, Metric]):
         return {task: self[task].worth(score) for task, score in scores.items()}
 
     def mean_of(self, scores: Mapping[str, float]) -> float:
-        """Mean over tasks.
+        """Mean over tasks, without guards.
 
         Args:
             scores: of at least one task.
         """
-        return self.mean.worth(sum(self.worths(scores).values()) / len(scores))
+        worths = self.worths_of_aims(scores)
+        return self.mean.worth(sum(worths.values()) / len(worths))
+
+    def worths_of_aims(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """`worths` of the tasks that the objective is about.
+
+        Args:
+            scores: by task; those of guards are left out.
+        """
+        return self.worths({task: score for task, score in scores.items() if task in self.aims})
+
+    def bounds(self, base: Mapping[str, float]) -> dict[str, float]:
+        """The score that every guard must keep, by guard.
+
+        Args:
+            base: scores of the base; a guard that has none has no bound.
+        """
+        return {
+            task: self[task].worth(self[task].worth(base[task]) - allowed * self[task].span / 100.0)
+            for task, allowed in self.guards.items()
+            if task in base
+        }
 
     def drops(self, scores: Mapping[str, float], references: Mapping[str, float]) -> dict[str, float]:
         """Points (see `Metric.drop`) that every task loses against a reference; negative where it gains.
 
         Args:
             scores: of a merged model.
-            references: of each task's expert; tasks that are not among them are left out.
+            references: of each task's expert, of a guard the base's; tasks that are not among them are left out.
         """
         return {task: self[task].drop(scores[task], reference) for task, reference in references.items()}
 
     @cached_property
     def short(self) -> str:
-        """What the scores are, in few words: `accuracy`, or `accuracy or f1`."""
-        return " or ".join(sorted(set(self.names.values())))
+        """What the scores but those of guards are, in few words: `accuracy`, or `accuracy or f1`."""
+        return " or ".join(sorted(set(self.aims.names.values())))
 
     @cached_property
     def text(self) -> str:
@@ -374,7 +406,7 @@ class Metrics(Mapping[str, Metric]):
 
     def value_text(self, values: Sequence[float], digits: int = 1) -> str:
         """What a trial is worth, as its numbers are shown: one, or for `pareto` one per task."""
-        kinds = [self.mean] if len(values) == 1 else list(self.values())
+        kinds = [self.mean] if len(values) == 1 else list(self.aims.values())
         return " ".join(kind.shown(kind.worth(value), digits) for kind, value in zip(kinds, values, strict=True))
 
     def _groups(self) -> list[tuple[str, list[str]]]:
@@ -403,6 +435,43 @@ def largest_drop(
         return None
     task = max(lost, key=lambda name: lost[name])
     return task, lost[task]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """How a model stands to a guard.
+
+    Attributes:
+        drop: points that it loses against the base.
+        allowed: points that it may lose.
+    """
+
+    drop: float
+    allowed: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether it loses no more than it may; rounding counts for nothing."""
+        return round(self.drop - self.allowed, 9) <= 0
+
+    def described(self) -> dict[str, float | bool]:
+        """The same for JSON."""
+        return {"drop": round(self.drop, 4), "allowed": self.allowed, "kept": self.kept}
+
+
+def guarded(scores: Mapping[str, float], base: Mapping[str, float], metrics: Metrics) -> dict[str, Guarded]:
+    """How a model stands to each guard that both it and the base have a score of.
+
+    Args:
+        scores: of the model, by task.
+        base: of the base, by task.
+        metrics: what the scores are.
+    """
+    return {
+        task: Guarded(metrics[task].drop(scores[task], base[task]), allowed)
+        for task, allowed in metrics.guards.items()
+        if task in scores and task in base
+    }
 
 
 def agrees(split: Split, doc_to_target: object) -> bool:

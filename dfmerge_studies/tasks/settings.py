@@ -40,6 +40,14 @@ class _Task(Settings):
         description="use only so many validation rows (count, or fraction below 1), drawn with the seed",
     )
     metric: Annotated[str, one_of("metrics", task_metrics)] = Field("accuracy", description="what a score is")
+    guard: bool = Field(
+        False, description="no expert stands for it: it is not in the objective, and must not fall far below the base"
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="points that it may lose against its own expert, a guard against the base; null: search.max_drop",
+    )
     positive: int | str | None = Field(
         None, description="of f1: the class that counts, by index or, where `doc_to_choice` is a list, by text"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
@@ -178,14 +178,16 @@ def comparison(view: StudyView) -> SeedScores | Missing:
     if found is None:
         return Missing(NAME, TITLE, "It needs a method at several seeds in the storage, as compare --seeds makes them.")
     (split,) = found.splits
+    aims = view.metrics(split).aims  # guards are no part of a mean, and may have another axis
     references = {
-        row: {seed: dict(scores[split]) for seed, scores in by_seed.items()}
+        row: {seed: _only(scores[split], aims) for seed, scores in by_seed.items()}
         for row, by_seed in found.references.items()
     }
     methods = {
-        variant: {entry.seed: dict(entry.scores[split]) for entry in found.of(variant)} for variant in found.variants
+        variant: {entry.seed: _only(entry.scores[split], aims) for entry in found.of(variant)}
+        for variant in found.variants
     }
-    metrics = view.metrics(split)
+    metrics = aims
     if len({metric.unit for metric in metrics.values()}) > 1:
         return Missing(NAME, TITLE, f"{metrics.text}: scores in percent and others do not share an axis.")
     counts = {len(by_seed) for by_seed in methods.values()}
@@ -205,7 +207,11 @@ def comparison(view: StudyView) -> SeedScores | Missing:
         metric=metrics.short,
         unit=metrics.unit,
         task_metrics=metrics.names,
-        tasks=view.tasks,
+        tasks=list(metrics),
         references=references,
         methods=methods,
     )
+
+
+def _only(scores: Mapping[str, float], metrics: Metrics) -> dict[str, float]:
+    return {task: score for task, score in scores.items() if task in metrics}

@@ -103,14 +103,14 @@ def interpolation(view: StudyView) -> Interpolation | Missing:
     found = ScoredLines.of(view.study)
     if found is None or set(found.scores) != set(view.experts):
         return Missing(NAME, TITLE, f"Not computed yet: add {NAME} to --figures; it needs the models.")
-    own, others, metrics = {}, {}, view.metrics("validation")
+    own, others, metrics = {}, {}, view.metrics("validation").aims
     if len({metric.unit for metric in metrics.values()}) > 1:
         return Missing(NAME, TITLE, f"{metrics.text}: scores in percent and others do not share an axis.")
     for expert, task in view.experts.items():
         line = found.scores[expert]
         if task is not None:
             own[expert] = [scores[task] for scores in line]
-        rest = [[value for name, value in scores.items() if name != task] for scores in line]
+        rest = [[value for name, value in scores.items() if name != task and name in metrics] for scores in line]
         if all(rest):
             others[expert] = [fmean(values) for values in rest]
     caption = (

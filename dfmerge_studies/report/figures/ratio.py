@@ -121,7 +121,7 @@ class Ratio(Drawing):
 def ratio(view: StudyView) -> Ratio | Missing:
     """The figure, if it has been computed for the trials that there are."""
     metrics = view.metrics("validation")
-    reason = why_not_reselect(view.fingerprint.get("search.max_drop"), view.objective.kind, len(view.trials), metrics)
+    reason = why_not_reselect(view.allowed, view.objective.kind, len(view.trials), metrics)
     if reason is not None:
         return Missing(NAME, TITLE, sentence(reason))
     found = Rechosen.of(view.study)

@@ -60,12 +60,14 @@ class Scores(Drawing):
         metrics: what the scores are, for each split that some row has.
         task_metrics: the same by task.
         rows: {row: {split: {task: score}}}; a row may lack a split or, the experts', a task.
+        guards: of the tasks those that are no part of the mean, with the points that each may lose against the base.
     """
 
     tasks: list[str]
     metrics: dict[str, str]
     task_metrics: dict[str, dict[str, str]]
     rows: Rows
+    guards: dict[str, float]
 
     @property
     def splits(self) -> list[str]:
@@ -80,13 +82,13 @@ class Scores(Drawing):
             split: "validation" or "test".
             column: a task, or "mean".
         """
-        return column_score(self.rows[row].get(split, {}), Metrics.named(self.task_metrics[split]), column)
+        return column_score(self.rows[row].get(split, {}), Metrics.named(self.task_metrics[split], self.guards), column)
 
     def _panels(self) -> list[_Panel]:
         """One per split; two where some numbers are in percent and others are not."""
         panels = []
         for split in self.splits:
-            metrics = Metrics.named(self.task_metrics[split])
+            metrics = Metrics.named(self.task_metrics[split], self.guards)
             for unit in dict.fromkeys(metrics.of(column).unit for column in [*self.tasks, MEAN]):
                 columns = [column for column in [*self.tasks, MEAN] if metrics.of(column).unit == unit]
                 share = unit == "%" and all(metrics.of(column).low >= 0 for column in columns)
@@ -177,4 +179,7 @@ def scores(view: StudyView) -> Scores | Missing:
     )
     shorts: dict[str, str] = {split: table.metrics.short for split, table in tables.items()}
     names: dict[str, dict[str, str]] = {split: table.metrics.names for split, table in tables.items()}
-    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=rows)
+    guards = view.metrics("validation").guards
+    if guards:
+        caption += f" The mean is without guards ({', '.join(guards)}), which are compared with the base."
+    return Scores(NAME, TITLE, caption, tasks=view.tasks, metrics=shorts, task_metrics=names, rows=rows, guards=guards)

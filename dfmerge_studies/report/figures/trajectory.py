@@ -38,6 +38,7 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
     whole_step,
 )
+from dfmerge_studies.report.tables import bounds_text
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.provenance import sampler_of
 from dfmerge_studies.study.value import best_trial
@@ -372,10 +373,10 @@ def _caption(view: StudyView) -> str:
             " Lowest panel: half width of the trust region, as a share of the range; dotted lines are restarts, "
             "where a new region begins."
         )
-    if view.fingerprint.get("search.max_drop") is not None:
-        allowed = view.fingerprint["search.max_drop"]
+    if view.allowed:
+        within = bounds_text(view.allowed, view.metrics("validation").guards)
         what += (
-            " The best so far is one that keeps every task within max_drop; hollow markers lose more than "
-            f"{allowed:g} points on some task."
+            f" The best so far is one that keeps every task within max_drop: {within}; hollow markers lose more on "
+            "some task."
         )
     return what
