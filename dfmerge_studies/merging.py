@@ -154,6 +154,7 @@ def merge_into_(
         values = importance(index)
         middle = time.perf_counter()
         total.add(vector, coefficients[vector.expert], values)
+        del values  # before the next one is computed
         seconds["fisher"] += middle - start
         seconds["merge"] += time.perf_counter() - middle
     start = time.perf_counter()

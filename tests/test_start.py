@@ -42,3 +42,18 @@ def test_commands_that_only_read_a_database_import_no_model_library(finished: Pr
         text=True,
     )
     assert looked.returncode == 0, looked.stderr
+
+
+def test_libraries_are_loaded_without_a_look_for_garbage_and_what_comes_later_is_looked_at() -> None:
+    code = """
+import gc
+from dfmerge_studies.cli import common
+looks = []
+common.quiet_libraries()
+gc.callbacks.append(lambda phase, info: looks.append(phase))
+common.load_libraries()
+assert not looks, len(looks)
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

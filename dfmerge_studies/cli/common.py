@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import inspect
 import json
 import logging
@@ -216,6 +217,26 @@ def quiet_libraries() -> None:
     handler.setFormatter(_OneLine())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def load_libraries() -> None:
+    """Import what loads models, once, and without a look for garbage meanwhile.
+
+    The imports make a million objects that stay to the end; looking among them for unreachable ones again and again
+    takes a second of a core.
+    """
+    quiet_libraries()
+    if "transformers" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import datasets  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
+
+        import dfmerge_studies.study.session  # noqa: F401
+    finally:
+        gc.enable()
+    gc.freeze()
 
 
 @contextmanager

@@ -113,8 +113,8 @@ def _compare(
             show = None
             return _work(session, total, planned)
 
-        common.quiet_libraries()
         progress("starting", 0, 1)
+        common.load_libraries()
         from dfmerge_studies.study import comparison
 
         return comparison.compare(

@@ -130,7 +130,7 @@ def validate(
     """Check everything that can be checked before spending: files, shapes, tokenizers, data, memory."""
     found = common.examine_spec(spec, common.trusting(overrides, trust), storage=storage)
     with common.progress_bar() as progress:
-        common.quiet_libraries()
+        common.load_libraries()
         from dfmerge_studies.study.validate import validate_examined
 
         result = validate_examined(found, show=show, progress=progress)

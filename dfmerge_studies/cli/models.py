@@ -64,7 +64,7 @@ def merge(
     check_form(settings, form)
     common.check_early(settings)
     with common.progress_bar() as progress:
-        common.quiet_libraries()
+        common.load_libraries()
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
@@ -116,7 +116,7 @@ def fisher(
     fisher_target(settings, out, force=force)
     common.check_early(settings)
     with common.progress_bar() as progress:
-        common.quiet_libraries()
+        common.load_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
         from dfmerge_studies.objective.merger import Merger
         from dfmerge_studies.objective.problem import load_problem
@@ -168,7 +168,7 @@ def evaluate(
     common.check_early(settings)
     check_model(model, root=Path.cwd(), where="--model")
     with common.progress_bar() as progress:
-        common.quiet_libraries()
+        common.load_libraries()
         from dfmerge_studies.objective.evaluate import base_on_guards, evaluate_model
         from dfmerge_studies.report.standings import BASE, Scored, side_by_side
         from dfmerge_studies.tasks.metrics import guarded
@@ -230,7 +230,7 @@ def export(
     check_form(settings, form)
     common.check_early(settings, storage=True, create=False)
     with common.progress_bar() as progress:
-        common.quiet_libraries()
+        common.load_libraries()
         from dfmerge_studies.report.card import CARD
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.report.notes import keep_card

@@ -87,8 +87,8 @@ def run(
             _tell_interrupted(plan, again, as_json=json, seconds=time.monotonic() - started)
             raise typer.Exit(130)
     with common.progress_bar() as progress:
-        common.quiet_libraries()
         progress("starting", 0, 1)
+        common.load_libraries()
         from dfmerge_studies.study.session import open_study
 
         ranks = common.join_ranks(settings)

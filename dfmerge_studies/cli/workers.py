@@ -28,7 +28,7 @@ def worker() -> None:
 
     orders = read_orders(sys.stdin.readline())
     stop_with_parent()
-    common.quiet_libraries()
+    common.load_libraries()
     with reporting() as say:
         try:
             done = serve(orders, say)

@@ -15,8 +15,9 @@ the mean leaves it the first only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from dfmerge_studies.methods import UNSCALED, Scale
@@ -29,16 +30,40 @@ def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
         values: F[i], float32 at least.
         scale: p, and over what the mean is taken.
     """
-    if scale == UNSCALED:
-        return values
-    raised = {name: value if scale.power == 1.0 else value.pow(scale.power) for name, value in values.items()}
-    if scale.normalise == "none":
-        return raised
-    if scale.normalise == "tensor":
-        return {name: _divided(value, float(value.double().mean())) for name, value in raised.items()}
-    entries = sum(value.numel() for value in raised.values())
-    mean = sum(float(value.double().sum()) for value in raised.values()) / max(1, entries)
-    return {name: _divided(value, mean) for name, value in raised.items()}
+    return values if scale == UNSCALED else _Scaled(values, scale)
+
+
+class _Scaled(Mapping[str, Tensor]):
+    """C[i], worked out tensor by tensor when it is asked for, so that there is no second importance in memory."""
+
+    def __init__(self, values: Mapping[str, Tensor], scale: Scale) -> None:
+        self._values = values
+        self._scale = scale
+        self._mean = self._mean_of_all() if scale.normalise == "expert" else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._raised(name)
+        if self._scale.normalise == "none":
+            return value
+        return _divided(value, float(value.double().mean()) if self._mean is None else self._mean)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def _raised(self, name: str) -> Tensor:
+        value = self._values[name]
+        return value if self._scale.power == 1.0 else value.pow(self._scale.power)
+
+    def _mean_of_all(self) -> float:
+        raised = map(self._raised, self._values)
+        found = [(value.numel(), value.double().sum()) for value in raised]
+        if not found:
+            return 0.0
+        sums: list[float] = torch.stack([total for _, total in found]).tolist()  # one wait for the device
+        return sum(sums) / max(1, sum(entries for entries, _ in found))
 
 
 def _divided(value: Tensor, mean: float) -> Tensor:

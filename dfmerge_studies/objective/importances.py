@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +47,26 @@ def asked_once(index: int, coefficient: Coefficient) -> float:
     return 1.0
 
 
+class Float32(Mapping[str, Tensor]):
+    """Tensors as they are stored, each of them in float32 when it is asked for.
+
+    Args:
+        stored: by name.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._stored[name].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
 class Importances:
     """Importances of a problem's experts; those that are computed overwrite the resident model.
 
@@ -74,7 +94,7 @@ class Importances:
 
     def at(
         self, index: int, coefficient: Coefficient, names: Sequence[str] | None = None, *, progress: Progress = silent
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[Mapping[str, Tensor], bool]:
         """Fisher information of one expert at theta_pre + coefficient * tau, from the cache where it is there.
 
         An expert without a task of its own is weighed by the mean over all tasks.
@@ -86,7 +106,8 @@ class Importances:
             progress: told how far it is.
 
         Returns:
-            The values by parameter name, and whether they came from the cache.
+            The values by parameter name, in float32, each made when it is asked for; and whether they came from the
+            cache.
         """
         resident, ranks = self.problem.resident, self.problem.ranks
         names = list(resident.names if names is None else names)
@@ -114,13 +135,14 @@ class Importances:
                 progress=counted(progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
                 ranks=ranks,
             )
-            for name, value in result.values.items():
-                values[name] = values[name] + value / len(tasks) if name in values else value / len(tasks)
+            for name in list(result.values):
+                value = result.values.pop(name).div_(len(tasks))
+                values[name] = values[name].add_(value) if name in values else value
         # What is used now and what the cache gives later must be the same, or resuming would change the study.
         dtype = getattr(torch, self.problem.spec.importance.rounding)
 
         def keep() -> dict[str, Tensor]:
-            rounded = {name: value.to(dtype) for name, value in values.items()}
+            rounded = {name: values.pop(name).to(dtype) for name in list(values)}
             if resident.device.type == "cuda":
                 torch.cuda.synchronize(resident.device)  # once per Fisher: its time is what keeping it must be worth
             seconds = time.perf_counter() - start
@@ -129,6 +151,7 @@ class Importances:
 
         kept = ranks.from_leader(keep)
         assert kept is not None
+        values.clear()
         return self._by_parameter(kept, names), False
 
     def key(self, index: int, coefficient: Coefficient, names: Sequence[str]) -> FisherKey:
@@ -161,8 +184,10 @@ class Importances:
             dtype=settings.rounding,
         )
 
-    def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
         """Importances as the cache holds them, which is by mask for mask nodes, as those of parameters, in float32."""
+        if self.estimator is not Estimator.MASK_NODES:
+            return Float32(stored)
         values = {name: value.float() for name, value in stored.items()}
         return whole(self.problem.resident.model, values, estimator=self.estimator, names=names)
 

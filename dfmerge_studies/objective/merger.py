@@ -224,7 +224,7 @@ class Merger:
     @memory_errors()
     def importance(
         self, index: int, coefficient: Coefficient, *, names: Sequence[str] | None = None
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[Mapping[str, Tensor], bool]:
         """`Importances.at` on every rank.
 
         Args:

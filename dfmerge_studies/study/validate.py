@@ -154,7 +154,7 @@ def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance with its workspace, in float32; what the transform keeps; a trial's Fishers
+    sums of the merge and one importance, in float32; what the transform keeps; a trial's Fishers
     that wait to be written to the cache.
     """
     resident = problem.resident
@@ -165,7 +165,7 @@ def memory_estimate(problem: Problem) -> Estimate:
     importance = method.importance is not Importance.UNIFORM
     nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
     stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
-    sums = (4 if importance else 1) * 4 * changed
+    sums = (3 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
     fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" else 4) * stored
