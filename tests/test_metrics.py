@@ -149,7 +149,7 @@ def with_metrics(project: Project, **metrics: dict[str, object]) -> dict[str, ob
     ("fields", "words"),
     [
         ({"metric": "macro_f"}, ["tasks.red", "'macro_f'", "did you mean 'macro_f1'?"]),
-        ({"metric": "perplexity"}, ["tasks.red", "accuracy, balanced_accuracy, f1, macro_f1, mcc, log_likelihood"]),
+        ({"metric": "bleu"}, ["tasks.red", "the metrics are accuracy, acc, ", "macro_f1, mcc, log_likelihood"]),
         ({"metric": "agreement"}, ["tasks.red.metric", "the metrics are accuracy"]),
         ({"metric": "f1"}, ["tasks.red", "needs 'positive'"]),
         ({"metric": "mcc", "positive": 1}, ["tasks.red", "mcc has no use for 'positive'"]),

@@ -122,7 +122,7 @@ def slips() -> Iterator[tuple[str, dict[str, Any]]]:
     for path, value in (
         (("methud",), "gta"), (("method",), "gtaa"), (("baselines",), ["average"]), (("search", "sampler"), "tpe"),
         (("search", "trails"), 3), (("search",), "papper"), (("objective",), "median"), (("experts", "a"), 3),
-        (("experts", "a"), {"task": "a"}), (("tasks", "a", "metric"), "acc"), (("tasks", "a", "type"), "chioce"),
+        (("experts", "a"), {"task": "a"}), (("tasks", "a", "metric"), "acuracy"), (("tasks", "a", "type"), "chioce"),
         (("tasks", "a", "doc_to_text"), None), (("importance", "estimator"), "exakt"), (("parameters", "tie"), {}),
         (("search", "trials"), 0), (("base",), True),
     ):  # fmt: skip

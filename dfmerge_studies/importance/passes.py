@@ -14,7 +14,10 @@ from dfmerge_studies.importance.directions import directions, drawn_choices, lab
 from dfmerge_studies.importance.fisher import add_rows_
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
+from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.scoring import (
+    IGNORED,
+    Relabel,
     Rows,
     continuation_losses,
     decode,
@@ -28,7 +31,17 @@ from dfmerge_studies.tasks.scoring import (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What all chunks share.  `draws`: a number in [0, 1) for every input, by position, for choices that are drawn."""
+    """What all chunks share.
+
+    Attributes:
+        model: the model.
+        kind: how it answers.
+        examples: the N inputs.
+        pad_id: token id to pad with.
+        estimator: which choices or tokens count.
+        draws: (N,) a number in [0, 1) for every input, by position, for choices that are drawn; (N, T) for tokens.
+        writer: where texts end that the model writes; None where it picks a choice.
+    """
 
     model: nn.Module
     kind: Kind
@@ -36,6 +49,12 @@ class Job:
     pad_id: int
     estimator: Estimator
     draws: Tensor
+    writer: Writer | None = None
+
+    @property
+    def along(self) -> bool:
+        """Whether labels are drawn token by token along a text, which is then each input's only choice."""
+        return self.writer is not None and self.estimator.draws
 
 
 def _head(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
@@ -53,7 +72,7 @@ def _causal(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     """All rows in one forward and one backward pass."""
     batch = [job.examples[i] for i in chunk]
     rows = make_rows(batch, device_of(job.model))
-    if job.estimator is not Estimator.EXACT:
+    if job.estimator is not Estimator.EXACT and not job.along:
         losses = None
         if job.estimator.draws:
             losses = rows.grid(continuation_losses(job.model, batch, rows, job.pad_id), len(batch))
@@ -61,7 +80,7 @@ def _causal(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     add_rows_(
         capture,
         len(rows.owner),
-        lambda: continuation_losses(job.model, batch, rows, job.pad_id),
+        lambda: continuation_losses(job.model, batch, rows, job.pad_id, drawn_tokens(job, chunk)),
         lambda losses: [_weights(job, losses, rows, batch)],
     )
 
@@ -73,7 +92,7 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     with capture.stage(len(batch)) as encoder:
         hidden, mask = encode(model, batch, job.pad_id)
     rows = make_rows(batch, device_of(model))
-    if job.estimator is not Estimator.EXACT:
+    if job.estimator is not Estimator.EXACT and not job.along:
         losses = None
         if job.estimator.draws:
             plain = hidden.detach()
@@ -81,7 +100,7 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
         batch, rows = only_chosen(job, chunk, batch, losses)
     states = hidden.detach()[rows.owner].requires_grad_(hidden.requires_grad)
     with capture.stage(len(rows.owner)) as decoder:
-        flat = decode(model, states, mask[rows.owner], rows.targets)
+        flat = decode(model, states, mask[rows.owner], rows.targets, drawn_tokens(job, chunk))
     inputs = [states] if hidden.requires_grad else []
     found = capture.backward(decoder, flat, _weights(job, flat, rows, batch), range(len(flat)), inputs)
     if not found:
@@ -120,6 +139,27 @@ def _chosen(job: Job, chunk: Sequence[int], p: Tensor) -> Tensor:
     if job.estimator is Estimator.EMPIRICAL:
         return torch.tensor(labels_of_all([job.examples[i] for i in chunk]), device=p.device)
     return drawn_choices(p, job.draws[list(chunk)])
+
+
+def drawn_tokens(job: Job, chunk: Sequence[int]) -> Relabel | None:
+    """Labels z[t] ~ p(.|x, y[<t]) at every token of the texts y of a chunk; None where labels are not drawn so.
+
+    Args:
+        job: the numbers that decide the draws.
+        chunk: positions of the B inputs, each with one text.
+    """
+    if not job.along:
+        return None
+
+    def relabel(logits: Tensor, tokens: Tensor) -> Tensor:
+        labels = tokens.clone()
+        for row, i in enumerate(chunk):  # one by one: in float64, a row is T times the vocabulary
+            length = int((tokens[row] != IGNORED).sum())
+            p = torch.softmax(logits[row, :length].double(), dim=-1)
+            labels[row, :length] = drawn_choices(p, job.draws[i, :length])
+        return labels
+
+    return relabel
 
 
 def only_chosen(

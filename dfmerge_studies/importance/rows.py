@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import InputError, first_line, out_of_memory
 from dfmerge_studies.importance.capture import check_names, refuse_unused
 from dfmerge_studies.importance.directions import directions
-from dfmerge_studies.importance.passes import Job, check_finite, only_chosen
+from dfmerge_studies.importance.passes import Job, check_finite, drawn_tokens, only_chosen
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import at_least_float32
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.scoring import (
+    Relabel,
     continuation_losses,
     decode,
     device_of,
@@ -102,6 +103,12 @@ def _rows(job: Job, i: int) -> Iterator[tuple[Tensor, Tensor]]:
         for direction in directions(job.kind, job.estimator, z.detach(), [example], job.draws[[i]]):
             yield z, direction
         return
+    if job.along:
+        with torch.enable_grad():
+            loss = _loss(job, example, drawn_tokens(job, [i]))
+        check_finite(loss.detach()[None], [example])
+        yield loss, torch.ones_like(loss)
+        return
     weights = [1.0] * len(example.choices)
     if job.estimator is Estimator.EXACT or job.estimator.draws:
         with torch.no_grad():
@@ -128,10 +135,10 @@ def _singles(example: Encoded) -> list[Encoded]:
     ]
 
 
-def _loss(job: Job, single: Encoded) -> Tensor:
+def _loss(job: Job, single: Encoded, relabel: Relabel | None = None) -> Tensor:
     model: nn.Module = job.model
     rows = make_rows([single], device_of(model))
     if job.kind is Kind.CAUSAL:
-        return continuation_losses(model, [single], rows, job.pad_id)[0]
+        return continuation_losses(model, [single], rows, job.pad_id, relabel)[0]
     hidden, mask = encode(model, [single], job.pad_id)
-    return decode(model, hidden, mask, rows.targets)[0]
+    return decode(model, hidden, mask, rows.targets, relabel)[0]

@@ -10,6 +10,12 @@
     mask-nodes  as sampled, but of masks on heads and neurons, spread over the parameters (see `nodes`)
 
 For heads, the sum over answers is a quadratic form in the gradients of what the head gives: `directions`.
+
+Texts that a model writes have no finite set of choices.  There y is the greedy text of x under the present weights, T
+its tokens, and l(x, z) the mean over them of -log p(z[t]|x, y[<t]):
+
+    sampled     F = 1/N  sum over x of (grad l(x, z))^2,  z[t] drawn from p(.|x, y[<t]) for every t
+    empirical   F = 1/N  sum over x of (grad l(x, y))^2,  y the (first) target, z = y
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
+from dfmerge_studies.tasks.generation import Writer, write_tokens
 
 ROW_BUDGET = 8192
 
@@ -62,6 +69,7 @@ def task_fisher(
     generator: torch.Generator | None = None,
     row_budget: int = ROW_BUDGET,
     compact: bool = False,
+    writer: Writer | None = None,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> FisherResult:
@@ -74,9 +82,10 @@ def task_fisher(
         pad_id: token id to pad inputs with.
         names: parameters wanted, as `named_parameters()` gives them (tied ones once); all of floating point for `None`.
         estimator: `exact`, `sampled`, `empirical` or `mask-nodes`.
-        generator: on the CPU, source of the choices that are drawn, one number per input in order.
+        generator: on the CPU, source of what is drawn: one number per input in order, or one per token of its text.
         row_budget: rows times tokens whose activations are alive at once, the bound on memory.
         compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
+        writer: where texts end, for inputs whose answer is one; `exact` has no meaning for them.
         progress: called with the number of inputs done since the last call.
         ranks: processes that share the inputs; the values are right on the leader, and of no use on the others.
 
@@ -90,10 +99,15 @@ def task_fisher(
         raise InputError("there are no inputs to compute the Fisher information from", hint="Check samples and limit")
     if names is None:
         names = float_parameters(model)
+    if writer is not None and estimator == Estimator.EXACT:
+        hint = "Use sampled, empirical or mask-nodes"
+        raise InputError("exact takes a mean over choices, of which generated texts have no finite set", hint=hint)
     drawn = Estimator(estimator).draws
-    draws = sampling_draws(len(examples), generator) if drawn else torch.zeros(len(examples))
-    job = Job(model, kind, examples, pad_id, Estimator(estimator), draws)
-    share = ranks.shares([_rows_times_tokens(example, kind) for example in examples])[ranks.rank]
+    tokens = None if writer is None else writer.max_gen_toks
+    draws = sampling_draws(len(examples), generator, tokens) if drawn else torch.zeros(len(examples))
+    job = Job(model, kind, examples, pad_id, Estimator(estimator), draws, writer)
+    cost = writer.cost if writer is not None and job.along else _rows_times_tokens
+    share = ranks.shares([cost(example, kind) for example in examples])[ranks.rank]
     values: dict[str, Tensor] = {}
 
     def compute() -> int:
@@ -142,6 +156,7 @@ def share_of_sum(
         return _batched_sum(job, names, row_budget, done)
 
     ranks.check()
+    mine = _along_texts(mine, row_budget, ranks)
     if job.estimator is Estimator.MASK_NODES:
         return batched(mine, advance)
     if can_batch(mine, names, batched):
@@ -152,6 +167,17 @@ def share_of_sum(
             # not seen this, must compute the other importances the way that an uncut one does.
             pass
     return sum_by_rows(mine, names, done=advance)
+
+
+def _along_texts(job: Job, row_budget: int, ranks: Ranks) -> Job:
+    """The same with what the model writes as each input's only choice, where labels are drawn along that."""
+    if job.writer is None or not job.along:
+        return job
+    texts = write_tokens(
+        job.model, job.kind, job.examples, job.writer, pad_id=job.pad_id, token_budget=row_budget, ranks=ranks
+    )
+    written = [replace(each, choices=(text,), label=0) for each, text in zip(job.examples, texts, strict=True)]
+    return replace(job, examples=written)
 
 
 def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callable[[int], None]) -> dict[str, Tensor]:
@@ -189,19 +215,24 @@ def whole(
     return spread(model, values, float_parameters(model) if names is None else names)
 
 
-def sampling_draws(inputs: int, generator: torch.Generator | None) -> Tensor:
-    """(inputs,) uniform numbers, one per input in order, so that batching and sharing out do not change the choices.
+def sampling_draws(inputs: int, generator: torch.Generator | None, tokens: int | None = None) -> Tensor:
+    """Uniform numbers for every input in order, so that batching and sharing out do not change what is drawn.
 
     Args:
         inputs: how many inputs there are.
-        generator: on the CPU; advanced by `inputs` draws.
+        generator: on the CPU; advanced by as many draws as there are numbers.
+        tokens: how many tokens a text has at most, where tokens are drawn; None for choices.
+
+    Returns:
+        (inputs,), or (inputs, tokens).
 
     Raises:
         InputError: there is no generator.
     """
     if generator is None:
         raise InputError("this estimator draws choices and needs a random generator", hint="Pass one, seeded")
-    return torch.rand(inputs, generator=generator, dtype=torch.float64)
+    shape = (inputs,) if tokens is None else (inputs, tokens)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def _rows_times_tokens(example: Encoded, kind: Kind) -> int:

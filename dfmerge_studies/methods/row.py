@@ -44,6 +44,11 @@ class Estimator(StrEnum):
         """Whether the one choice of an input that counts is drawn, so that a generator is needed."""
         return self in (Estimator.SAMPLED, Estimator.MASK_NODES)
 
+    @property
+    def of_texts(self) -> Estimator:
+        """What it is for texts that a model writes: they have no finite set of choices to take the mean over."""
+        return Estimator.SAMPLED if self is Estimator.EXACT else self
+
 
 Normalise = Literal["none", "expert", "tensor"]
 

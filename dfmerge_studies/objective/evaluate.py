@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -132,7 +133,6 @@ def _evaluate(
     of_experts = classes_of_heads(spec, found.base, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
-    budget = spec.token_budget
     for task, settings in spec.tasks.items():
         if wanted is not None and task not in wanted:
             continue
@@ -151,16 +151,17 @@ def _evaluate(
         )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
-        given = given_answers(
-            model, settings, kind, examples, pad_id=pad_id, token_budget=budget, progress=advance, ranks=ranks
+        ask = functools.partial(
+            given_answers, tokenizer=tokenizer, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
         )
+        given = ask(model, settings, kind, examples, progress=advance)
         if metric.labels:
             positive = positive_class(spec, task, classes)
             answers = judged(settings, given, wanted_answers(settings, examples), positive)
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
-            others = given_answers(expert, settings, kind, examples, pad_id=pad_id, token_budget=budget, ranks=ranks)
-            wanted = _in_order_of(classes, of_experts, task, taken_answers(settings, others))
+            others = taken_answers(settings, ask(expert, settings, kind, examples))
+            wanted = _in_order_of(classes, of_experts, task, others)
             answers = judged(settings, given, wanted)
         results[task] = metric.result(answers)
     return results

@@ -17,6 +17,8 @@ from dfmerge_studies.methods import Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
+from dfmerge_studies.tasks.answers import writer_of
+from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.sampling import torch_generator
 
 
@@ -128,7 +130,8 @@ class Importances:
                 self.problem.tasks[task].fisher,
                 pad_id=self.problem.pad_id,
                 names=names,
-                estimator=self.estimator,
+                estimator=self._estimator(task),
+                writer=self._writer(task),
                 generator=torch_generator(self.problem.spec.search.seed, "sampled", task),
                 row_budget=self.problem.spec.importance.row_budget,
                 compact=True,
@@ -154,12 +157,20 @@ class Importances:
         values.clear()
         return self._by_parameter(kept, names), False
 
+    def _writer(self, task: str) -> Writer | None:
+        return writer_of(self.problem.spec.tasks[task], self.problem.resident.tokenizer)
+
+    def _estimator(self, task: str) -> Estimator:
+        """The estimator as it is for a task."""
+        return self.estimator if self._writer(task) is None else self.estimator.of_texts
+
     def key(self, index: int, coefficient: Coefficient, names: Sequence[str]) -> FisherKey:
         """Identity of a Fisher."""
         problem, settings = self.problem, self.problem.spec.importance
         expert = problem.experts[index]
         labelled = self.estimator is Estimator.EMPIRICAL
         tasks = self._fisher_tasks(index)
+        estimators = dict.fromkeys(map(self._estimator, tasks))
         inputs = {
             task: [
                 ids_digest(
@@ -167,6 +178,7 @@ class Importances:
                     for e in problem.tasks[task].fisher
                 ),
                 self._head_owner(task),
+                *([[writer.max_gen_toks, writer.until]] if (writer := self._writer(task)) is not None else []),
             ]
             for task in tasks
         }
@@ -175,10 +187,10 @@ class Importances:
             expert=problem.expert_digests[expert],
             expert_name=expert,
             coefficient=_exactly(coefficient),
-            estimator=self.estimator.value,
+            estimator=" and ".join(estimators),
             inputs=json_digest(inputs),
             indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
-            seed=problem.spec.search.seed if self.estimator.draws else None,
+            seed=problem.spec.search.seed if any(each.draws for each in estimators) else None,
             parameters=json_digest(list(names)),
             compute_dtype=problem.spec.dtype,
             dtype=settings.rounding,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def scored_examples(
                 hint="Leave rows to the search: give a smaller number, or a fraction",
             )
         examples = [examples[row] for row in seen]
-    labels = [example.label for example in examples if example.label is not None]
+    labels = _wanted(examples)
     reason = metric.pointless(labels, positive_class(spec, task, classes)) if metric.labels else None
     if reason is not None:
         raise InputError(
@@ -78,9 +78,15 @@ def held_out_examples(
     seen, held = _divided(spec, task, len(examples))
     found = [examples[row] for row in held[: max(1, int(share * len(seen)))]]
     metric = spec.metrics("holdout")[task]
-    labels = [example.label for example in found if example.label is not None]
+    labels = _wanted(found)
     pointless = metric.labels and metric.pointless(labels, positive_class(spec, task, classes)) is not None
     return [] if pointless else found
+
+
+def _wanted(examples: Sequence[Encoded]) -> list[Any]:
+    """What the data says is right, as far as it does: accepted texts, or indices of choices and classes."""
+    known = [example.targets or example.label for example in examples]
+    return [each for each in known if each is not None]
 
 
 def _divided(spec: StudySpec, task: str, total: int) -> tuple[list[int], list[int]]:

@@ -321,6 +321,7 @@ class Merger:
             self.problem.spec.tasks[task],
             self.problem.kinds[task],
             examples,
+            tokenizer=self.problem.resident.tokenizer,
             pad_id=self.problem.pad_id,
             token_budget=self.problem.spec.token_budget,
             progress=counted(self.progress, f"{task}: {split}", len(examples)),

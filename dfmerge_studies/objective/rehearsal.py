@@ -7,21 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
+from torch import Tensor, nn
 
 from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
 from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Importance, Method
 from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.tasks.answers import writer_of
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.evaluate import choice_losses, row_length
+from dfmerge_studies.tasks.generation import Writer, written
 from dfmerge_studies.tasks.sampling import torch_generator
 
 # Losses of an input alone and in a batch, relative and absolute; a model that sees its neighbours is off by far more.
 TOLERANCE = 1e-3
 TOLERANCE_16_BIT = 2e-1
+REHEARSED_TOKENS = 8  # of a text that a model writes
 
 
 def rehearse_(problem: Problem, method: Method) -> None:
@@ -61,6 +67,10 @@ def _score(problem: Problem, task: str) -> None:
     model, kind = problem.resident.model, problem.kinds[task]
     examples = sorted(problem.examples(task, "validation"), key=lambda example: row_length(example, kind))
     pair = [examples[0], examples[-1]]
+    writer = writer_of(problem.spec.tasks[task], problem.resident.tokenizer)
+    if writer is not None:
+        _write(problem, task, writer, pair)
+        return
 
     def losses(inputs: Sequence[Encoded]) -> list[list[float]]:
         return choice_losses(model, kind, inputs, pad_id=problem.pad_id, token_budget=problem.spec.token_budget)
@@ -68,20 +78,57 @@ def _score(problem: Problem, task: str) -> None:
     with _named(problem, task, "scored"):
         alone = [losses([example])[0] for example in pair]
         together = losses(pair)
-    wide = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
-    tolerance = TOLERANCE_16_BIT if wide else TOLERANCE
+    tolerance = _tolerance(model)
     for example, one, other in zip(pair, alone, together, strict=True):
         if not torch.allclose(torch.tensor(one), torch.tensor(other), rtol=tolerance, atol=tolerance):
-            raise InputError(
-                f"{type(model).__name__} answers row {example.index} otherwise in a batch than alone "
-                f"({_numbers(other)} and {_numbers(one)}), so its scores would depend on what shares a batch",
-                where=problem.spec.where(f"tasks.{task}"),
-                hint="Use a model that masks padding, which this one does not",
-            )
+            raise _sees_neighbours(problem, task, example, other, one)
+
+
+def _tolerance(model: nn.Module) -> float:
+    wide = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
+    return TOLERANCE_16_BIT if wide else TOLERANCE
+
+
+def _sees_neighbours(
+    problem: Problem, task: str, example: Encoded, together: Sequence[float], alone: Sequence[float]
+) -> InputError:
+    return InputError(
+        f"{type(problem.resident.model).__name__} answers row {example.index} otherwise in a batch than alone "
+        f"({_numbers(together)} and {_numbers(alone)}), so its scores would depend on what shares a batch",
+        where=problem.spec.where(f"tasks.{task}"),
+        hint="Use a model that masks padding, which this one does not",
+    )
+
+
+def _write(problem: Problem, task: str, writer: Writer, pair: Sequence[Encoded]) -> None:
+    """A few tokens of two inputs, of which the scores of all tokens are compared as far as both ways write the same."""
+    model, kind = problem.resident.model, problem.kinds[task]
+    few = replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))
+
+    def steps(inputs: Sequence[Encoded]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
+        scores: list[Tensor] = []
+        with torch.inference_mode():
+            return written(model, kind, inputs, few, problem.pad_id, scores.append), scores
+
+    with _named(problem, task, "scored"):
+        together, scores = steps(pair)
+        alone = [steps([example]) for example in pair]
+    for row, (example, ((one,), own)) in enumerate(zip(pair, alone, strict=True)):
+        same = sum(1 for _ in takewhile(lambda each: each[0] == each[1], zip(one, together[row], strict=False)))
+        for step in range(min(same + 1, len(own), len(scores))):
+            mine, other = own[step][0].log_softmax(-1), scores[step][row].log_softmax(-1)
+            place = int(mine.argmax())
+            if not torch.allclose(mine[place], other[place], rtol=_tolerance(model), atol=_tolerance(model)):
+                raise _sees_neighbours(problem, task, example, [float(other[place])], [float(mine[place])])
 
 
 def _weigh(problem: Problem, method: Method, task: str) -> None:
     inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kinds[task]))
+    writer = writer_of(problem.spec.tasks[task], problem.resident.tokenizer)
+    estimator = check_importance(problem, method)
+    if writer is not None:
+        writer = replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))
+        estimator = estimator.of_texts
     with _named(problem, task, "differentiated"):
         task_fisher(
             problem.resident.model,
@@ -89,7 +136,8 @@ def _weigh(problem: Problem, method: Method, task: str) -> None:
             [inputs[0], inputs[len(inputs) // 2]],
             pad_id=problem.pad_id,
             names=problem.resident.names,
-            estimator=check_importance(problem, method),
+            estimator=estimator,
+            writer=writer,
             generator=torch_generator(problem.spec.search.seed, "sampled", task),
             row_budget=problem.spec.importance.row_budget,
             compact=True,

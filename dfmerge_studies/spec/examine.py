@@ -17,7 +17,7 @@ from dfmerge_studies.spec.messages import Wrong
 Place = tuple[str, ...]
 Spec = TypeVar("Spec")
 
-_TASK: Mapping[str, Any] = {"dataset": {"path": "json"}, "doc_to_text": "-", "doc_to_target": 0}
+_TASK: Mapping[str, Any] = {"dataset": {"path": "json"}, "doc_to_text": "-", "doc_to_target": "-"}
 _CHOICES = {"doc_to_choice": ["a", "b"]}
 # What stands for a required field that is wrong, by its place; "*" is any name.
 _HARMLESS: Mapping[Place, Any] = {

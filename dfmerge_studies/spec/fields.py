@@ -48,7 +48,9 @@ class ImportanceSettings(Settings):
     """How the importance C_i of an expert's parameters is estimated."""
 
     estimator: Annotated[str, one_of("estimators", lambda: Estimator)] = Field(
-        "exact", description="which expectation over choices; mask-nodes: of masks on heads and neurons"
+        "exact",
+        description="which expectation over choices (of generated texts, exact means sampled); mask-nodes: of masks "
+        "on heads and neurons",
     )
     samples: int = Field(30, gt=0, le=limits.COUNT, description="validation inputs per task, drawn with the seed")
     indices: dict[str, list[int]] | str | None = Field(

@@ -25,6 +25,7 @@ _UNION_MEMBERS = (
     "classification",
     "regression",
     "text",
+    "generate",
     "float",
     "literal['fisher-trace']",
     "int",

@@ -29,8 +29,9 @@ from dfmerge_studies.spec.fields import (
 from dfmerge_studies.spec.known import KnownMethod
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
+from dfmerge_studies.tasks.filters import Filter, Step
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
-from dfmerge_studies.tasks.settings import AnyTask, TaskSettings
+from dfmerge_studies.tasks.settings import AnyTask, GenerationKwargs, TaskSettings
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
@@ -371,7 +372,7 @@ def _as_trusted(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "": [StudySpec],
     "experts": [ExpertSettings],
-    "tasks": list(get_args(AnyTask)),
+    "tasks": [*get_args(AnyTask), GenerationKwargs, Filter, Step],
     "importance": [ImportanceSettings],
     "search": [SearchSettings, WarmStart, Granularity],
     "objective": [ObjectiveSettings],

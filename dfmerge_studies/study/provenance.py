@@ -65,6 +65,7 @@ _FORMERLY: Mapping[str, Any] = {
     "positive": {},
     GUARDS: {},
     MAX_DROP: {},
+    "scoring": {},
     "parameters": {},
 }
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
@@ -79,6 +80,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
     search, importance = spec.search, spec.importance
     classes = {name: task.positive_class() for name, task in spec.tasks.items()}
     positive = {name: index for name, index in classes.items() if index is not None}
+    scoring = {name: stated for name, task in spec.tasks.items() if (stated := task.stated())}
     return {
         "method": spec.row.name,
         "experts": [[name, expert.task] for name, expert in spec.experts.items()],  # in their order
@@ -87,6 +89,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         **({"positive": positive} if positive else {}),
         **({GUARDS: dict(guards)} if (guards := spec.metrics("validation").guards) else {}),
         **({MAX_DROP: own} if (own := _own_bounds(spec)) else {}),
+        **({"scoring": scoring} if scoring else {}),
         **({"parameters": changed} if (changed := _changed_parameters(spec.row)) else {}),
         "importance.estimator": spec.row.estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,

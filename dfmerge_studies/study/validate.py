@@ -134,7 +134,7 @@ def validate_examined(
                     problem.examples(task, "test")
             search = _plan(spec, problem).search
             rehearse_(problem, spec.row)
-            notes += _adapter_notes(spec, problem)
+            notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec)]
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
@@ -251,6 +251,14 @@ def _adapter_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]
     for name, checkpoint in found.experts.items():
         if checkpoint.is_adapter and (what := other_base(checkpoint, found.base)):
             yield {"where": spec.where(f"experts.{name}"), "what": what}
+
+
+def _estimator_notes(spec: StudySpec) -> Iterator[dict[str, str]]:
+    texts = [name for name, task in spec.tasks.items() if task.type == "generate"]
+    weighed = spec.row.importance is not Importance.UNIFORM
+    if texts and spec.row.estimator_for(spec.importance.estimator) == Estimator.EXACT and weighed:
+        what = f"of generated texts ({', '.join(texts)}) exact means sampled: they have no finite set of choices"
+        yield {"where": spec.where("importance.estimator"), "what": what}
 
 
 def _plan(spec: StudySpec, problem: Problem) -> Plan:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dfmerge_studies.errors import InputError
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
+from dfmerge_studies.tasks.generation import Writer, write_texts
 from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
-from dfmerge_studies.tasks.settings import RegressionTask, TaskSettings, TextTask
+from dfmerge_studies.tasks.settings import GenerateTask, RegressionTask, TaskSettings, TextTask
+from dfmerge_studies.tasks.written import Written
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def given_answers(
@@ -21,26 +27,34 @@ def given_answers(
     kind: Kind,
     examples: Sequence[Encoded],
     *,
+    tokenizer: PreTrainedTokenizerBase,
     pad_id: int,
     token_budget: int = TOKEN_BUDGET,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> Sequence[Any]:
-    """What a model gives for every input, in the order of `examples`: losses of choices, classes, a text; a number.
+    """What a model gives for every input, in the order of `examples`: losses of choices, classes, a text; or an answer.
 
     Args:
         model: the model, put into evaluation mode for the time of the call.
         task: settings of the task.
         kind: how the model answers.
         examples: tokenised inputs.
+        tokenizer: turns tokens into text.
         pad_id: token id to pad inputs with.
         token_budget: tokens of one batch, the bound on memory.
         progress: called with the number of inputs done since the last call.
         ranks: processes that share the inputs; every one of them gets everything.
 
     Raises:
+        InputError: the model cannot generate texts, and the task asks for them.
         RunError: a loss is not finite; the message names the row.
     """
+    writer = writer_of(task, tokenizer)
+    if writer is not None:
+        return write_texts(
+            model, kind, examples, writer, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
+        )
     found = choice_losses(
         model, kind, examples, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
     )
@@ -60,18 +74,32 @@ def _summed(example: Encoded, losses: Sequence[float], size: Callable[[str], flo
     return [loss * len(ids) / size(text) for loss, ids, text in choices]
 
 
+def writer_of(task: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Writer | None:
+    """How a model writes the answers of a task; None where it writes none.
+
+    Args:
+        task: settings of the task.
+        tokenizer: turns tokens into text.
+    """
+    if not isinstance(task, GenerateTask):
+        return None
+    return Writer(tokenizer, task.generation_kwargs.max_gen_toks, task.generation_kwargs.ends)
+
+
 def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
-    """What a model answers, for others to agree with: per input the choice or class that it takes, or its number.
+    """What a model answers, for others to agree with: per input the choice or class, the number or the text.
 
     Args:
         task: settings of the task.
         given: of `given_answers`.
     """
+    if isinstance(task, GenerateTask):
+        return [(task.filtered(text),) for text in given]
     return list(given) if isinstance(task, RegressionTask) else predict(given)
 
 
 def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]:
-    """What the data says is right, per input: the index of a choice or class, or a number; of a text what it holds.
+    """What the data says is right, per input: the index of a choice or class, a number, accepted texts.
 
     Args:
         task: settings of the task.
@@ -82,7 +110,15 @@ def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]
     """
     if isinstance(task, TextTask):
         return [example.text for example in examples]
+    if isinstance(task, GenerateTask):
+        return [_targets(example) for example in examples]
     return labels_of(examples)
+
+
+def _targets(example: Encoded) -> tuple[str, ...]:
+    if not example.targets:
+        raise InputError("the row has no target", where=f"row {example.index}", hint="Give doc_to_target")
+    return example.targets
 
 
 def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], positive: int | None = None) -> Judged:
@@ -98,4 +134,8 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
         return Texts(given, wanted)
     if isinstance(task, RegressionTask):
         return Numbers(given, wanted)
+    if isinstance(task, GenerateTask):
+        plain = task.ignored
+        texts = [plain(task.filtered(text)) for text in given]
+        return Written(texts, [[plain(each) for each in accepted] for accepted in wanted])
     return Answers(given, wanted, positive)

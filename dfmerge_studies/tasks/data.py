@@ -17,12 +17,15 @@ from dfmerge_studies.tasks.prompts import Example
 from dfmerge_studies.tasks.settings import (
     AnyTask,
     ChosenTask,
+    GenerateTask,
     HeadTask,
     PromptedTask,
     RegressionTask,
+    RenderedTask,
     TextTask,
     choices_of,
 )
+from dfmerge_studies.tasks.targets import read_targets
 from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer, text_renderer
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ class Row:
         description: of the task, before everything in the prompt.
         prefix: how the answer begins.
         examples: before the text in the prompt.
+        targets: of a text to be generated, the accepted ones; nothing where the data has none.
     """
 
     index: int
@@ -52,6 +56,7 @@ class Row:
     description: str = ""
     prefix: str = ""
     examples: tuple[Example, ...] = ()
+    targets: tuple[str, ...] = ()
 
 
 def load_rows(
@@ -94,9 +99,11 @@ def _with_examples(
     rows: Sequence[Row], pool: Sequence[Row], task: PromptedTask, *, same: bool, where: str
 ) -> list[Row]:
     """Rows with few-shot examples of a pool."""
-    questions, possible = ([(row.text, row.choices) for row in side] for side in (rows, pool))
+    questions, possible = ([(row.text, row.choices or row.targets) for row in side] for side in (rows, pool))
     drawn = draw_examples(questions, possible, task.num_fewshot, task.fewshot_random_seed, same=same, where=where)
-    shown = [Example(row.text, row.choices[row.label or 0], row.prefix) for row in pool]
+    shown = [
+        Example(row.text, row.targets[0] if row.targets else row.choices[row.label or 0], row.prefix) for row in pool
+    ]
     return [replace(row, examples=tuple(shown[i] for i in own)) for row, own in zip(rows, drawn, strict=True)]
 
 
@@ -125,6 +132,11 @@ def _labelled_rows(
             return rows
         numbers = read_numbers(values, where=f"{where}.doc_to_target", split=split)
         return [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
+    if isinstance(task, GenerateTask):
+        if target is None:
+            return rows
+        accepted = read_targets(values, task, where=f"{where}.doc_to_target", split=split)
+        return [replace(row, targets=texts) for row, texts in zip(rows, accepted, strict=True)]
     if target is not None:
         choices = [row.choices for row in rows]
         if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
@@ -179,7 +191,7 @@ def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask, where: str)
 
 
 def _render(
-    dataset: Dataset, task: ChosenTask | HeadTask, target: str | int | None, names: Sequence[str], where: str
+    dataset: Dataset, task: RenderedTask, target: str | int | None, names: Sequence[str], where: str
 ) -> tuple[list[Row], list[Any]]:
     """Rows without their labels, and what `doc_to_target` gives for each."""
     columns = list(dataset.column_names)
@@ -204,7 +216,7 @@ def _render(
 
 
 def _choice_renderer(
-    task: ChosenTask | HeadTask, columns: Sequence[str], where: str, names: tuple[str, ...]
+    task: RenderedTask, columns: Sequence[str], where: str, names: tuple[str, ...]
 ) -> Callable[[Mapping[str, Any], int], tuple[str, ...]]:
     source = choices_of(task)
     if source is None:

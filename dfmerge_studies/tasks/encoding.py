@@ -33,6 +33,7 @@ class Encoded:
         truncated: whether the text was cut to fit.
         text: of a text that is scored, what it holds; it is the only choice then.
         choice_texts: of every choice, what it says.
+        targets: of a text to be generated, the accepted ones; the tokens of the first are its only choice.
     """
 
     index: int
@@ -43,3 +44,4 @@ class Encoded:
     truncated: bool = False
     text: TextSize | None = None
     choice_texts: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()

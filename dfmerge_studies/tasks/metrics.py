@@ -20,12 +20,14 @@ from typing import Any, Protocol
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.numbers import all_equal, pearson, spearman, squared_errors
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.tasks.written import ROUGE, best_of, no_number, nothing_for_rouge, rouge, same_number, token_f1
 
 SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
 CHOICES = frozenset({"choice", "classification"})  # types of task whose answer is one of several
 TEXTS = frozenset({"text"})  # types of task that score texts, among which nothing is chosen
 NUMBERS = frozenset({"regression"})
+GENERATE = frozenset({"generate"})  # those whose answer is a text
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
 
@@ -170,7 +172,8 @@ class Metric:
         classes: compares choices across inputs, so that all inputs of a task must have the same ones.
         positive: needs the task's `positive`.
         size: of a choice's text; where there is one, a choice's loss is the sum over its tokens, divided by it.
-        pointless: from the labels of all inputs and `positive`, why every model would score the same, if so.
+        pointless: from what is wanted of all inputs and `positive`, why every model would score the same, if so.
+        fault: why a target text cannot be compared with, if so.
     """
 
     name: str
@@ -185,7 +188,8 @@ class Metric:
     classes: bool = False
     positive: bool = False
     size: Callable[[str], float] | None = None
-    pointless: Callable[[Sequence[Any], int | None], str | None] = lambda labels, positive: None
+    pointless: Callable[[Sequence[Any], int | None], str | None] = lambda wanted, positive: None
+    fault: Callable[[str], str | None] = lambda target: None
 
     def score(self, answers: Judged) -> float:
         """The score of a model on one task.
@@ -553,6 +557,10 @@ def _no_positive(labels: Sequence[int], positive: int | None) -> str | None:
     return None if positive in labels else f"no row is of the positive class {positive}"
 
 
+def _nothing_for_rouge(wanted: Sequence[Sequence[str]], positive: int | None) -> str | None:
+    return nothing_for_rouge(wanted)
+
+
 def _one_class(labels: Sequence[int], positive: int | None) -> str | None:
     return None if len(set(labels)) > 1 else "all rows are of one class"
 
@@ -581,7 +589,11 @@ METRICS: Mapping[str, Metric] = {
         Metric("pearson", of_all=pearson, tasks=NUMBERS, low=-1.0, pointless=all_equal),
         Metric("spearman", of_all=spearman, tasks=NUMBERS, low=-1.0, pointless=all_equal),
         Metric("mse", of_rows=squared_errors, tasks=NUMBERS, high=math.inf, higher_is_better=False, percent=False),
-        replace(_accuracy, name=AGREEMENT, labels=False),
+        Metric("exact_match", of_rows=_right, tasks=GENERATE),
+        Metric("token_f1", of_rows=best_of(token_f1), tasks=GENERATE),
+        *(Metric(name, of_rows=rouge(kind), tasks=GENERATE, pointless=_nothing_for_rouge) for name, kind in ROUGE),
+        Metric("numeric", of_rows=best_of(same_number), tasks=GENERATE, fault=no_number),
+        replace(_accuracy, name=AGREEMENT, labels=False, tasks=CHOICES | GENERATE),
     )
 }
 

@@ -18,7 +18,7 @@ added as 0 and 1 by the eager kernels.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 
+# From logits (R, T, vocabulary) and the tokens (R, T) that were read to the labels (R, T) that are scored there.
+Relabel = Callable[[Tensor, Tensor], Tensor]
 IGNORED = -100  # target value of padding, the convention of transformers
 
 
@@ -152,7 +154,7 @@ def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Ten
     return encoder(input_ids=pad(texts, pad_id, device), attention_mask=mask).last_hidden_state, mask
 
 
-def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor, relabel: Relabel | None = None) -> Tensor:
     """Losses (R,) of target texts, row by row.
 
     The decoder needs no mask of its own: padding is on the right, and no token looks to its right.
@@ -162,9 +164,10 @@ def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor) -> T
         hidden: (R, S, d) encoder output of each row's input.
         mask: (R, S) encoder mask.
         targets: (R, T), `IGNORED` where padded.
+        relabel: gives other labels for the same decoder inputs.
     """
     logits = _decoder_logits(model, hidden, mask, _shifted(model, targets))
-    return mean_token_loss(logits, targets)
+    return mean_token_loss(logits, targets if relabel is None else relabel(logits.detach(), targets))
 
 
 def _decoder_logits(model: nn.Module, hidden: Tensor, mask: Tensor, ids: Tensor, own: Tensor | None = None) -> Tensor:
@@ -238,8 +241,17 @@ def _additive(seen: Tensor, model: nn.Module) -> Tensor:
 # --- decoder only ----------------------------------------------------------------------------------------------------
 
 
-def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
+def continuation_losses(
+    model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int, relabel: Relabel | None = None
+) -> Tensor:
     """Losses (R,) of continuations: one sequence per row, prompt and then choice, scored on the choice's tokens.
+
+    Args:
+        model: a language model.
+        batch: B inputs.
+        rows: their choices.
+        pad_id: token id to pad with.
+        relabel: gives other labels at the places of the choices' tokens.
 
     Raises:
         InputError: a prompt has no tokens.
@@ -251,7 +263,7 @@ def continuation_losses(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
     ids = pad(sequences, pad_id, device)
     at = (starts[:, None] + steps).clamp_max(ids.shape[1] - 1)  # the clamp touches only padded targets
     logits = _logits_at(model, at, input_ids=ids, attention_mask=pad_mask(sequences, device))
-    return mean_token_loss(logits, rows.targets)
+    return mean_token_loss(logits, rows.targets if relabel is None else relabel(logits.detach(), rows.targets))
 
 
 def _prompt_lengths(batch: Sequence[Encoded], device: torch.device) -> Tensor:

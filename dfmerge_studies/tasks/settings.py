@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dfmerge_studies import limits
+from dfmerge_studies.tasks.filters import Filter, checked_regex
 from dfmerge_studies.tasks.metrics import METRICS, task_metrics
 from dfmerge_studies.tasks.strict import Settings, one_of
+from dfmerge_studies.tasks.written import Ignored
 
 _PAIR = "second text of a pair: a column or a template"
 
@@ -90,6 +93,10 @@ class _Task(Settings):
             raise ValueError(f"metric: {self.metric} has no use for 'positive'")
         self.positive_class()
         return self
+
+    def stated(self) -> dict[str, Any]:
+        """What of the settings decides a score beside the inputs and the metric: part of what a study is about."""
+        return {}
 
     def positive_class(self) -> int | None:
         """Index of the positive class, None where the metric has none.
@@ -202,9 +209,93 @@ class TextTask(_Task):
     )
 
 
+class GenerationKwargs(Settings):
+    """How a text is generated: greedily, so that a trial gives the same scores again."""
+
+    max_gen_toks: int = Field(256, gt=0, le=limits.COUNT, description="tokens that are generated at most")
+    until: str | list[str] = Field(["\n\n"], description="texts that end the answer, besides the end of sequence")
+    do_sample: bool = Field(False, description="nothing is sampled; for files of lm-evaluation-harness")
+    temperature: float = Field(0.0, ge=0, le=0, description="nothing is sampled; for files of lm-evaluation-harness")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy_alone(cls, data: Any) -> Any:
+        odd = [str(key) for key in data if key not in cls.model_fields] if isinstance(data, Mapping) else []
+        if odd:
+            mend = "; write max_gen_toks" if odd[0] in ("max_new_tokens", "max_tokens", "max_length") else ""
+            raise ValueError(
+                f"{odd[0]!r} is not supported: answers are greedy, up to 'max_gen_toks' tokens or a text of "
+                f"'until'{mend}"
+            )
+        if isinstance(data, Mapping) and (data.get("do_sample") or data.get("temperature")):
+            raise ValueError("answers are greedy, so that a trial gives the same scores again: nothing is sampled")
+        return data
+
+    @field_validator("until")
+    @classmethod
+    def _ends_are_texts(cls, value: str | list[str]) -> str | list[str]:
+        if "" in ([value] if isinstance(value, str) else value):
+            raise ValueError("an empty text would end every answer at once")
+        return value
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.until,) if isinstance(self.until, str) else tuple(self.until)
+
+
+class GenerateTask(PromptedTask):
+    """A text-to-text or causal model writes a text."""
+
+    type: Literal["generate"]
+    doc_to_target: str | None = Field(
+        None, description="the accepted text, or a list of them: a column or a template; null: no targets"
+    )
+    generation_kwargs: GenerationKwargs = GenerationKwargs.model_validate({})
+    filter_list: list[Filter] = Field(
+        default_factory=lambda: [Filter.model_validate({"name": "strip", "filter": [{"function": "strip"}]})],
+        min_length=1,
+        max_length=1,
+        description="what is made of an answer before it is scored; one filter, since a task has one score",
+    )
+    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("exact_match", description="what a score is")
+    ignore_case: bool = Field(False, description="of exact_match: capital letters do not matter")
+    ignore_punctuation: bool = Field(False, description="of exact_match: ASCII punctuation does not matter")
+    ignore_numbers: bool = Field(False, description="of exact_match: digits do not matter")
+    regexes_to_ignore: list[Annotated[str, AfterValidator(checked_regex)]] = Field(
+        default_factory=list, description="of exact_match: what they match does not matter"
+    )
+
+    @model_validator(mode="after")
+    def _ignored_by_exact_match_alone(self) -> Self:
+        for field in _IGNORED:
+            if getattr(self, field) and self.metric != "exact_match":
+                raise ValueError(f"{field} goes with metric: exact_match; use filter_list with metric: {self.metric}")
+        return self
+
+    def filtered(self, text: str) -> str:
+        """What is scored of a text that a model wrote.
+
+        Args:
+            text: without its end.
+        """
+        return self.filter_list[0](text)
+
+    @property
+    def ignored(self) -> Ignored:
+        """What `exact_match` passes over."""
+        return Ignored(tuple(self.regexes_to_ignore), self.ignore_case, self.ignore_punctuation, self.ignore_numbers)
+
+    def stated(self) -> dict[str, Any]:
+        """Where an answer ends, and what of it is compared how."""
+        return self.model_dump(include={"generation_kwargs", "filter_list", *_IGNORED}, exclude_defaults=True)
+
+
+_IGNORED = ("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore")
 HeadTask = ClassificationTask | RegressionTask  # of encoders with a head per task
 ChosenTask = ChoiceTask | ClassificationTask  # whose inputs have choices or classes, one of them right
-AnyTask = ChosenTask | RegressionTask | TextTask
+RenderedTask = ChosenTask | RegressionTask | GenerateTask  # whose inputs are texts to answer
+AnyTask = RenderedTask | TextTask
 TaskSettings = Annotated[AnyTask, Field(discriminator="type")]
 
 

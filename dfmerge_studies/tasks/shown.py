@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.tasks.answers import wanted_answers
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, TextTask
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, GenerateTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +84,8 @@ def shown_input(
     answers = [
         ShownAnswer(text(ids), pieces(ids), index == example.label) for index, ids in enumerate(example.choices)
     ] or [ShownAnswer(each, [], index == example.label) for index, each in enumerate(classes)]
+    if isinstance(task, GenerateTask):  # there is nothing to choose from
+        answers = []
     return Shown(
         task=name,
         type=task.type,
@@ -100,6 +102,8 @@ def shown_input(
 def _wanted(task: AnyTask, example: Encoded) -> str | None:
     if isinstance(task, (ChoiceTask, ClassificationTask)):
         return None if example.label is None else f"class {example.label}"
+    if isinstance(task, GenerateTask):
+        return " or ".join(map(repr, example.targets)) or None
     (wanted,) = wanted_answers(task, [example])
     return _words(wanted)
 
@@ -115,4 +119,11 @@ def _scored(task: AnyTask, kind: Kind) -> str:
         return f"the tokens of each choice{end}, by their mean log-likelihood after the prompt; the highest is taken"
     if isinstance(task, TextTask):
         return "each token of the text, by its log-likelihood after all tokens before it"
+    if isinstance(task, GenerateTask):
+        most, ends = task.generation_kwargs.max_gen_toks, ", ".join(map(repr, task.generation_kwargs.ends))
+        steps = ", ".join(step.function for step in task.filter_list[0].filter) or "nothing"
+        return (
+            f"what the model writes behind the prompt: the likeliest token at each step, {most} at "
+            f"most, to the end of the sequence{f' or before {ends}' if ends else ''}; after {steps}, by {task.metric}"
+        )
     return "what the head makes of the whole text"

@@ -12,7 +12,7 @@ from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, GenerateTask, PromptedTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +80,8 @@ def encode_rows(
     is tokenised whole, without special tokens behind it, and split where the prompt ends, or before it where a token
     spans the join; a prompt that is too long loses its beginning, but for the token that begins every sequence. Special
     tokens that a chat template writes and the tokenizer puts around every text stand there once.
+    Of a text to be generated the first target's tokens stand for a choice, the end of sequence included, `max_gen_toks`
+    of them at most; a causal prompt keeps the blanks at its end, and leaves room for so many tokens behind it.
     Heads: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
     else the token that begins a sequence; one that is too long loses its end.
 
@@ -95,8 +97,12 @@ def encode_rows(
         InputError: `max_length` is more than the model takes, or is unset and a text is longer; two choices of a row
             are the same tokens, or a choice adds none.
     """
-    limit = _limit(task.max_length, longest, where)
-    if isinstance(task, TextTask) and kind is Kind.CAUSAL:
+    limit = _limit(task.max_length, _room(task, kind, longest, where), where)
+    if isinstance(task, GenerateTask):
+        frame = _Frame.of(tokenizer, (row.text for row in rows))
+        encode = _encode_prompt if kind is Kind.CAUSAL else _encode_question
+        encoded = [encode(row, task, tokenizer, frame, limit) for row in rows]
+    elif isinstance(task, TextTask) and kind is Kind.CAUSAL:
         frame = _Frame.of(tokenizer, (row.choices[0] for row in rows))
         encoded = [_encode_text(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
     elif isinstance(task, TextTask) and kind is Kind.TEXT_TO_TEXT:
@@ -107,8 +113,7 @@ def encode_rows(
         encoded = [_encode_causal(row, _delimiter(task, row), tokenizer, frame, limit, where) for row in rows]
     elif kind is Kind.TEXT_TO_TEXT:
         assert isinstance(task, ChoiceTask)
-        long = task.chat or bool(task.num_fewshot)  # the input stands at the end: a prompt that is cut must keep it
-        around = _Frame.of(tokenizer, (row.text for row in rows)) if long else None
+        around = _Frame.of(tokenizer, (row.text for row in rows)) if _is_long(task) else None
         encoded = [_encode_pair_of_texts(row, tokenizer, around, limit, longest, where) for row in rows]
     else:
         encoded = [_encode_for_head(row, tokenizer, limit) for row in rows]
@@ -136,6 +141,20 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None
     if tokenizer.model_max_length < _NO_LIMIT:
         limits.append(tokenizer.model_max_length)
     return min(limits) if limits else None
+
+
+def _room(task: AnyTask, kind: Kind, longest: int | None, where: str) -> int | None:
+    """Tokens that a model takes as an input of a task: a decoder needs room for what it writes."""
+    if longest is None or kind is not Kind.CAUSAL or not isinstance(task, GenerateTask):
+        return longest
+    written = task.generation_kwargs.max_gen_toks
+    if written >= longest:
+        raise InputError(
+            f"max_gen_toks is {written}, but the model takes {longest} tokens together with the prompt",
+            where=f"{where}.generation_kwargs",
+            hint="Set max_gen_toks to what the longest answer needs",
+        )
+    return longest - written
 
 
 def _limit(wanted: int | None, longest: int | None, where: str) -> int | None:
@@ -167,14 +186,7 @@ def _encode_pair_of_texts(
     where: str,
 ) -> Encoded:
     """One input of a text-to-text model; with a frame it is cut at its beginning, otherwise at its end."""
-    whole = _ids(tokenizer, row.text) if frame is None else frame.whole(tokenizer, row.text)
-    cut = limit is not None and len(whole) > limit
-    if cut:
-        assert limit is not None
-        if frame is None:
-            whole = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
-        else:
-            whole = [*whole[: frame.before], *whole[len(whole) - limit + frame.before :]]
+    whole, cut = _encoder_input(row, tokenizer, frame, limit)
     nothing, *choices = (
         tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in ("", *row.choices)
     )
@@ -191,6 +203,23 @@ def _encode_pair_of_texts(
             )
     _check_different(row, choices, where)
     return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut, choice_texts=row.choices)
+
+
+def _is_long(task: PromptedTask) -> bool:
+    """Whether an input stands at the end of its prompt, which must keep it where it is cut."""
+    return task.chat or bool(task.num_fewshot)
+
+
+def _encoder_input(
+    row: Row, tokenizer: PreTrainedTokenizerBase, frame: _Frame | None, limit: int | None
+) -> tuple[list[int], bool]:
+    """Tokens that an encoder reads, and whether they were cut: with a frame at the beginning, otherwise at the end."""
+    whole = _ids(tokenizer, row.text) if frame is None else frame.whole(tokenizer, row.text)
+    if limit is None or len(whole) <= limit:
+        return whole, False
+    if frame is None:
+        return list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"]), True
+    return [*whole[: frame.before], *whole[len(whole) - limit + frame.before :]], True
 
 
 @dataclass(frozen=True)
@@ -343,6 +372,44 @@ def _scored_text(
         )
     size = TextSize.of(text, len(tokens))
     return Encoded(row.index, tuple(before), (tuple(tokens),), 0, None, cut, size)
+
+
+def _encode_question(
+    row: Row, task: GenerateTask, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None
+) -> Encoded:
+    """What an encoder reads, and the tokens of the first target for its decoder."""
+    whole, cut = _encoder_input(row, tokenizer, frame if _is_long(task) else None, limit)
+    targets = [list(tokenizer(text_target=text, verbose=False)["input_ids"]) for text in row.targets[:1]]
+    return _to_write(row, task, whole, targets, cut)
+
+
+def _encode_prompt(
+    row: Row, task: GenerateTask, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None
+) -> Encoded:
+    """A prompt, and the tokens of the first target behind it, the end of the sequence among them where there is one."""
+    prompt, end = frame.tokens(tokenizer, row.text), tokenizer.eos_token_id
+    targets = []
+    for text in row.targets[:1]:
+        between = "" if row.text[-1:].isspace() else _delimiter(task, row)
+        whole = frame.tokens(tokenizer, f"{row.text}{between}{text}")
+        joined = whole[: len(prompt)] == prompt  # otherwise a token spans the join
+        tokens = whole[len(prompt) :] if joined else _ids(tokenizer, text, special=False)
+        targets.append([*tokens, end] if isinstance(end, int) else tokens)
+    cut = limit is not None and len(prompt) > limit
+    if limit is not None and cut:
+        kept = min(frame.kept(prompt), limit - 1)
+        prompt = [*prompt[:kept], *prompt[len(prompt) - (limit - kept) :]]
+    return _to_write(row, task, prompt, targets, cut)
+
+
+def _to_write(
+    row: Row, task: GenerateTask, prompt: Sequence[int], targets: Sequence[Sequence[int]], cut: bool
+) -> Encoded:
+    most = task.generation_kwargs.max_gen_toks
+    choices = tuple(tuple(target[:most]) for target in targets if target)
+    return Encoded(
+        row.index, tuple(prompt), choices, 0 if choices else None, None, cut, choice_texts=(), targets=row.targets
+    )
 
 
 def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -> None:

@@ -1,0 +1,307 @@
+"""Tasks whose answer is a text: fields, targets, filters, metrics; and such a task through every command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from dfmerge_studies import StudySpec
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.study.rows import trial_rows
+from dfmerge_studies.study.session import stored_study
+from dfmerge_studies.tasks.answers import writer_of
+from dfmerge_studies.tasks.data import Row, load_rows
+from dfmerge_studies.tasks.encoding import Kind
+from dfmerge_studies.tasks.filters import Filter
+from dfmerge_studies.tasks.generation import write_texts
+from dfmerge_studies.tasks.metrics import METRICS, task_metrics
+from dfmerge_studies.tasks.settings import GenerateTask
+from dfmerge_studies.tasks.tokenise import encode_rows
+from dfmerge_studies.tasks.written import Ignored, Written, numbers_in, token_f1
+from tests.models import FAMILIES
+from tests.project import EXPERTS, Project, make_project, perturbed
+
+
+def task(**fields: Any) -> GenerateTask:
+    whole = {"type": "generate", "dataset": {"path": "json"}, "doc_to_text": "q", "doc_to_target": "a", **fields}
+    return GenerateTask.model_validate(whole)
+
+
+# --- what is made of a text, and what it scores ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "expected"),
+    [
+        ({"function": "regex", "regex_pattern": r"is (\w+)"}, "it is red, or is blue ", "red"),
+        ({"function": "regex", "regex_pattern": r"is (\w+)", "group_select": -1}, "it is red, or is blue ", "blue"),
+        ({"function": "regex", "regex_pattern": r"(\d+)|no (\w+)"}, "no apples", "apples"),
+        ({"function": "regex", "regex_pattern": r"\d+"}, "none", "[invalid]"),
+        ({"function": "regex", "regex_pattern": r"\d+", "fallback": ""}, "none", ""),
+        ({"function": "regex"}, "so 3 + 4 = 7 #### 7", "7"),
+        ({"function": "first_number"}, "about -1,250.5 of 3", "-1250.5"),
+        ({"function": "last_number"}, "about -1,250.5 of 3.", "3"),
+        ({"function": "first_number"}, "none", "[invalid]"),
+        ({"function": "strip"}, " a b \n", "a b"),
+        ({"function": "remove_whitespace"}, " a b \n", "a b"),
+        ({"function": "lowercase"}, "Ab", "ab"),
+        ({"function": "uppercase"}, "Ab", "AB"),
+        ({"function": "map", "mapping_dict": {"A": "yes"}}, "A", "yes"),
+        ({"function": "map", "mapping_dict": {"A": "yes"}, "default_value": "no"}, "B", "no"),
+        ({"function": "take_first"}, " a ", " a "),
+    ],
+)
+def test_a_filter_makes_of_a_text(step: dict[str, Any], text: str, expected: str) -> None:
+    assert Filter.model_validate({"filter": [step]})(text) == expected
+
+
+def test_filters_of_the_harness_give_what_the_harness_gives() -> None:
+    filters = pytest.importorskip("lm_eval.api.registry")
+    pytest.importorskip("lm_eval.filters")
+    texts = ["A: 3 #### 1,024 ", "  Mixed Case\n", "#### -7", "the (B) answer", "no"]
+    steps: list[dict[str, Any]] = [
+        {"function": "regex"},
+        {"function": "regex", "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1},
+        {"function": "regex", "regex_pattern": r"\((\w)\)", "fallback": "?"},
+        {"function": "remove_whitespace"},
+        {"function": "lowercase"},
+        {"function": "uppercase"},
+    ]
+    for step in steps:
+        options = {name: value for name, value in step.items() if name != "function"}
+        theirs = filters.get_filter(step["function"])(**options).apply([[text] for text in texts], [{}] * len(texts))
+        ours = Filter.model_validate({"filter": [step]})
+        assert [ours(text) for text in texts] == [each for (each,) in theirs]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("-$1,234.50.", ["-1234.50"]),
+        ("5-3 is 2", ["5", "3", "2"]),
+        ("10,000,000 or 1,23", ["10000000", "1", "23"]),
+        ("\u22127 and .5 and 1e-3", ["-7", ".5", "1e-3"]),
+        ("nothing", []),
+    ],
+)
+def test_numbers_are_found_as_people_write_them(text: str, numbers: list[str]) -> None:
+    assert numbers_in(text) == numbers
+
+
+def test_metrics_of_texts_are_what_their_definitions_say() -> None:
+    given = ["The cat sat.", "on a mat", "42 apples", ""]
+    wanted = [("a cat sat down", "the dog"), ("on a mat",), ("42.0",), ("",)]
+    texts = Written(given, wanted)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"])
+
+    def best(kind: str) -> list[float]:
+        return [max(scorer.score(w, g)[kind].fmeasure for w in each) for g, each in zip(given, wanted, strict=True)]
+
+    expected = {
+        "exact_match": [0, 1, 0, 1],
+        "token_f1": [0.8, 1, 2 / 3, 1],  # cat sat | cat sat down; 42 apples | 420
+        "numeric": [0, 0, 1, 0],
+        "rouge": best("rougeL"),
+        **{kind: best(kind) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")},
+    }
+    expected["token_f1"][2] = 0.0  # SQuAD takes the point away: 42.0 is the word 420
+    assert set(expected) == set(task_metrics("generate"))
+    for name, scores in expected.items():
+        found = METRICS[name].result(texts)
+        assert found.rows == pytest.approx(scores), name
+        assert found.score == pytest.approx(sum(scores) / 4)
+
+
+def test_token_f1_counts_words_as_often_as_they_occur() -> None:
+    assert token_f1("red red blue", "red blue blue") == pytest.approx(2 / 3)
+    assert token_f1("An answer!", "the ANSWER") == 1.0
+    assert token_f1("", "answer") == token_f1("answer", "") == 0.0
+
+
+def test_exact_match_passes_over_what_it_is_told_to_as_the_harness_does() -> None:
+    ignored = Ignored((r"\bthe ", "[$]"), case=True, punctuation=True, numbers=True)
+    assert ignored("the Cat, $12!") == "cat "
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    pairs = [("The cat.", "the cat"), ("a 1 b", "a 2 b"), ("Cat", "cat"), ("$5", "5")]
+    for options in ({}, {"ignore_case": True}, {"ignore_punctuation": True}, {"ignore_numbers": True},
+                    {"regexes_to_ignore": [r"\$", "The"]}):  # fmt: skip
+        settings = task(**options).ignored
+        for text, accepted in pairs:
+            theirs = metrics.exact_match_hf_evaluate([text], [accepted], **options)["exact_match"]
+            assert Written([settings(text)], [(settings(accepted),)]).right == [bool(theirs)]
+
+
+# --- fields and rows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metric": "accuracy"}, "accuracy does not fit a task of type: generate; those of type: generate are exact"),
+        ({"generation_kwargs": {"do_sample": True}}, "greedy"),
+        ({"generation_kwargs": {"temperature": 0.7}}, "greedy"),
+        ({"generation_kwargs": {"num_beams": 4}}, "'num_beams' is not supported"),
+        ({"generation_kwargs": {"max_new_tokens": 4}}, "write max_gen_toks"),
+        ({"generation_kwargs": {"until": [""]}}, "empty text"),
+        ({"generation_kwargs": {"max_gen_toks": 0}}, "greater than 0"),
+        ({"filter_list": [{"filter": [{"function": "regexp"}]}]}, "did you mean 'regex'"),
+        ({"filter_list": [{"filter": [{"function": "regex", "regex_pattern": "("}]}]}, "no regular expression"),
+        ({"filter_list": [{"filter": [{"function": "strip", "fallback": "x"}]}]}, "no use for 'fallback'"),
+        ({"filter_list": [{"filter": [{"function": "map"}]}]}, "needs 'mapping_dict'"),
+        ({"filter_list": [{"filter": []}, {"filter": []}]}, "at most 1"),
+        ({"metric": "rouge", "ignore_case": True}, "ignore_case goes with metric: exact_match"),
+        ({"regexes_to_ignore": ["("]}, "no regular expression"),
+        ({"positive": 1}, "no use for 'positive'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        task(**fields)
+
+
+def test_fields_of_the_harness_that_say_greedy_are_taken() -> None:
+    settings = task(generation_kwargs={"until": "\n", "do_sample": False, "temperature": 0.0, "max_gen_toks": 3})
+    assert settings.generation_kwargs.ends == ("\n",)
+    assert task().generation_kwargs.max_gen_toks == 256
+    assert task().generation_kwargs.ends == ("\n\n",)
+    assert task().filtered(" red\n") == "red"
+    assert task(filter_list=[{"name": "raw", "filter": [{"function": "take_first"}]}]).filtered(" red\n") == " red\n"
+
+
+def rows_of(folder: Path, lines: list[dict[str, Any]], **fields: Any) -> list[Any]:
+    (folder / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = task(dataset={"path": "json", "data_files": {"validation": "v.jsonl"}}, **fields)
+    return load_rows("t", settings, "validation", root=folder, spec_file="spec.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "source", "targets"),
+    [
+        ("red", "a", ("red",)),
+        (["red", "crimson"], "a", ("red", "crimson")),
+        (["red", "crimson"], "{{ a }}", ("red", "crimson")),
+        ({"text": ["red", "crimson"]}, "{{ a.text }}", ("red", "crimson")),
+        (["red", "crimson"], "{{ a[0] }}", ("red",)),
+        ("[red]", "a", ("[red]",)),
+        ("['red']", "a", ("['red']",)),
+        (7, "a", ("7",)),
+        ("", "a", ("",)),
+    ],
+)
+def test_a_target_is_a_text_or_a_list_of_accepted_texts(
+    tmp_path: Path, value: Any, source: str, targets: tuple[str, ...]
+) -> None:
+    (row,) = rows_of(tmp_path, [{"q": "colour?", "a": value}], doc_to_target=source)
+    assert row.targets == targets
+    assert row.text == "colour?"
+
+
+@pytest.mark.parametrize(
+    ("value", "fields", "message"),
+    [
+        ([], {}, "list of targets is empty"),
+        (None, {}, "there is no target"),
+        ({"text": "red"}, {}, "is no text"),
+        ("red", {"metric": "numeric"}, "it has no number"),
+        ("1 or 2", {"metric": "numeric"}, "it has 2 numbers"),
+    ],
+)
+def test_a_target_that_cannot_be_compared_with_is_refused_with_its_row(
+    tmp_path: Path, value: Any, fields: dict[str, Any], message: str
+) -> None:
+    good = ["1"] if isinstance(value, list) else {"text": "1"} if isinstance(value, dict) else "1"
+    with pytest.raises(InputError, match=message) as caught:
+        rows_of(
+            tmp_path,
+            [{"q": "colour?", "a": good if not isinstance(value, dict) else value}, {"q": "?", "a": value}],
+            **fields,
+        )
+    assert "row " in str(caught.value)
+    assert "tasks.t.doc_to_target" in str(caught.value.where)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_prompt_leaves_room_for_what_is_written_and_a_target_ends_with_the_end_of_a_sequence(
+    tmp_path: Path, family: str
+) -> None:
+    tokenizer, kind = FAMILIES[family].tokenizer(), FAMILIES[family].kind
+    lines = [
+        {"q": "we walked home along the old wall " * 9, "a": "rain rain rain"},
+        {"q": "she asked ", "a": ["no", "yes"]},
+    ]
+
+    def encoded(**fields: Any) -> list[Any]:
+        settings = task(**fields)
+        rows = rows_of(tmp_path, lines)
+        return encode_rows(rows, settings, kind, tokenizer, longest=64, where="spec.yaml: tasks.t")
+
+    cut, short = encoded(max_length=20, generation_kwargs={"max_gen_toks": 4})
+    assert len(cut.input_ids) == 20
+    assert cut.truncated
+    assert len(cut.choices[0]) <= 4
+    assert short.choices[0][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(short.choices[0], skip_special_tokens=True).strip() == "no"
+    assert short.targets == ("no", "yes")
+    if kind is Kind.CAUSAL:
+        assert tokenizer.decode(short.input_ids) == "she asked "
+        assert tokenizer.decode(cut.input_ids).endswith("old wall ")
+        with pytest.raises(InputError, match="the model takes 60 tokens"):
+            encoded(max_length=61, generation_kwargs={"max_gen_toks": 4})
+        with pytest.raises(InputError, match="max_gen_toks is 256, but the model takes 64"):
+            encoded()
+    with pytest.raises(InputError, match="row 0 is longer"):
+        encoded(generation_kwargs={"max_gen_toks": 4})
+
+
+# --- a study ---------------------------------------------------------------------------------------------------------
+
+
+def generating(folder: Path, family: str, task_fields: dict[str, Any] | None = None, **changes: Any) -> Project:
+    """A project whose two tasks ask for what the expert of each writes, on three rows of four."""
+    project = make_project(folder, family, rows=12, samples=3, trials=3)
+    tokenizer, kind = FAMILIES[family].tokenizer(), FAMILIES[family].kind
+    kwargs = {"max_gen_toks": 6}
+    for number, name in enumerate(EXPERTS):
+        kept = {k: v for k, v in project.spec["tasks"][name].items() if k not in ("doc_to_choice", "type")}
+        fields = {"type": "generate", "doc_to_target": "answers", "generation_kwargs": kwargs, **(task_fields or {})}
+        project.spec["tasks"][name] = {**kept, **fields}
+        model = perturbed(family, seed=number + 1).eval()
+        for split in ("validation", "test"):
+            file = folder / f"{name}.{split}.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            asked = task(doc_to_text="input", generation_kwargs=kwargs)
+            rows = [Row(i, line["input"], None, (), None) for i, line in enumerate(lines)]
+            examples = encode_rows(rows, asked, kind, tokenizer, longest=64, where="s")
+            writer = writer_of(asked, tokenizer)
+            assert writer is not None
+            texts = write_texts(model, kind, examples, writer, pad_id=0)
+            for i, (line, text) in enumerate(zip(lines, texts, strict=True)):
+                line["answers"] = ["1 more", text.strip()] if i % 4 else ["something else"]
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    project.spec.update(changes)
+    project.write()
+    return project
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_study_of_generated_texts_is_validated_run_resumed_exported_and_scored(tmp_path: Path, family: str) -> None:
+    project = generating(tmp_path / "p", family)
+    found = project.json("validate", "spec.yaml")
+    assert found["ok"], found
+    assert any("sampled" in note["what"] for note in found["notes"])
+    summary = project.json("run", "spec.yaml")
+    assert summary["task_metrics"] == dict.fromkeys(EXPERTS, "exact_match")
+    study = stored_study(StudySpec.from_yaml(project.file))
+    assert all(set(trial_rows(trial)) == set(EXPERTS) for trial in study.trials)
+    assert all(len(rows) == 12 for trial in study.trials for rows in trial_rows(trial).values())
+    project.cli("run", "spec.yaml", "--add", "1")
+    project.cli("export", "spec.yaml", "--out", "merged")
+    evaluated = project.json("evaluate", "spec.yaml", "--model", "red", "--split", "validation")
+    assert "exact_match" in json.dumps(evaluated)
+    assert "exact_match" in (project.folder / "merged" / "README.md").read_text()
+    table = project.cli("compare", "spec.yaml", "--methods", "averaging", "--split", "test").stdout
+    assert "exact_match" in table
