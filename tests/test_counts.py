@@ -1,0 +1,81 @@
+"""What an iteration launches on an accelerator and how often the host waits for it: counted, with a ceiling each.
+
+A change that adds a wait to a hot path, or a pass over the parameters, fails here without a GPU and without a clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dfmerge_studies.importance.task_fisher import task_fisher
+from dfmerge_studies.tasks.evaluate import choice_losses
+from scripts.benchmark import counted
+from scripts.counting import counting, elsewhere, here, move_
+from scripts.sides import Work
+from scripts.sizes import SIZES, Size
+
+EXPERTS, INPUTS, ROWS = 2, 30, 60
+
+# Two layers of each family.  Launches per parameter and expert; waits of `write` and `merge` per iteration, those of
+# `fisher` per input, of `evaluate` per row.  Lower one when a change makes it lower.
+CEILINGS = {
+    #                 write       merge       fisher        evaluate
+    "base": {"write": (2, 0), "merge": (8.2, 1), "fisher": (120, 3.4), "evaluate": (39, 1.2)},
+    "bert-base": {"write": (2, 0), "merge": (8.2, 1), "fisher": (77, 1.9), "evaluate": (5.5, 0.3)},
+    "causal-135m": {"write": (2, 0), "merge": (8.3, 1), "fisher": (77, 2.4), "evaluate": (51, 1.3)},
+}
+
+
+def shallow(name: str) -> Size:
+    return replace(SIZES[name], layers=2)
+
+
+def work_of(size: Size, *, inputs: int = INPUTS, rows: int = ROWS) -> Work:
+    options = {"seed": 0, "experts": EXPERTS, "inputs": inputs, "rows": rows, "tokens": 100, "choices": 3}
+    return Work.of(size, argparse.Namespace(**options))
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_an_iteration_launches_and_waits_no_more_than_its_ceiling(name: str) -> None:
+    small, widths = shallow(name).narrow()
+    work = work_of(small)
+    parameters = len(work.vectors[0].deltas)
+    found = counted(work, widths)
+    per_wait = {"write": 1, "merge": 1, "fisher": EXPERTS * INPUTS, "evaluate": EXPERTS * ROWS}
+    for phase, (launches, waits) in CEILINGS[name].items():
+        each = found[phase]
+        assert each.launches / (EXPERTS * parameters) <= launches, (phase, each)
+        assert each.waits / per_wait[phase] <= waits, (phase, each)
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_what_is_counted_computes_what_the_cpu_computes(name: str) -> None:
+    work = work_of(shallow(name).narrow()[0], inputs=4, rows=4)
+    model, names = work.base, list(work.vectors[0].deltas)
+    fisher = task_fisher(model, work.kind, work.inputs[0], pad_id=0, names=names).values
+    losses = choice_losses(model, work.kind, work.rows[0], pad_id=0)
+    move_(model)
+    with counting() as counts:
+        counted_fisher = here(task_fisher(model, work.kind, work.inputs[0], pad_id=0, names=names).values)
+        counted_losses = choice_losses(model, work.kind, work.rows[0], pad_id=0)
+    assert counts.launches > 0
+    torch.testing.assert_close(counted_fisher, fisher, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(torch.tensor(counted_losses), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+
+
+def test_reads_by_the_host_copies_and_kernels_are_counted_and_views_are_not() -> None:
+    a = elsewhere({"a": torch.ones(3, 4)})["a"]
+    with counting() as counts:
+        b = a.t() @ a.view(3, 4)
+        assert (counts.launches, counts.waits, counts.flops) == (1, 0, 2 * 4 * 3 * 4)
+        assert float(b.sum()) == 48.0
+        assert (counts.launches, counts.waits) == (3, 1)  # the sum; the read is a launch, too
+        b.cpu()
+        torch.ones(2).to(b.device)
+        assert counts.waits == 3
+        with pytest.raises(RuntimeError, match="two devices"):
+            a + torch.ones(3, 4)
