@@ -6,9 +6,11 @@
     tau[i]      task vector of expert i        {name: tensor}, shapes of theta_pre; absent names are zero
     lam[i]      coefficient of expert i        number, or one per name
     C[i]        importance, F[i] + floor       {name: tensor}, shapes of theta_pre; None: uniform, C[i] = 1
+                of a linear layer also a block, see `blocks`
     M           number of experts
 
-Experts are folded in one after the other, so that only one importance is in memory at a time beside two sums.
+Experts are folded in one after the other, so that only one importance is in memory at a time beside two sums.  Blocks
+cannot be summed: those of all experts are kept until the merge is written.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.blocks import Block, merged_step
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.params import TaskVector, at_least_float32
 from dfmerge_studies.points import Coefficient, coefficient_at
+
+Weights = Mapping[str, Tensor] | Mapping[str, Tensor | Block]
 
 
 class WeightedSum:
@@ -39,12 +44,14 @@ class WeightedSum:
         self._floor = floor
         self._numerator: dict[str, Tensor] = {}
         self._denominator: dict[str, Tensor] = {}
+        self._blocks: dict[str, list[Block]] = {}
+        self._plain: dict[str, Tensor] = {}  # sum of lam[i] tau[i] of names that have blocks
         self._experts = 0
         self._uniform: bool | None = None
         self._sums: list[tuple[str | None, str, Tensor]] = []  # expert (None: the merge), parameter, sum of its entries
 
     @torch.no_grad()
-    def add(self, task_vector: TaskVector, coefficient: Coefficient, importance: Mapping[str, Tensor] | None) -> None:
+    def add(self, task_vector: TaskVector, coefficient: Coefficient, importance: Weights | None) -> None:
         """Fold in one expert.
 
         Args:
@@ -67,11 +74,22 @@ class WeightedSum:
                     self._accumulate(self._numerator, name, delta.to(at_least_float32(delta)) * lam)
                 continue
             fisher = importance[name]
+            if isinstance(fisher, Block):
+                self._add_block(task_vector.expert, name, fisher, delta, lam)
+                continue
             weight = fisher.to(at_least_float32(fisher)) + self._floor
             self._sums.append((task_vector.expert, name, weight.sum()))
             if delta is not None:
                 self._accumulate(self._numerator, name, (weight * delta).mul_(lam))
             self._accumulate(self._denominator, name, weight)
+
+    def _add_block(self, expert: str, name: str, block: Block, delta: Tensor | None, lam: float) -> None:
+        self._blocks.setdefault(name, []).append(block)
+        self._sums += [(expert, name, each.sum()) for each in (block.left, block.right) if each is not None]
+        if delta is not None:
+            scaled = delta.to(at_least_float32(delta)) * lam
+            self._accumulate(self._numerator, name, block(scaled))
+            self._accumulate(self._plain, name, scaled)
 
     @torch.no_grad()
     def write_into_(self, parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor]) -> None:
@@ -86,11 +104,13 @@ class WeightedSum:
         """
         for name in self._names:
             parameter, start = parameters[name], base[name]
-            step = self._numerator.pop(name, None)
+            step, blocks = self._numerator.pop(name, None), self._blocks.pop(name, None)
             if step is None:
                 parameter.copy_(start)
                 continue
-            if not self._uniform:
+            if blocks is not None:
+                step = merged_step(blocks, step.mul_(self._experts), self._plain.pop(name))
+            elif not self._uniform:
                 step.mul_(self._experts).div_(self._denominator.pop(name))
             # C = 1: M * (sum_i 1)^-1 is 1.
             merged = step.add_(start)
@@ -127,7 +147,7 @@ def merge_into_(
     base: Mapping[str, Tensor],
     task_vectors: Sequence[TaskVector],
     coefficients: Mapping[str, Coefficient],
-    importance: Callable[[int], Mapping[str, Tensor] | None],
+    importance: Callable[[int], Weights | None],
     *,
     floor: float,
 ) -> dict[str, float]:

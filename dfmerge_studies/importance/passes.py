@@ -12,7 +12,7 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.importance.capture import Capture
 from dfmerge_studies.importance.directions import directions, drawn_choices, labels_of_all
 from dfmerge_studies.importance.fisher import add_rows_
-from dfmerge_studies.methods import Estimator
+from dfmerge_studies.methods import Blocks, Estimator
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.scoring import (
@@ -41,6 +41,7 @@ class Job:
         estimator: which choices or tokens count.
         draws: (N,) a number in [0, 1) for every input, by position, for choices that are drawn; (N, T) for tokens.
         writer: where texts end that the model writes; None where it picks a choice.
+        blocks: what linear layers have instead of a diagonal.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Job:
     estimator: Estimator
     draws: Tensor
     writer: Writer | None = None
+    blocks: Blocks | None = None
 
     @property
     def along(self) -> bool:

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.capture import Capture
+from dfmerge_studies.importance.factors import FactorCapture, block_names
 from dfmerge_studies.importance.fisher import each_batch
 from dfmerge_studies.importance.layers import Unseparable
 from dfmerge_studies.importance.nodes import NodeCapture, spread
 from dfmerge_studies.importance.passes import PASSES, Job
 from dfmerge_studies.importance.rows import sum_by_rows
 from dfmerge_studies.importance.ways import can_batch
-from dfmerge_studies.methods import Estimator
+from dfmerge_studies.methods import Blocks, Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
@@ -70,6 +71,7 @@ def task_fisher(
     row_budget: int = ROW_BUDGET,
     compact: bool = False,
     writer: Writer | None = None,
+    blocks: Blocks | None = None,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> FisherResult:
@@ -86,6 +88,7 @@ def task_fisher(
         row_budget: rows times tokens whose activations are alive at once, the bound on memory.
         compact: for `mask-nodes`, values by mask, which `whole` turns into those of parameters.
         writer: where texts end, for inputs whose answer is one; `exact` has no meaning for them.
+        blocks: what linear layers have instead of a diagonal, as `factors` has it: `gram` or `kfac`.
         progress: called with the number of inputs done since the last call.
         ranks: processes that share the inputs; the values are right on the leader, and of no use on the others.
 
@@ -105,7 +108,7 @@ def task_fisher(
     drawn = Estimator(estimator).draws
     tokens = None if writer is None else writer.max_gen_toks
     draws = sampling_draws(len(examples), generator, tokens) if drawn else torch.zeros(len(examples))
-    job = Job(model, kind, examples, pad_id, Estimator(estimator), draws, writer)
+    job = Job(model, kind, examples, pad_id, Estimator(estimator), draws, writer, blocks)
     cost = writer.cost if writer is not None and job.along else _rows_times_tokens
     share = ranks.shares([cost(example, kind) for example in examples])[ranks.rank]
     values: dict[str, Tensor] = {}
@@ -159,6 +162,14 @@ def share_of_sum(
     mine = _along_texts(mine, row_budget, ranks)
     if job.estimator is Estimator.MASK_NODES:
         return batched(mine, advance)
+    if mine.blocks is not None:
+        wanted = list(block_names(mine.model, names)) if mine.blocks == "gram" else names
+        if not can_batch(replace(mine, blocks=None), wanted, batched):
+            raise InputError(
+                f"the importance of {type(mine.model).__name__} in blocks cannot be computed in batches",
+                hint="Use a method with a diagonal importance, such as df-merge",
+            )
+        return batched(mine, advance)
     if can_batch(mine, names, batched):
         try:
             return batched(mine, advance)
@@ -193,6 +204,8 @@ def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callab
 
 
 def _capture(job: Job, names: Collection[str]) -> Capture:
+    if job.blocks is not None:
+        return FactorCapture(job.model, names, gram=job.blocks == "gram")
     return (NodeCapture if job.estimator is Estimator.MASK_NODES else Capture)(job.model, names)
 
 

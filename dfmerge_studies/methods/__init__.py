@@ -4,6 +4,7 @@ from dfmerge_studies.methods.cells import cell_of, find_method, method_named, wi
 from dfmerge_studies.methods.row import (
     SHARED,
     UNSCALED,
+    Blocks,
     Coefficients,
     Estimator,
     Importance,
@@ -23,6 +24,7 @@ __all__ = [
     "METHODS",
     "SHARED",
     "UNSCALED",
+    "Blocks",
     "Coefficients",
     "Estimator",
     "Importance",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods.row import Coefficients, Importance, Method
-from dfmerge_studies.methods.table import METHODS
+from dfmerge_studies.methods.table import IMPORTANCE_PARAMETERS, METHODS
 
 IDENTITY = "identity"
 FIELDS = ("transform", "importance", "coefficients")
@@ -104,7 +104,10 @@ def _cell(transform: str, importance: Importance, coefficients: Coefficients) ->
         owner.paper,
         transform=transform,
         shared=(owner.shared or METHODS[_PLAIN].shared) if shared else (),
-        parameters=tuple(each.under(coefficients) for each in owner.parameters),
+        parameters=(
+            *(each.under(coefficients) for each in (owner.parameters if word != IDENTITY else ())),
+            *IMPORTANCE_PARAMETERS.get(importance, ()),
+        ),
         phi=word,
     )
 

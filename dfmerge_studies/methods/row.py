@@ -18,12 +18,30 @@ from dfmerge_studies.trials.space import Space
 SHARED = "lambda"  # name, on a grid, of the one coefficient that all experts share
 
 
+Blocks = Literal["gram", "kfac"]
+
+
 class Importance(Enum):
     """Where the importance of an expert's parameters is estimated."""
 
     UNIFORM = "C = I"
     AT_EXPERT = "F(theta_i)"
     AT_SCALED_EXPERT = "F(theta_pre + lambda_i tau_i)"
+    GRAM_AT_EXPERT = "Gram matrices of inputs at theta_i"
+    KFAC_AT_EXPERT = "Kronecker factors of F(theta_i)"
+    KFAC_AT_SCALED_EXPERT = "Kronecker factors of F(theta_pre + lambda_i tau_i)"
+
+    @property
+    def at_scaled_expert(self) -> bool:
+        """Whether it depends on lambda."""
+        return self in (Importance.AT_SCALED_EXPERT, Importance.KFAC_AT_SCALED_EXPERT)
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """What it has instead of a diagonal for linear layers."""
+        if self is Importance.GRAM_AT_EXPERT:
+            return "gram"
+        return "kfac" if self in (Importance.KFAC_AT_EXPERT, Importance.KFAC_AT_SCALED_EXPERT) else None
 
     @property
     def word(self) -> str:
@@ -92,6 +110,9 @@ _IMPORTANCE_WORDS = {
     Importance.UNIFORM: "uniform",
     Importance.AT_EXPERT: "fisher-at-expert",
     Importance.AT_SCALED_EXPERT: "fisher-at-scaled-expert",
+    Importance.GRAM_AT_EXPERT: "gram-at-expert",
+    Importance.KFAC_AT_EXPERT: "kfac-at-expert",
+    Importance.KFAC_AT_SCALED_EXPERT: "kfac-at-scaled-expert",
 }
 _COEFFICIENT_WORDS = {
     Coefficients.FIXED: "fixed",
@@ -390,4 +411,4 @@ def coefficient_range(method: Method, bounds: tuple[float, float]) -> tuple[floa
 
 def importance_coefficient(method: Method, coefficient: Coefficient) -> Coefficient:
     """The lambda at which an expert's Fisher information is estimated."""
-    return coefficient if method.importance is Importance.AT_SCALED_EXPERT else 1.0
+    return coefficient if method.importance.at_scaled_expert else 1.0

@@ -39,6 +39,10 @@ _WINDOW = Parameter(
     "window_size", "drop rate of a row's smallest entry less that of its largest", low=0.0, high=1.0, default=0.14
 )
 _THRESHOLD = Parameter("mu", "by how much singular values are lowered", low=0.0, high=limits.COEFFICIENT, default=0.01)
+_SHRINK = Parameter(
+    "alpha", "factor of the off-diagonal entries of inputs' Gram matrices", low=0.0, high=1.0, default=0.9
+)
+IMPORTANCE_PARAMETERS: Mapping[Importance, tuple[Parameter, ...]] = {Importance.GRAM_AT_EXPERT: (_SHRINK,)}
 
 _DF_MERGE = "https://arxiv.org/abs/2504.18992"
 _FISHER = "https://arxiv.org/abs/2111.09832"
@@ -104,6 +108,20 @@ METHODS: Mapping[str, Method] = {
         Method("fisher-nodes", Importance.AT_EXPERT, Coefficients.FIXED, _FISHER_NODES, estimator=Estimator.MASK_NODES),
         Method("df-merge-static", Importance.AT_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
         Method("df-merge", Importance.AT_SCALED_EXPERT, Coefficients.PER_EXPERT, _DF_MERGE),
+        Method(
+            "regmean",
+            Importance.GRAM_AT_EXPERT,
+            Coefficients.FIXED,
+            "https://arxiv.org/abs/2212.09849",
+            parameters=IMPORTANCE_PARAMETERS[Importance.GRAM_AT_EXPERT],
+        ),
+        # Ours: df-merge with the Fisher of MaTS.
+        Method(
+            "df-merge-kfac",
+            Importance.KFAC_AT_SCALED_EXPERT,
+            Coefficients.PER_EXPERT,
+            "https://arxiv.org/abs/2312.04339",
+        ),
         Method("fim", Importance.UNIFORM, Coefficients.FISHER_TRACE, "https://arxiv.org/abs/2603.21705"),
         # Ours: df-merge, but for the scale of the importance.
         Method(

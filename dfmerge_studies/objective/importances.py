@@ -11,9 +11,10 @@ from torch import Tensor
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey, Shelf
+from dfmerge_studies.importance.factors import block_names
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import task_fisher, whole
-from dfmerge_studies.methods import Estimator, Importance, Method
+from dfmerge_studies.methods import UNSCALED, Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
@@ -29,6 +30,8 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
         InputError: naming the layers that it does not know, or a task of texts, among which no expectation is taken.
     """
     estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
+    if method.importance.blocks is not None:
+        _check_blocks(problem, method, estimator)
     texts = [task for task, inputs in problem.tasks.items() if any(each.text is not None for each in inputs.fisher)]
     if texts and estimator is not Estimator.EMPIRICAL and method.importance is not Importance.UNIFORM:
         raise InputError(
@@ -39,6 +42,21 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
     if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
         masks_of(problem.resident.model)
     return estimator
+
+
+def _check_blocks(problem: Problem, method: Method, estimator: Estimator) -> None:
+    spec, resident = problem.spec, problem.resident
+    if estimator is Estimator.MASK_NODES:
+        what, field = "has no blocks of mask nodes", "importance.estimator"
+    elif method.scale_for(spec.importance.scale) != UNSCALED:
+        what, field = "has no mean or power of a block's entries", "importance"
+    elif not block_names(resident.model, resident.names):
+        what, field = "finds no linear layer that an expert changed", "experts"
+    else:
+        return
+    raise InputError(
+        f"the method {method.name!r} {what}", where=spec.where(field), hint="Leave it out, or use df-merge"
+    )
 
 
 Uses = Callable[[int, Coefficient], float]  # from an expert's position and its coefficient: see `Importances`
@@ -93,6 +111,9 @@ class Importances:
         self.shelf = cache if isinstance(cache, Shelf) else Shelf(cache)
         self._uses = uses
         self.estimator = check_importance(problem, method)
+        self._blocks = method.importance.blocks
+        # Rounded to 16 bits, moments have negative eigenvalues.
+        self._rounding = problem.spec.importance.rounding if self._blocks is None else "float32"
 
     def at(
         self, index: int, coefficient: Coefficient, names: Sequence[str] | None = None, *, progress: Progress = silent
@@ -135,6 +156,7 @@ class Importances:
                 generator=torch_generator(self.problem.spec.search.seed, "sampled", task),
                 row_budget=self.problem.spec.importance.row_budget,
                 compact=True,
+                blocks=self._blocks,
                 progress=counted(progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
                 ranks=ranks,
             )
@@ -142,7 +164,7 @@ class Importances:
                 value = result.values.pop(name).div_(len(tasks))
                 values[name] = values[name].add_(value) if name in values else value
         # What is used now and what the cache gives later must be the same, or resuming would change the study.
-        dtype = getattr(torch, self.problem.spec.importance.rounding)
+        dtype = getattr(torch, self._rounding)
 
         def keep() -> dict[str, Tensor]:
             rounded = {name: values.pop(name).to(dtype) for name in list(values)}
@@ -166,7 +188,7 @@ class Importances:
 
     def key(self, index: int, coefficient: Coefficient, names: Sequence[str]) -> FisherKey:
         """Identity of a Fisher."""
-        problem, settings = self.problem, self.problem.spec.importance
+        problem = self.problem
         expert = problem.experts[index]
         labelled = self.estimator is Estimator.EMPIRICAL
         tasks = self._fisher_tasks(index)
@@ -187,13 +209,13 @@ class Importances:
             expert=problem.expert_digests[expert],
             expert_name=expert,
             coefficient=_exactly(coefficient),
-            estimator=" and ".join(estimators),
+            estimator=" ".join(filter(None, (self._blocks, " and ".join(estimators)))),
             inputs=json_digest(inputs),
             indices={task: rows for task, rows in problem.fisher_indices().items() if task in tasks},
             seed=problem.spec.search.seed if any(each.draws for each in estimators) else None,
             parameters=json_digest(list(names)),
             compute_dtype=problem.spec.dtype,
-            dtype=settings.rounding,
+            dtype=self._rounding,
         )
 
     def _by_parameter(self, stored: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -204,7 +204,7 @@ class ModelMerger(Generic[Model]):
         expert = self.experts[index]
         self.place.load_scaled_(index, importance_coefficient(self.method, point.coefficients[expert]))
         values = self._checked(self._computed(expert), expert)
-        if self.method.importance is Importance.AT_EXPERT:
+        if not self.method.importance.at_scaled_expert:
             self._kept[index] = values
         return values
 
@@ -253,7 +253,7 @@ def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Meth
     if name is None:
         name = "gta" if importance is None else "df-merge" if callable(importance) else "df-merge-static"
     method = method_named(name, "method")
-    if method.estimator is not None:
+    if method.estimator is not None or method.importance.blocks is not None:
         raise InputError(
             f"{name!r} computes its importance from the tasks of a spec", where="method", hint="Use fisher, or a spec"
         )
@@ -269,7 +269,7 @@ def _method(name: str | None, importance: ImportanceOf | Fishers | None) -> Meth
             where="importance",
             hint="Give a function from a model and an expert's name to a call of diagonal_fisher",
         )
-    if method.importance is Importance.AT_SCALED_EXPERT and not callable(importance):
+    if method.importance.at_scaled_expert and not callable(importance):
         raise InputError(
             f"the method {name!r} computes its importance anew at every coefficient",
             where="importance",

@@ -26,7 +26,7 @@ from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import TaskVector
 from dfmerge_studies.progress import Progress, counted, silent
-from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.sampling import torch_generator
 
 SEQUENCES = 8
@@ -51,7 +51,7 @@ def layer_coefficients_(problem: Problem, groups: Groups, progress: Progress = s
     found = {}
     for vector in resident.task_vectors:
         own = problem.spec.experts[vector.expert].task
-        tasks = [own] if own is not None else list(problem.tasks)
+        tasks = [own] if own is not None else problem.spec.aims
         traces: list[Mapping[str, float]] = []
         for task in tasks:
             key = (task if task in resident.heads else None, problem.kinds[task])
@@ -96,7 +96,7 @@ def _traces(problem: Problem, task: str, groups: Groups, progress: Progress) -> 
         examples,
         pad_id=problem.pad_id,
         names=[name for names in groups.values() for name in names],
-        estimator=Estimator.EXACT if kind is Kind.CLASSIFICATION else Estimator.EMPIRICAL,
+        estimator=Estimator.EXACT if kind in HEADED else Estimator.EMPIRICAL,
         row_budget=problem.spec.importance.row_budget,
         progress=counted(progress, "random tokens", len(examples)),
         ranks=problem.ranks,
@@ -129,7 +129,7 @@ def random_inputs(problem: Problem, kind: Kind) -> list[Encoded]:
     found = []
     for index in range(SEQUENCES):
         first = draw()
-        if kind is Kind.CLASSIFICATION:
+        if kind in HEADED:
             found.append(Encoded(index, first, token_type_ids=(0,) * length if paired else None))
         elif kind is Kind.TEXT_TO_TEXT:
             found.append(Encoded(index, first, (draw(),), 0))

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dfmerge_studies.errors import InputError, out_of_memory
 from dfmerge_studies.importance.cache import FisherCache, Shelf
+from dfmerge_studies.importance.factors import blocks_of
 from dfmerge_studies.importance.scale import scaled
-from dfmerge_studies.merging import merge_into_
+from dfmerge_studies.merging import Weights, merge_into_
 from dfmerge_studies.methods import Coefficients, Importance, Method, fixed_coefficients, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.derive import derive_problem
@@ -165,12 +166,15 @@ class Merger:
         resident, spec, at = self.problem.resident, self.problem.spec, self._coefficients(point)
         hits: list[bool] = []
 
-        def importance(index: int) -> Mapping[str, Tensor] | None:
+        def importance(index: int) -> Weights | None:
             if self.method.importance is Importance.UNIFORM:
                 return None
             expert = self.problem.experts[index]
             values, hit = self.importance(index, importance_coefficient(self.method, at[expert]))
             hits.append(hit)
+            if self.method.importance.blocks is not None:
+                shrink = point.parameters.get("alpha", 1.0)
+                return blocks_of(resident.model, values, list(resident.base), shrink=shrink)
             return scaled(values, self.method.scale_for(spec.importance.scale))
 
         start = time.perf_counter()

@@ -40,8 +40,9 @@ def rehearse_(problem: Problem, method: Method) -> None:
         RunError: a loss is not finite, or memory ran out.
     """
     estimator = check_importance(problem, method)
+    kind = " ".join(filter(None, (method.importance.blocks, estimator.value)))
     for task in problem.tasks:
-        scored, weighed = (task, "scores"), (task, estimator.value)
+        scored, weighed = (task, "scores"), (task, kind)
         unweighed = method.importance is Importance.UNIFORM or problem.spec.tasks[task].guard
         needed = {scored} if unweighed else {scored, weighed}
         if needed <= problem.rehearsed:
@@ -141,6 +142,7 @@ def _weigh(problem: Problem, method: Method, task: str) -> None:
             generator=torch_generator(problem.spec.search.seed, "sampled", task),
             row_budget=problem.spec.importance.row_budget,
             compact=True,
+            blocks=method.importance.blocks,
         )
 
 

@@ -48,7 +48,7 @@ class Recurrence:
     def steps(self) -> int | None:
         """Different coefficients at which an expert's Fisher is estimated; None where they are continuous."""
         method, search = self._plan.method, self._plan.spec.search
-        if method.importance is Importance.AT_EXPERT:
+        if not method.importance.at_scaled_expert:
             return 1
         low, high = search.bounds
         return None if search.step is None else round((high - low) / search.step) + 1

@@ -13,6 +13,7 @@ import torch
 from dfmerge_studies.checkpoints.adapters import other_base
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean
+from dfmerge_studies.importance.factors import factor_entries
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
@@ -154,8 +155,8 @@ def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
     The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
-    sums of the merge and one importance, in float32; what the transform keeps; a trial's Fishers
-    that wait to be written to the cache.
+    sums of the merge and one importance, in float32; the blocks of all experts; what the transform keeps; a trial's
+    Fishers that wait to be written to the cache.
     """
     resident = problem.resident
     parameters = sum(p.numel() for p in resident.model.parameters())
@@ -164,11 +165,15 @@ def memory_estimate(problem: Problem) -> Estimate:
     method = problem.spec.row
     importance = method.importance is not Importance.UNIFORM
     nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
+    blocks = method.importance.blocks
     stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
+    if blocks is not None:
+        stored = factor_entries(resident.model, resident.names, blocks)
     sums = (3 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
-    fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" else 4) * stored
+    fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" and blocks is None else 4) * stored
+    kept += len(resident.task_vectors) * fisher_bytes if blocks is not None else 0  # all experts' until the merge
     waiting = len(resident.task_vectors) * fisher_bytes if importance and problem.spec.cache_place is not None else 0
     return Estimate(
         parameters=parameters,
