@@ -45,9 +45,10 @@ def derive_problem(problem: Problem, spec: StudySpec, *, indices: Mapping[str, l
         tasks[name] = TaskInputs(splits, [task.validation[row] for row in rows], task.validation)
     other = replace(problem, spec=spec, tasks=tasks, reference_scores={}, known_digests={}, expert_answers={})
     same = [split for split in SPLITS if _rows(problem, split) == _rows(other, split)]
-    alike = [split for split in same if problem.spec.metrics(split) == spec.metrics(split)]
+    answered = same if problem.spec.compute == spec.compute else []
+    alike = [split for split in answered if problem.spec.metrics(split) == spec.metrics(split)]
     other.reference_scores.update({key: s for key, s in problem.reference_scores.items() if key[1] in alike})
-    other.expert_answers.update({key: a for key, a in problem.expert_answers.items() if key[1] in same})
+    other.expert_answers.update({key: a for key, a in problem.expert_answers.items() if key[1] in answered})
     other.known_digests.update({split: d for split, d in problem.known_digests.items() if split in same})
     return other
 

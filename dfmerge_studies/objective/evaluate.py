@@ -22,6 +22,7 @@ from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, positive_class
+from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
 from dfmerge_studies.params import float_parameters
@@ -151,8 +152,10 @@ def _evaluate(
         )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
-        ask = functools.partial(
-            given_answers, tokenizer=tokenizer, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
+        ask = computing(spec, device)(
+            functools.partial(
+                given_answers, tokenizer=tokenizer, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
+            )
         )
         given = ask(model, settings, kind, examples, progress=advance)
         if metric.labels:

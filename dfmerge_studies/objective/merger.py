@@ -19,6 +19,7 @@ from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import Weights, merge_into_
 from dfmerge_studies.methods import Coefficients, Importance, Method, fixed_coefficients, importance_coefficient
 from dfmerge_studies.objective.classes import positive_class
+from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.given import Given, point_of
 from dfmerge_studies.objective.groups import Groups
@@ -320,17 +321,18 @@ class Merger:
         """
         examples = self.problem.examples(task, split)
         self.problem.resident.use_head_(task)
-        return given_answers(
-            self.problem.resident.model,
-            self.problem.spec.tasks[task],
-            self.problem.kinds[task],
-            examples,
-            tokenizer=self.problem.resident.tokenizer,
-            pad_id=self.problem.pad_id,
-            token_budget=self.problem.spec.token_budget,
-            progress=counted(self.progress, f"{task}: {split}", len(examples)),
-            ranks=self.problem.ranks,
-        )
+        with computing(self.problem.spec, self.problem.resident.device):
+            return given_answers(
+                self.problem.resident.model,
+                self.problem.spec.tasks[task],
+                self.problem.kinds[task],
+                examples,
+                tokenizer=self.problem.resident.tokenizer,
+                pad_id=self.problem.pad_id,
+                token_budget=self.problem.spec.token_budget,
+                progress=counted(self.progress, f"{task}: {split}", len(examples)),
+                ranks=self.problem.ranks,
+            )
 
     @_everywhere
     def expert_results(self, split: Split) -> dict[str, TaskScore]:

@@ -72,6 +72,9 @@ class StudySpec(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
+    compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
+        "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"
+    )
     token_budget: int = Field(
         16384,
         gt=0,
@@ -321,6 +324,12 @@ class StudySpec(Settings):
     def _kept_in_one_way(self) -> StudySpec:
         if self.cache_keep is not None and self.cache in (None, "none", "auto", "all"):
             raise ValueError(f"cache: {self.cache or 'null'} says what is kept; cache_keep goes with a folder or URL")
+        return self
+
+    @model_validator(mode="after")
+    def _compute_is_of_float32_weights(self) -> StudySpec:
+        if self.compute != "auto" and self.dtype != "float32":
+            raise ValueError(f"compute: {self.compute} goes with dtype: float32; {self.dtype} weights use their own")
         return self
 
     @model_validator(mode="after")

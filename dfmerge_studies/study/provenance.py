@@ -68,6 +68,7 @@ _FORMERLY: Mapping[str, Any] = {
     "scoring": {},
     "parameters": {},
 }
+COMPUTE, _FORMER_COMPUTE = "compute", "float32"  # the same; a new study states what `auto` means on its device
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
 _FORMER_SAMPLER = "gp"
 
@@ -107,6 +108,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "search.max_drop": search.max_drop,
         "objective": spec.objective.model_dump(),
         "dtype": spec.dtype,
+        **({COMPUTE: spec.compute} if spec.compute != "auto" else {}),
     }
 
 
@@ -162,9 +164,13 @@ def as_stored(spec: StudySpec, stored: Mapping[str, Any] | None) -> StudySpec:
         spec: the settings.
         stored: the study's fingerprint, None where there is no study yet.
     """
-    if spec.importance.dtype != "auto" or stored is None:
+    if stored is None:
         return spec
-    return spec.derive(importance={"dtype": stored.get("importance.dtype", "float32")})
+    if spec.importance.dtype == "auto":
+        spec = spec.derive(importance={"dtype": stored.get("importance.dtype", "float32")})
+    if spec.compute == "auto" and spec.dtype == "float32":
+        spec = spec.derive(compute=stored.get(COMPUTE, _FORMER_COMPUTE))
+    return spec
 
 
 def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
@@ -210,7 +216,7 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         stored: the fingerprint of the stored study.
         ours: that of this run.
     """
-    stored, ours = {**_FORMERLY, SAMPLER: _FORMER_SAMPLER, **stored}, {**_FORMERLY, **ours}
+    stored, ours = {**_FORMERLY, SAMPLER: _FORMER_SAMPLER, COMPUTE: _FORMER_COMPUTE, **stored}, {**_FORMERLY, **ours}
     return [
         f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
         for field in ours

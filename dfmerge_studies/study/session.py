@@ -14,11 +14,12 @@ from dfmerge_studies.checkpoints.digest import Contents
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import Shelf
 from dfmerge_studies.methods import Method
+from dfmerge_studies.objective.computing import with_compute
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.preflight import check_extras
-from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent
@@ -306,8 +307,9 @@ def open_study(
     if stored is not None:
         found = provenance.stored_fingerprint(stored)
         spec = provenance.as_stored(spec, found)
-        plan = replace(plan, spec=spec)
         provenance.refuse_other_fingerprint(spec.name, found, provenance.stated_fingerprint(spec), where)
+    spec = with_compute(spec, choose_device(spec, ranks) if problem is None else problem.resident.device)
+    plan = replace(plan, spec=spec)
     warm = taken_over(plan, stored)
     indices = None
     if stored is not None and spec.importance.indices is None:
