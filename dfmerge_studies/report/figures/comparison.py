@@ -25,6 +25,7 @@ from dfmerge_studies.report.figures.base import (
     shorten,
     tidy_,
 )
+from dfmerge_studies.report.figures.rows import MANY, Panel, plotly_rows, static_rows
 from dfmerge_studies.report.figures.scores import row_colours
 from dfmerge_studies.report.standings import Cell, column_score, spread
 from dfmerge_studies.report.stored_comparison import stored_comparison
@@ -126,8 +127,23 @@ class SeedScores(Drawing):
         count = len(self.methods[row])
         return f"{shorten(row, 18)} ({count} seed{'s' if count > 1 else ''})"
 
+    @property
+    def _rows(self) -> list[str]:
+        return [*self.references, *self.methods]
+
+    def _panels(self) -> list[Panel]:
+        """A column of numbers for each task and the mean."""
+        panels = []
+        for column in self.columns:
+            cells = {row: self.cell(row, column) for row in self._rows}
+            values = {row: (cell.mean, cell.std) for row, cell in cells.items() if cell is not None}
+            panels.append(Panel(column, self.unit, self._is_share, f"{self.split} {self.metric}", values))
+        return panels
+
     def plotly(self) -> go.Figure:
-        """Bars in groups, one group per task, the references in grey at its left."""
+        """Bars in groups, one group per task, the references in grey at its left; of many rows a line each."""
+        if len(self.methods) > MANY:
+            return plotly_rows(self._rows, self._panels())
         figure, names = go.Figure(), [markup(column) for column in self.columns]
         for bars in self._bars():
             figure.add_bar(
@@ -150,6 +166,8 @@ class SeedScores(Drawing):
 
     def static(self) -> Figure:
         """The same for a file."""
+        if len(self.methods) > MANY:
+            return static_rows(self._rows, self._panels())
         with canvas():
             width = min(18.0, 3.4 + 0.12 * len(self.columns) * (len(self.references) + len(self.methods) + 2))
             figure, axes = blank(size=(max(8.6, width), 4.2))

@@ -24,6 +24,7 @@ from dfmerge_studies.report.figures.base import (
     scaled_or_none,
     tidy_,
 )
+from dfmerge_studies.report.figures.rows import MANY, Panel, plotly_rows, static_rows
 from dfmerge_studies.report.standings import BASE, EXPERTS, column_score
 from dfmerge_studies.report.stored_comparison import stored_standings
 from dfmerge_studies.report.view import StudyView
@@ -96,8 +97,28 @@ class Scores(Drawing):
                 panels.append(_Panel(split, columns, unit, axis_label(words, unit), share))
         return panels
 
+    def _columns(self) -> list[Panel]:
+        """A column of numbers for each task and the mean of each split."""
+        return [
+            Panel(
+                f"{column} ({panel.split})" if len(self.splits) > 1 else column,
+                panel.unit,
+                panel.share,
+                panel.label.removesuffix(f", {panel.unit}"),
+                {
+                    row: (value, None)
+                    for row in self.rows
+                    if (value := self.value(row, panel.split, column)) is not None
+                },
+            )
+            for panel in self._panels()
+            for column in panel.columns
+        ]
+
     def plotly(self) -> go.Figure:
-        """Bars in groups, one group per task."""
+        """Bars in groups, one group per task; of many rows a line each."""
+        if len(self.rows) > MANY:
+            return plotly_rows(list(self.rows), self._columns())
         panels, colours = self._panels(), row_colours(list(self.rows))
         alike = len({tuple(panel.columns) for panel in panels}) == 1
         figure = make_subplots(
@@ -130,6 +151,8 @@ class Scores(Drawing):
 
     def static(self) -> Figure:
         """The same for a file."""
+        if len(self.rows) > MANY:
+            return static_rows(list(self.rows), self._columns())
         panels, colours = self._panels(), row_colours(list(self.rows))
         alike = len({tuple(panel.columns) for panel in panels}) == 1
         with canvas():
