@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import optuna
     from rich.progress import TaskID
 
+    from dfmerge_studies.report.tracking import Tracking
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.trials.results import Event
 
@@ -33,9 +34,13 @@ class _Followed:
 
 
 class TrialBars:
-    """Draws what happens to the trials of some studies, until the context ends."""
+    """Draws what happens to the trials of some studies, until the context ends.
 
-    def __init__(self) -> None:
+    Args:
+        tracking: told of studies and completed trials, too.
+    """
+
+    def __init__(self, tracking: Tracking | None = None) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -46,6 +51,7 @@ class TrialBars:
         )
 
         self.watched = sys.stderr.isatty()
+        self._tracking = tracking
         self._console = common.messages()
         self._bars = Progress(
             TextColumn("{task.description:<24}", markup=False),
@@ -84,6 +90,8 @@ class TrialBars:
             bar = self._bars.add_task(study.study_name, total=total, best="")
             self._studies[study.study_name] = _Followed(study, spec, total, bar)
             self._refresh(study.study_name)
+            if self._tracking is not None:
+                self._tracking.follow(study)
 
     @property
     def studies(self) -> list[optuna.Study]:
@@ -104,6 +112,8 @@ class TrialBars:
             self._stopped(name, event)
             return
         done, best = self._refresh(name)
+        if self._tracking is not None and event.kind in ("completed", "applied"):
+            self._tracking.completed(name, event.number)
         if event.kind in _WORTH_A_LINE:
             text = f"trial {event.number} {event.kind}"
             self.message(f"{text}: {event.message}" if event.message else text, who)

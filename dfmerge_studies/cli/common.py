@@ -31,6 +31,7 @@ from dfmerge_studies.redact import masked_override, masked_text
 if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
     from dfmerge_studies.ranks import Ranks
+    from dfmerge_studies.report.tracking import Tracking
     from dfmerge_studies.spec import Examined, StudySpec
 
 SpecArgument = Annotated[
@@ -54,6 +55,14 @@ CacheOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what this program wrote there, and nothing else.")]
 
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME[=PLACE]",
+        help="Also send trials to wandb (=PROJECT), mlflow (=URI or folder) or tensorboard (=folder); repeatable.",
+    ),
+]
 TrustOption = Annotated[
     bool,
     typer.Option(
@@ -93,6 +102,24 @@ def with_method_parameters(command: Callable[..., None]) -> Callable[..., None]:
     with_flags.__annotations__ = {each.name: each.annotation for each in everything}
     with_flags.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]  # what typer reads
     return with_flags
+
+
+@contextmanager
+def tracking_of(texts: list[str] | None) -> Iterator[Tracking | None]:
+    """What `--tracker` asks for, to be told of studies; nothing where it asks for nothing.
+
+    Raises:
+        InputError: a tracker cannot be had or reached.
+    """
+    if not texts:
+        yield None
+        return
+    from dfmerge_studies.report.tracking import Tracking, check_places, wanted_trackers
+
+    wanted = wanted_trackers(texts)
+    check_places(wanted)
+    with Tracking(wanted, warn) as tracking:
+        yield tracking
 
 
 def load_spec(file: Path | None, overrides: list[str] | None = None, **flags: str | int | None) -> StudySpec:

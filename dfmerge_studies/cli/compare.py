@@ -15,6 +15,7 @@ from dfmerge_studies.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from dfmerge_studies.progress import Progress
+    from dfmerge_studies.report.tracking import Tracking
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.comparison import Comparison, Planned
     from dfmerge_studies.study.session import Session
@@ -52,6 +53,7 @@ def compare(
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
     trust: common.TrustOption = False,
+    tracker: common.TrackerOption = None,
     json: common.JsonOption = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print one line per row and task, for other programs.")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX tabular (booktabs).")] = False,
@@ -76,7 +78,8 @@ def compare(
         if methods is None or methods.strip() == "all"
         else [name.strip() for name in methods.split(",") if name.strip()]
     )
-    found = _compare(settings, names, seeds=seeds, split=split, trials=trials, ablation=ablation)
+    with common.tracking_of(tracker) as tracking:
+        found = _compare(settings, names, seeds=seeds, split=split, trials=trials, ablation=ablation, tracking=tracking)
     if found.interrupted:
         common.messages().print("interrupted: nothing is lost, the same command goes on")
         if json:
@@ -95,7 +98,14 @@ def _model(given: str | None) -> str | None:
 
 
 def _compare(
-    spec: StudySpec, names: list[str] | None, *, seeds: int, split: str | None, trials: int | None, ablation: bool
+    spec: StudySpec,
+    names: list[str] | None,
+    *,
+    seeds: int,
+    split: str | None,
+    trials: int | None,
+    ablation: bool,
+    tracking: Tracking | None,
 ) -> Comparison:
     """Run the comparison under bars, one of loading and one of trials in turn: two cannot be drawn at once."""
     with ExitStack() as loading:
@@ -111,7 +121,7 @@ def _compare(
             nonlocal show
             loading.close()
             show = None
-            return _work(session, total, planned)
+            return _work(session, total, planned, tracking)
 
         progress("starting", 0, 1)
         common.load_libraries()
@@ -122,11 +132,11 @@ def _compare(
         )
 
 
-def _work(session: Session, total: int, planned: Planned) -> Summary:
+def _work(session: Session, total: int, planned: Planned, tracking: Tracking | None) -> Summary:
     """Run one study under a bar, and say at once if it fails: the comparison goes on without it."""
     common.messages().print(f"study {planned.number} of {planned.of}: {planned.spec.name}", markup=False)
     try:
-        with TrialBars() as bars:
+        with TrialBars(tracking) as bars:
             bars.follow(session.study, session.spec, total)
             session.merger.progress = bars.phase
             name = session.spec.name

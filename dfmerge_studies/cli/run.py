@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dfmerge_studies.importance.cache.shelf import Tally
     from dfmerge_studies.report.standings import Scored, Standings
+    from dfmerge_studies.report.tracking import Tracking
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.session import Session
@@ -48,6 +49,7 @@ def run(
     cache: common.CacheOption = None,
     overrides: common.SetOption = None,
     trust: common.TrustOption = False,
+    tracker: common.TrackerOption = None,
     test: Annotated[bool, typer.Option(help="Score the winner on the test splits, where there are any.")] = True,
     json: common.JsonOption = False,
 ) -> None:
@@ -74,17 +76,32 @@ def run(
         cache=cache,
     )
     common.check_early(settings, storage=True)
-    started = time.monotonic()
-    splits = _splits(settings, test)
     again = common.again(spec, storage=storage, overrides=overrides)
-    if workers > 1:
+    with common.tracking_of(tracker) as tracking:
+        _run(settings, _Asked(trials, add, workers, _splits(settings, test)), again, tracking, as_json=json)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a command line asks of a run, besides the spec."""
+
+    trials: int | None
+    add: int | None
+    workers: int
+    splits: list[Split]
+
+
+def _run(settings: StudySpec, asked: _Asked, again: str, tracking: Tracking | None, *, as_json: bool) -> None:
+    started = time.monotonic()
+    trials, add, splits = asked.trials, asked.add, asked.splits
+    if asked.workers > 1:
         from dfmerge_studies.study.plan import Plan
 
         plan = Plan.of(settings)
         wanted = Wanted.of(plan, trials, add)
         trials, add = wanted.total, None
-        if not wanted.is_reached(plan) and not run_pool(settings, workers, wanted, splits):
-            _tell_interrupted(plan, again, as_json=json, seconds=time.monotonic() - started)
+        if not wanted.is_reached(plan) and not run_pool(settings, asked.workers, wanted, splits, tracking):
+            _tell_interrupted(plan, again, as_json=as_json, seconds=time.monotonic() - started)
             raise typer.Exit(130)
     with common.progress_bar() as progress:
         progress("starting", 0, 1)
@@ -97,16 +114,16 @@ def run(
     if add is not None:
         session.add_trials(add)
     # Workers were told the total already: what somebody has added since must not be undone.
-    finished = _work(session, trials, alone=workers == 1)
+    finished = _work(session, trials, tracking, alone=asked.workers == 1)
     tables: dict[Split, Standings] = {}
     if finished and session.best() is not None:
-        baselines, finished = _baselines(session)
+        baselines, finished = _baselines(session, tracking)
         if finished:
             tables = _tables(session, baselines, splits)
             _check_kept(session, *baselines)
     kept = session.merger.importances.shelf.tally
     seconds = time.monotonic() - started
-    _tell(session.study, session.plan, tables, again, finished=finished, as_json=json, seconds=seconds, kept=kept)
+    _tell(session.study, session.plan, tables, again, finished=finished, as_json=as_json, seconds=seconds, kept=kept)
     if not finished:
         raise typer.Exit(130)
 
@@ -123,18 +140,19 @@ def _say_search(session: Session) -> None:
         common.warn(f"note: {plan.spec.name} goes on with the sampler {plan.proposer}, which it was begun with")
 
 
-def _work(session: Session, total: int | None, *, alone: bool = True) -> bool:
+def _work(session: Session, total: int | None, tracking: Tracking | None, *, alone: bool = True) -> bool:
     """Run trials under a bar.
 
     Args:
         session: of the study.
         total: an explicit one.
+        tracking: told of completed trials.
         alone: whether no workers were told it before.
 
     Returns:
         Whether the work was not interrupted.
     """
-    with TrialBars() as bars:
+    with TrialBars(tracking) as bars:
         bars.follow(session.study, session.spec, session.total(total))
         session.merger.progress = bars.phase
         name = session.spec.name
@@ -144,7 +162,7 @@ def _work(session: Session, total: int | None, *, alone: bool = True) -> bool:
     return not summary.interrupted
 
 
-def _baselines(session: Session) -> tuple[list[Session], bool]:
+def _baselines(session: Session, tracking: Tracking | None) -> tuple[list[Session], bool]:
     """Run the methods that the spec shows beside its own, each as a study of its own in the same storage."""
     from dfmerge_studies.study.session import open_study
     from dfmerge_studies.study.variants import baseline_specs
@@ -153,7 +171,7 @@ def _baselines(session: Session) -> tuple[list[Session], bool]:
     for spec in baseline_specs(session.spec):
         _check_kept(session, *done)  # a file that was deleted must not be made anew
         baseline = open_study(spec, problem=session.problem)
-        if not _work(baseline, None):
+        if not _work(baseline, None, tracking):
             return done, False
         done.append(baseline)
     return done, True

@@ -15,6 +15,7 @@ from dfmerge_studies.errors import DFMergeError
 from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
+    from dfmerge_studies.report.tracking import Tracking
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.pool import Notice
@@ -83,7 +84,7 @@ class Wanted:
         return True
 
 
-def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split]) -> bool:
+def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split], tracking: Tracking | None) -> bool:
     """Run a study and its baselines with several local processes.
 
     Args:
@@ -91,6 +92,7 @@ def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split]) -
         count: of workers.
         wanted: what is asked for.
         splits: what will be scored when they are done.
+        tracking: told of completed trials.
 
     Returns:
         Whether the work was not interrupted.
@@ -102,7 +104,7 @@ def run_pool(spec: StudySpec, count: int, wanted: Wanted, splits: list[Split]) -
     from dfmerge_studies.study.pool import Orders, Pool
 
     common.quiet_libraries()
-    with TrialBars() as bars:
+    with TrialBars(tracking) as bars:
         workdir = str(spec.workdir)
         orders = [
             Orders(
