@@ -40,7 +40,7 @@ def test_choices_are_taken_by_sums_over_their_tokens_and_over_signs_or_bytes(fam
     taken = {"accuracy": predict(losses)}
     for name, right in expected.items():
         task = spec.tasks["red"].model_copy(update={"metric": name})
-        given = given_answers(model, task, kind, examples, pad_id=0)
+        given = given_answers(model, task, kind, examples, tokenizer=problem.resident.tokenizer, pad_id=0)
         result = METRICS[name].result(judged(task, given, wanted_answers(task, examples)))
         assert result.rows == right
         taken[name] = predict(given)

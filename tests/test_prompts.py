@@ -201,7 +201,7 @@ def rows_of(folder: Path, settings: ChoiceTask, split: str = "validation") -> li
 
 def test_examples_are_the_harness_draw_of_the_training_split_with_their_right_answers(tmp_path: Path) -> None:
     train, scored = [f"train {'x' * i}" for i in range(9)], [f"row {i}" for i in range(4)]
-    settings = task(dataset=data(tmp_path, train=train, validation=scored), training_split="train", num_fewshot=3)
+    settings = task(dataset=data(tmp_path, train=train, validation=scored), fewshot_split="train", num_fewshot=3)
     rows = rows_of(tmp_path, settings)
     generator = Random(1234)  # lm_eval draws with one generator, row after row
     for row in rows:

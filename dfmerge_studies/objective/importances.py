@@ -32,12 +32,20 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
     estimator = Estimator(method.estimator_for(problem.spec.importance.estimator))
     if method.importance.blocks is not None:
         _check_blocks(problem, method, estimator)
-    texts = [task for task, inputs in problem.tasks.items() if any(each.text is not None for each in inputs.fisher)]
+    texts = [task for task in problem.tasks if _has_no_choices(problem, task)]
     if texts and estimator is not Estimator.EMPIRICAL and method.importance is not Importance.UNIFORM:
         raise InputError(
             f"the estimator {estimator} takes an expectation over choices, and the texts of {texts[0]} have none",
             where=problem.spec.where("importance.estimator"),
             hint="Use empirical, which takes the word pieces of the texts themselves",
+        )
+    targetless = [(task, each.index) for task in texts for each in problem.tasks[task].fisher if not each.choices]
+    if targetless and method.importance is not Importance.UNIFORM:
+        task, row = targetless[0]
+        raise InputError(
+            f"row {row} has no target text that importance could be estimated along",
+            where=problem.spec.where(f"tasks.{task}"),
+            hint="Use a method without importance, such as gta, or weigh the task's expert by another task",
         )
     if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
         masks_of(problem.resident.model)
@@ -57,6 +65,13 @@ def _check_blocks(problem: Problem, method: Method, estimator: Estimator) -> Non
     raise InputError(
         f"the method {method.name!r} {what}", where=spec.where(field), hint="Leave it out, or use df-merge"
     )
+
+
+def _has_no_choices(problem: Problem, task: str) -> bool:
+    """Whether an input of a task of a language model has nothing to choose among, but a text at most."""
+    inputs = problem.tasks[task].fisher
+    harness = any(each.question is not None and len(each.choices) < 2 for each in inputs)
+    return harness or any(each.text is not None for each in inputs)
 
 
 Uses = Callable[[int, Coefficient], float]  # from an expert's position and its coefficient: see `Importances`

@@ -15,8 +15,10 @@ from dfmerge_studies.objective.classes import Classes, positive_class
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.sampling import divided_rows, draw_rows, seeded_generator
-from dfmerge_studies.tasks.settings import choices_of
+from dfmerge_studies.tasks.harness import read_questions
+from dfmerge_studies.tasks.harness_model import encode_questions
+from dfmerge_studies.tasks.sampling import divided_first_rows, divided_rows, draw_rows, seeded_generator
+from dfmerge_studies.tasks.settings import HarnessTask, choices_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input, prompted
 
@@ -91,8 +93,9 @@ def _wanted(examples: Sequence[Encoded]) -> list[Any]:
 
 def _divided(spec: StudySpec, task: str, total: int) -> tuple[list[int], list[int]]:
     """Rows of a task's validation split that the search sees, and the others."""
-    generator = seeded_generator(spec.search.seed, "limit", task)
-    return divided_rows(total, spec.tasks[task].limit, spec.search.holdout, generator)
+    generator, settings = seeded_generator(spec.search.seed, "limit", task), spec.tasks[task]
+    divided = divided_first_rows if isinstance(settings, HarnessTask) else divided_rows
+    return divided(total, settings.limit, spec.search.holdout, generator)
 
 
 def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row]) -> None:
@@ -216,8 +219,11 @@ def read_split(
         InputError: the split is not named, or cannot be read.
     """
     settings = spec.tasks[task]
-    name: str | None = getattr(settings, f"{split}_split")
-    if name is None:
+    name: str | None = getattr(settings, f"{split}_split", None)
+    if isinstance(settings, HarnessTask) and (name is not None or split == "validation"):
+        where, trusted = spec.where(f"tasks.{task}"), spec.trust_remote_code
+        return read_questions(settings, name, root=spec.root, where=where, trusted=trusted)
+    if name is None or isinstance(settings, HarnessTask):
         hint = "Name one, or use --split validation" if split == "test" else "Name one"
         raise InputError(f"no {split}_split", where=spec.where(f"tasks.{task}"), hint=hint)
     labelled = split == "test" or spec.needs_labels(task)
@@ -272,7 +278,10 @@ def prompted_rows(spec: StudySpec, task: str, rows: Sequence[Row], tokenizer: Pr
     Raises:
         InputError: a row does not fit the chat template, or there is none.
     """
-    return prompted(rows, spec.tasks[task], tokenizer, where=spec.where(f"tasks.{task}"))
+    settings = spec.tasks[task]
+    if isinstance(settings, HarnessTask):  # the harness writes them itself
+        return list(rows)
+    return prompted(rows, settings, tokenizer, where=spec.where(f"tasks.{task}"))
 
 
 def _encoded(
@@ -282,13 +291,17 @@ def _encoded(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     kind: Kind,
+    template: PreTrainedTokenizerBase | None = None,
 ) -> list[Encoded]:
-    """Tokenise rows that have their whole prompts."""
+    """Tokenise rows that have their whole prompts; those of the harness get them here, by the template's tokenizer."""
+    settings = spec.tasks[task]
+    if isinstance(settings, HarnessTask):
+        return encode_questions(rows, kind, model, tokenizer, template)
     longest = longest_input(model.config, tokenizer)
     where = spec.where(f"tasks.{task}")
     hint = "Save the tokenizer into the base's directory with tokenizer.save_pretrained"
     with reading(where, f"the tokenizer of {spec.base} fails on a row", hint):
-        encoded = encode_rows(rows, spec.tasks[task], kind, tokenizer, longest=longest, where=where)
+        encoded = encode_rows(rows, settings, kind, tokenizer, longest=longest, where=where)
     _check_ids(spec, task, encoded, model)
     return encoded
 
@@ -326,7 +339,7 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
     encoded = _encoded(spec, task, prompts, resident.model, resident.tokenizer, kind)
     for expert, tokenizer in resident.other_tokenizers.items():
         try:
-            theirs = _encoded(spec, task, prompts, resident.model, tokenizer, kind)
+            theirs = _encoded(spec, task, prompts, resident.model, tokenizer, kind, resident.tokenizer)
         except InputError:  # rows that the base's tokenizer takes
             theirs = []
         odd = next((i for i, item in enumerate(encoded) if i >= len(theirs) or theirs[i] != item), None)

@@ -14,6 +14,7 @@ from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.files import check_data_files
+from dfmerge_studies.tasks.settings import HarnessTask
 
 _UCB_NEEDS = ("botorch", "optuna_integration")
 
@@ -59,7 +60,7 @@ def installed(module: str) -> bool:
 
 
 def check_extras(spec: StudySpec) -> None:
-    """Refuse a search that needs packages which are not installed.
+    """Refuse a search and tasks that need packages which are not installed.
 
     Raises:
         InputError: naming the extra that brings them.
@@ -70,6 +71,13 @@ def check_extras(spec: StudySpec) -> None:
             f"acquisition: ucb needs {' and '.join(missing)}",
             where=spec.where("search.acquisition"),
             hint="pip install 'dfmerge-studies[ucb]', or use acquisition: ei",
+        )
+    theirs = next((name for name, task in spec.tasks.items() if isinstance(task, HarnessTask)), None)
+    if theirs is not None and not installed("lm_eval"):
+        raise InputError(
+            "tasks of lm-evaluation-harness need lm_eval",
+            where=spec.where(f"tasks.{theirs}"),
+            hint="pip install 'dfmerge-studies[lm-eval]'",
         )
 
 

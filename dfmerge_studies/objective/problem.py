@@ -157,7 +157,11 @@ class Problem:
         if split not in self.known_digests:
             self.known_digests[split] = {
                 name: ids_digest(
-                    [e.index, e.input_ids, e.choices, e.label, e.token_type_ids, *([e.targets] if e.targets else [])]
+                    [
+                        *(e.index, e.input_ids, e.choices, e.label, e.token_type_ids),
+                        *([e.targets] if e.targets else []),
+                        *([e.question.identity] if e.question is not None else []),
+                    ]
                     for e in self.examples(name, split)
                 )
                 for name in self.tasks

@@ -18,11 +18,12 @@ from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Importance, Method
 from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.objective.problem import Problem
-from dfmerge_studies.tasks.answers import writer_of
+from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers, writer_of
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.evaluate import choice_losses, row_length
 from dfmerge_studies.tasks.generation import Writer, written
 from dfmerge_studies.tasks.sampling import torch_generator
+from dfmerge_studies.tasks.settings import HarnessTask
 
 # Losses of an input alone and in a batch, relative and absolute; a model that sees its neighbours is off by far more.
 TOLERANCE = 1e-3
@@ -76,6 +77,10 @@ def _score(problem: Problem, task: str) -> None:
     def losses(inputs: Sequence[Encoded]) -> list[list[float]]:
         return choice_losses(model, kind, inputs, pad_id=problem.pad_id, token_budget=problem.spec.token_budget)
 
+    if isinstance(problem.spec.tasks[task], HarnessTask):
+        _ask(problem, task, pair)
+        if not all(each.choices for each in pair):
+            return
     with _named(problem, task, "scored"):
         alone = [losses([example])[0] for example in pair]
         together = losses(pair)
@@ -83,6 +88,14 @@ def _score(problem: Problem, task: str) -> None:
     for example, one, other in zip(pair, alone, together, strict=True):
         if not torch.allclose(torch.tensor(one), torch.tensor(other), rtol=tolerance, atol=tolerance):
             raise _sees_neighbours(problem, task, example, other, one)
+
+
+def _ask(problem: Problem, task: str, pair: Sequence[Encoded]) -> None:
+    """Two questions of lm-evaluation-harness, which asks in batches of its own: what it raises is found out here."""
+    settings, kind, tokenizer = problem.spec.tasks[task], problem.kinds[task], problem.resident.tokenizer
+    with _named(problem, task, "scored"):
+        given = given_answers(problem.resident.model, settings, kind, pair, tokenizer=tokenizer, pad_id=problem.pad_id)
+        judged(settings, given, wanted_answers(settings, pair))
 
 
 def _tolerance(model: nn.Module) -> float:

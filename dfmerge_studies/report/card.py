@@ -24,6 +24,7 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.winner import Selection
 from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.metrics import TaskScore
+from dfmerge_studies.tasks.settings import HarnessTask
 from dfmerge_studies.tasks.splits import Split
 
 PAPER = "https://arxiv.org/abs/2504.18992"
@@ -137,7 +138,7 @@ def model_card(problem: Problem, spec: StudySpec, merged: Merged, task: str | No
             dataset_type=_dataset(spec, task),
             dataset_config=task,  # results of one type, config and split would be thrown together
             dataset_name=task,
-            dataset_split=spec.tasks[task].validation_split if split == "validation" else spec.tasks[task].test_split,
+            dataset_split=getattr(spec.tasks[task], f"{split}_split") or split,
             metric_type=spec.metrics(split)[task].name,
             metric_value=round(score, 4),
         )
@@ -178,7 +179,10 @@ def _shown_scores(merged: Merged) -> dict[Split, Mapping[str, float]]:
 
 def _dataset(spec: StudySpec, task: str) -> str:
     """The Hub's name of a task's data, or that of the reader of its files."""
-    path = str(spec.tasks[task].dataset["path"])
+    settings = spec.tasks[task]
+    if isinstance(settings, HarnessTask):
+        return settings.lm_eval
+    path = str(settings.dataset["path"])
     return public_name(path, local=(spec.root / path).exists())
 
 

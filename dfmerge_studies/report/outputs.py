@@ -18,6 +18,7 @@ from dfmerge_studies.boundary import local_path
 from dfmerge_studies.checkpoints.write import PROVENANCE, check_target
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.settings import HarnessTask
 
 _WHERE = "--out"
 _OTHER = "Choose another place"
@@ -136,7 +137,7 @@ def _parts(spec: StudySpec) -> Iterator[tuple[str, Path]]:
     if isinstance(spec.importance.indices, str):
         yield "the file of Fisher rows", spec.root / spec.importance.indices
     for name, task in spec.tasks.items():
-        for text in _texts(task.dataset):
+        for text in _texts(task.include_path if isinstance(task, HarnessTask) else task.dataset):
             for file in glob.iglob(str(spec.root / text)):  # noqa: PTH207  absolute patterns too
                 yield f"data of the task {name}", Path(file)
 

@@ -26,6 +26,7 @@ _UNION_MEMBERS = (
     "regression",
     "text",
     "generate",
+    "lm_eval",
     "float",
     "literal['fisher-trace']",
     "int",
@@ -63,7 +64,8 @@ def explain(error: ValidationError, path: Path, fields_at: Mapping[str, Sequence
     while errors:
         nearest, errors = _nearest(errors)
         # Pydantic names the member of a union, too, which is no field.
-        place = tuple(str(p) for index, p in enumerate(nearest["loc"]) if index < 2 or p not in _UNION_MEMBERS)
+        loc = nearest["loc"]  # a field may have the name of a member: what stands behind that is the field
+        place = tuple(str(p) for i, p in enumerate(loc) if i < 2 or p not in _UNION_MEMBERS or p == loc[i - 1])
         told.append(Wrong(place, _sentence(nearest, place, path, fields_at)))
     return told
 

@@ -31,7 +31,7 @@ from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.filters import Filter, Step
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
-from dfmerge_studies.tasks.settings import AnyTask, GenerationKwargs, TaskSettings
+from dfmerge_studies.tasks.settings import AnyTask, GenerationKwargs, TaskSettings, metric_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
@@ -171,9 +171,9 @@ class StudySpec(Settings):
         agreement = self.objective.kind == AGREEMENT
         return Metrics(
             {
-                name: METRICS[
-                    AGREEMENT if agreement and not task.guard and agrees(split, task.doc_to_target) else task.metric
-                ]
+                name: METRICS[AGREEMENT]
+                if agreement and not task.guard and agrees(split, task.doc_to_target)
+                else metric_of(task)
                 for name, task in self.tasks.items()
             },
             {name: points for name, points in self.allowed.items() if self.tasks[name].guard},
@@ -308,7 +308,10 @@ class StudySpec(Settings):
     def _default_type(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        return {n: {"type": "choice", **t} if isinstance(t, Mapping) else t for n, t in value.items()}
+        return {
+            name: {"type": "lm_eval" if "lm_eval" in task else "choice", **task} if isinstance(task, Mapping) else task
+            for name, task in value.items()
+        }
 
     @field_validator("objective", mode="before")
     @classmethod

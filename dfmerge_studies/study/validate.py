@@ -135,7 +135,7 @@ def validate_examined(
                     problem.examples(task, "test")
             search = _plan(spec, problem).search
             rehearse_(problem, spec.row)
-            notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec)]
+            notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec), *_split_notes(spec, problem)]
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
@@ -264,6 +264,18 @@ def _estimator_notes(spec: StudySpec) -> Iterator[dict[str, str]]:
     if texts and spec.row.estimator_for(spec.importance.estimator) == Estimator.EXACT and weighed:
         what = f"of generated texts ({', '.join(texts)}) exact means sampled: they have no finite set of choices"
         yield {"where": spec.where("importance.estimator"), "what": what}
+
+
+def _split_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]]:
+    """Tasks of lm-evaluation-harness whose trials are scored on another split than lm_eval scores."""
+    for task, inputs in problem.tasks.items():
+        question = inputs.validation[0].question
+        if question is not None and question.loaded.split != question.loaded.usual:
+            usual, split = question.loaded.usual, question.loaded.split
+            what = (
+                f"trials are scored on the split {split!r}; lm_eval scores {usual!r}, which test_split: {usual} reports"
+            )
+            yield {"where": spec.where(f"tasks.{task}.validation_split"), "what": what}
 
 
 def _plan(spec: StudySpec, problem: Problem) -> Plan:

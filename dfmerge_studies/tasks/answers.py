@@ -12,9 +12,11 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
 from dfmerge_studies.tasks.generation import Writer, write_texts
+from dfmerge_studies.tasks.harness import judge
+from dfmerge_studies.tasks.harness_model import answer_questions
 from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
-from dfmerge_studies.tasks.settings import GenerateTask, RegressionTask, TaskSettings, TextTask
+from dfmerge_studies.tasks.settings import GenerateTask, HarnessTask, RegressionTask, TaskSettings, TextTask
 from dfmerge_studies.tasks.written import Written
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ def given_answers(
 ) -> Sequence[Any]:
     """What a model gives for every input, in the order of `examples`: losses of choices, classes, a text; or an answer.
 
+    Of a task of lm-evaluation-harness, what that asks for.
+
     Args:
         model: the model, put into evaluation mode for the time of the call.
         task: settings of the task.
@@ -50,6 +54,10 @@ def given_answers(
         InputError: the model cannot generate texts, and the task asks for them.
         RunError: a loss is not finite; the message names the row.
     """
+    if isinstance(task, HarnessTask):
+        return answer_questions(
+            model, kind, examples, tokenizer, token_budget=token_budget, progress=progress, ranks=ranks
+        )
     writer = writer_of(task, tokenizer)
     if writer is not None:
         return write_texts(
@@ -108,6 +116,8 @@ def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]
     Raises:
         InputError: an input has no label.
     """
+    if isinstance(task, HarnessTask):
+        return [example.question for example in examples]
     if isinstance(task, TextTask):
         return [example.text for example in examples]
     if isinstance(task, GenerateTask):
@@ -130,6 +140,8 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
         wanted: of `wanted_answers`, or of another model's `taken_answers`.
         positive: the class that counts, where the metric has one.
     """
+    if isinstance(task, HarnessTask):
+        return judge(task, given, wanted)
     if isinstance(task, TextTask):
         return Texts(given, wanted)
     if isinstance(task, RegressionTask):

@@ -15,10 +15,10 @@ from dfmerge_studies.tasks.labels import class_order, known_names, read_index, r
 from dfmerge_studies.tasks.numbers import read_numbers
 from dfmerge_studies.tasks.prompts import Example
 from dfmerge_studies.tasks.settings import (
-    AnyTask,
     ChosenTask,
     GenerateTask,
     HeadTask,
+    OwnTask,
     PromptedTask,
     RegressionTask,
     RenderedTask,
@@ -46,6 +46,7 @@ class Row:
         prefix: how the answer begins.
         examples: before the text in the prompt.
         targets: of a text to be generated, the accepted ones; nothing where the data has none.
+        question: of a task of lm-evaluation-harness, the document.
     """
 
     index: int
@@ -57,11 +58,12 @@ class Row:
     prefix: str = ""
     examples: tuple[Example, ...] = ()
     targets: tuple[str, ...] = ()
+    question: Any = None
 
 
 def load_rows(
     name: str,
-    task: AnyTask,
+    task: OwnTask,
     split: str,
     *,
     root: Path,
@@ -100,7 +102,15 @@ def _with_examples(
 ) -> list[Row]:
     """Rows with few-shot examples of a pool."""
     questions, possible = ([(row.text, row.choices or row.targets) for row in side] for side in (rows, pool))
-    drawn = draw_examples(questions, possible, task.num_fewshot, task.fewshot_random_seed, same=same, where=where)
+    drawn = draw_examples(
+        questions,
+        possible,
+        task.num_fewshot,
+        task.fewshot_random_seed,
+        same=same,
+        spare=task.fewshot_split == task.test_split,  # the harness's test, which holds too where neither is named
+        where=where,
+    )
     shown = [
         Example(row.text, row.targets[0] if row.targets else row.choices[row.label or 0], row.prefix) for row in pool
     ]
@@ -108,7 +118,7 @@ def _with_examples(
 
 
 def _labelled_rows(
-    task: AnyTask,
+    task: OwnTask,
     split: str,
     root: Path,
     where: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from dfmerge_studies.tasks.metrics import TextSize
 
@@ -34,6 +35,7 @@ class Encoded:
         text: of a text that is scored, what it holds; it is the only choice then.
         choice_texts: of every choice, what it says.
         targets: of a text to be generated, the accepted ones; the tokens of the first are its only choice.
+        question: of a task of lm-evaluation-harness, what it asks (`harness.Question`).
     """
 
     index: int
@@ -45,3 +47,4 @@ class Encoded:
     text: TextSize | None = None
     choice_texts: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    question: Any = None

@@ -11,7 +11,14 @@ Question = tuple[str, tuple[str, ...]]  # a row's input and its choices; where b
 
 
 def draw_examples(
-    questions: Sequence[Question], pool: Sequence[Question], count: int, seed: int, *, same: bool, where: str
+    questions: Sequence[Question],
+    pool: Sequence[Question],
+    count: int,
+    seed: int,
+    *,
+    same: bool,
+    spare: bool = False,
+    where: str,
 ) -> list[list[int]]:
     """Rows of the few-shot split for each row that is scored, in the order in which they stand in its prompt.
 
@@ -25,14 +32,16 @@ def draw_examples(
         count: examples of each.
         seed: of the draw.
         same: whether the two splits are one, so that each row is in the pool itself.
+        spare: whether the harness draws one more than it shows all the same.
         where: file and task, for messages.
 
     Raises:
         InputError: the pool has too few rows that may be shown.
     """
-    generator, wanted = Random(seed), count + same
-    if wanted > len(pool):
+    generator = Random(seed)
+    if count + same > len(pool):
         raise _too_few(count, len(pool) - same, "besides the scored row" if same else "", where)
+    wanted = min(count + (same or spare), len(pool))
     found = []
     for question in questions:
         drawn = [row for row in generator.sample(range(len(pool)), wanted) if pool[row] != question][:count]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.boundary import check_regular, local_path, reading
 from dfmerge_studies.errors import InputError, first_line
-from dfmerge_studies.tasks.settings import AnyTask, PromptedTask
+from dfmerge_studies.tasks.settings import AnyTask, HarnessTask, PromptedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +35,8 @@ def check_data_files(name: str, task: AnyTask, *, root: Path, spec_file: str) ->
         InputError: a file is missing or has no bytes, or a split names none.
     """
     where = f"{spec_file}: tasks.{name}"
+    if isinstance(task, HarnessTask):  # the harness finds its data itself
+        return
     files = _resolve_files(task.dataset, root, where).get("data_files")
     examples = task.fewshot_source if isinstance(task, PromptedTask) and task.num_fewshot else None
     for split in (task.validation_split, task.test_split, examples):

@@ -139,6 +139,23 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Answers to one task that lm-evaluation-harness has judged.
+
+    Attributes:
+        given: per input, what the model gives.
+        wanted: per input, what was asked.
+        score: the harness's number.
+        rows: one number per input, where the score is their mean.
+    """
+
+    given: Sequence[Any]
+    wanted: Sequence[Any]
+    score: float
+    rows: Sequence[float] | None
+
+
+@dataclass(frozen=True)
 class TaskScore:
     """What a model scores on one task.
 
@@ -217,6 +234,8 @@ class Metric:
             raise ValueError(f"{len(answers.given)} answers to {len(answers.wanted)} inputs")
         if not answers.wanted:
             raise InputError("there are no examples to score", hint="Check the split and its limit")
+        if isinstance(answers, Scored):
+            return TaskScore(answers.score, self.name, len(answers.wanted), answers.rows)
         if self.of_rows is not None:
             rows = self.of_rows(answers)
             return TaskScore(sum(rows) / len(rows), self.name, len(rows), rows)
@@ -281,7 +300,7 @@ class Metrics(Mapping[str, Metric]):
             names: by task.
             guards: as above.
         """
-        return cls({task: METRICS.get(name) or Metric(name, percent=False) for task, name in names.items()}, guards)
+        return cls({task: METRICS.get(name) or harness_metric(name) for task, name in names.items()}, guards)
 
     def __getitem__(self, task: str) -> Metric:
         return self._by_task[task]
@@ -596,6 +615,33 @@ METRICS: Mapping[str, Metric] = {
         replace(_accuracy, name=AGREEMENT, labels=False, tasks=CHOICES | GENERATE),
     )
 }
+
+
+# What the numbers of lm-evaluation-harness are, where they are no shares; it judges them itself.
+_HARNESS = {
+    metric.name: metric
+    for metric in (
+        *(Metric(name) for name in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "em")),
+        Metric("mcc", low=-1.0),
+        Metric("brier_score", high=2.0, higher_is_better=False, percent=False),
+        Metric("bits_per_byte", high=math.inf, higher_is_better=False, percent=False),
+        *(
+            Metric(name, low=1.0, high=math.inf, higher_is_better=False, percent=False)
+            for name in ("perplexity", "word_perplexity", "byte_perplexity")
+        ),
+        *(Metric(name, high=100.0, percent=False) for name in ("bleu", "chrf")),
+        Metric("ter", high=math.inf, higher_is_better=False, percent=False),
+    )
+}
+
+
+def harness_metric(name: str) -> Metric:
+    """What a number of lm-evaluation-harness is; of a name that is not known, a number of which more is better.
+
+    Args:
+        name: as the harness names it.
+    """
+    return replace(_HARNESS.get(name) or Metric(name, percent=False), tasks=frozenset({"lm_eval"}))
 
 
 def task_metrics(task_type: str | None = None) -> list[str]:

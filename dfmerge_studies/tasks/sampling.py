@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,6 +62,25 @@ def divided_rows(
     held = 0 if holdout is None else min(total, _count(holdout, total))
     seen = min(total - held, total if limit is None else _count(limit, total))
     return sorted(order[:seen]), order[seen:] if holdout is None else order[total - held :]
+
+
+def divided_first_rows(
+    total: int, limit: float | None, holdout: float | None, generator: np.random.Generator
+) -> tuple[list[int], list[int]]:
+    """The same where the search sees the first rows, as `lm_eval --limit` does; a fraction is rounded up as there.
+
+    Args:
+        total: rows that there are.
+        limit: of those that it sees.
+        holdout: of those that it may not see, which are among the last ones.
+        generator: source of randomness, of the order of the others.
+    """
+    held = 0 if holdout is None else min(total, _count(holdout, total))
+    wanted = total if limit is None else ceil(limit * total) if isinstance(limit, float) and limit < 1 else int(limit)
+    seen = min(total - held, wanted)
+    if holdout == 0 or seen == total:
+        return list(range(seen)), []
+    return list(range(seen)), [seen + row for row in draw_rows(total - seen, total - seen, generator)]
 
 
 def _count(share: float, total: int) -> int:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.tasks.filters import Filter, checked_regex
-from dfmerge_studies.tasks.metrics import METRICS, task_metrics
+from dfmerge_studies.tasks.metrics import METRICS, Metric, harness_metric, task_metrics
 from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.tasks.written import Ignored
 
@@ -17,25 +17,10 @@ _PAIR = "second text of a pair: a column or a template"
 
 
 class _Task(Settings):
-    dataset: dict[str, Any] = Field(
-        description="arguments of datasets.load_dataset; `path` is required, local files are relative to the spec"
-    )
-    doc_to_text: str = Field(description="the input: a column or a Jinja2 template")
-    doc_to_target: str | int | None = Field(
-        None,
-        description="the right choice, by index or text, or the right number: a column or a template; null: no labels",
-    )
-    training_split: str | None = Field(None, description="split that scripts/finetune.py trains on; no study reads it")
     validation_split: str = Field(
         "validation", description="split that trials are scored on and Fisher inputs come from"
     )
     test_split: str | None = Field(None, description="split that is only ever reported")
-    max_length: int | None = Field(
-        None,
-        gt=0,
-        le=limits.COUNT,
-        description="tokens of an input; longer texts are cut. null: as many as the model takes, none is cut",
-    )
     limit: int | float | None = Field(
         None,
         gt=0,
@@ -50,6 +35,41 @@ class _Task(Settings):
         None,
         ge=0,
         description="points that it may lose against its own expert, a guard against the base; null: search.max_drop",
+    )
+
+    @field_validator("limit")
+    @classmethod
+    def _limit_is_a_count_or_a_fraction(cls, value: float | None) -> float | None:
+        if isinstance(value, float) and value > 1:
+            raise ValueError("a fraction must lie in (0, 1]; write a count as an integer")
+        return value
+
+    def stated(self) -> dict[str, Any]:
+        """What of the settings decides a score beside the inputs and the metric: part of what a study is about."""
+        return {}
+
+    def positive_class(self) -> int | None:
+        """Index of the class that the metric counts, None where it has none."""
+        return None
+
+
+class _OwnTask(_Task):
+    """A task whose data and prompts the spec describes."""
+
+    dataset: dict[str, Any] = Field(
+        description="arguments of datasets.load_dataset; `path` is required, local files are relative to the spec"
+    )
+    doc_to_text: str = Field(description="the input: a column or a Jinja2 template")
+    doc_to_target: str | int | None = Field(
+        None,
+        description="the right choice, by index or text, or the right number: a column or a template; null: no labels",
+    )
+    training_split: str | None = Field(None, description="split that scripts/finetune.py trains on; no study reads it")
+    max_length: int | None = Field(
+        None,
+        gt=0,
+        le=limits.COUNT,
+        description="tokens of an input; longer texts are cut. null: as many as the model takes, none is cut",
     )
     positive: int | str | None = Field(
         None, description="of f1: the class that counts, by index or, where `doc_to_choice` is a list, by text"
@@ -67,13 +87,6 @@ class _Task(Settings):
         for key in ("split", "streaming"):
             if key in value:
                 raise ValueError(f"{key!r} cannot be set here; name the splits with validation_split and test_split")
-        return value
-
-    @field_validator("limit")
-    @classmethod
-    def _limit_is_a_count_or_a_fraction(cls, value: float | None) -> float | None:
-        if isinstance(value, float) and value > 1:
-            raise ValueError("a fraction must lie in (0, 1]; write a count as an integer")
         return value
 
     @model_validator(mode="after")
@@ -94,10 +107,6 @@ class _Task(Settings):
         self.positive_class()
         return self
 
-    def stated(self) -> dict[str, Any]:
-        """What of the settings decides a score beside the inputs and the metric: part of what a study is about."""
-        return {}
-
     def positive_class(self) -> int | None:
         """Index of the positive class, None where the metric has none.
 
@@ -117,7 +126,7 @@ class _Task(Settings):
         return self.positive
 
 
-class PromptedTask(_Task):
+class PromptedTask(_OwnTask):
     """A task of a language model: what stands around the input in its prompt, as in lm-evaluation-harness."""
 
     target_delimiter: str = Field(
@@ -181,7 +190,7 @@ class ChoiceTask(PromptedTask):
     doc_to_choice: str | list[str] = Field(description="the choices: a column, a list of templates, or a template")
 
 
-class ClassificationTask(_Task):
+class ClassificationTask(_OwnTask):
     """An encoder with a head per task picks a class."""
 
     type: Literal["classification"]
@@ -189,7 +198,7 @@ class ClassificationTask(_Task):
     doc_to_choice: list[str] | None = Field(None, description="names of the classes, in the order of the head")
 
 
-class RegressionTask(_Task):
+class RegressionTask(_OwnTask):
     """An encoder with a head per task gives a number, such as how alike two texts are."""
 
     type: Literal["regression"]
@@ -197,7 +206,7 @@ class RegressionTask(_Task):
     metric: Annotated[str, one_of("metrics", task_metrics)] = Field("pearson", description="what a score is")
 
 
-class TextTask(_Task):
+class TextTask(_OwnTask):
     """How likely a language model finds texts, word piece by word piece; there is nothing to choose."""
 
     type: Literal["text"]
@@ -291,11 +300,49 @@ class GenerateTask(PromptedTask):
         return self.model_dump(include={"generation_kwargs", "filter_list", *_IGNORED}, exclude_defaults=True)
 
 
+class HarnessTask(_Task):
+    """A task of lm-evaluation-harness, by its name there; the harness asks, filters and scores."""
+
+    type: Literal["lm_eval"] = "lm_eval"
+    lm_eval: str = Field(description="name of the task, as of lm_eval --tasks")
+    include_path: str | None = Field(
+        None, description="folder with task files of your own, relative to the spec; as --include_path"
+    )
+    metric: str = Field("acc", description="the one of the task's metrics that is the score")
+    filter: str | None = Field(None, description="the one of the task's filters that is scored; null: its first")
+    validation_split: str | None = Field(  # type: ignore[assignment]  # here the task has one of its own
+        None, description="split that trials are scored on; null: the task's validation split, else the one it has"
+    )
+    limit: int | float | None = Field(
+        None, gt=0, le=limits.COUNT, description="only the first so many rows (count, or fraction below 1), as --limit"
+    )
+    num_fewshot: int | None = Field(None, ge=0, le=limits.COUNT, description="examples; null: the task's own number")
+    fewshot_random_seed: int = Field(1234, ge=0, le=limits.SEED, description="of the draw of examples")
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="examples as turns of a chat; null: where a chat template is applied"
+    )
+    system_instruction: str | None = Field(None, description="as --system_instruction")
+    apply_chat_template: bool | str = Field(False, description="as --apply_chat_template: true, or a template's name")
+    chat_template_args: dict[str, Any] = Field(default_factory=dict, description="variables of the chat template")
+
+    @property
+    def doc_to_target(self) -> str:
+        """Every task of the harness says what is right."""
+        return self.lm_eval
+
+    @model_validator(mode="after")
+    def _only_a_chat_has_turns(self) -> Self:
+        if self.fewshot_as_multiturn and self.apply_chat_template is False:
+            raise ValueError("fewshot_as_multiturn: true needs apply_chat_template: only a chat has turns")
+        return self
+
+
 _IGNORED = ("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore")
 HeadTask = ClassificationTask | RegressionTask  # of encoders with a head per task
 ChosenTask = ChoiceTask | ClassificationTask  # whose inputs have choices or classes, one of them right
 RenderedTask = ChosenTask | RegressionTask | GenerateTask  # whose inputs are texts to answer
-AnyTask = RenderedTask | TextTask
+OwnTask = RenderedTask | TextTask  # whose data and prompts the spec describes
+AnyTask = OwnTask | HarnessTask
 TaskSettings = Annotated[AnyTask, Field(discriminator="type")]
 
 
@@ -306,3 +353,12 @@ def choices_of(task: AnyTask) -> str | list[str] | None:
         task: its settings.
     """
     return getattr(task, "doc_to_choice", None)
+
+
+def metric_of(task: AnyTask) -> Metric:
+    """What a task's score is.
+
+    Args:
+        task: its settings.
+    """
+    return harness_metric(task.metric) if isinstance(task, HarnessTask) else METRICS[task.metric]

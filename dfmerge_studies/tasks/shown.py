@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.tasks.answers import wanted_answers
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, GenerateTask, TextTask
+from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, GenerateTask, HarnessTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,6 +104,8 @@ def _wanted(task: AnyTask, example: Encoded) -> str | None:
         return None if example.label is None else f"class {example.label}"
     if isinstance(task, GenerateTask):
         return " or ".join(map(repr, example.targets)) or None
+    if isinstance(task, HarnessTask):
+        return None
     (wanted,) = wanted_answers(task, [example])
     return _words(wanted)
 
@@ -117,6 +119,8 @@ def _scored(task: AnyTask, kind: Kind) -> str:
     if isinstance(task, ChoiceTask):
         end = ", end of sequence included" if kind is Kind.TEXT_TO_TEXT else ""
         return f"the tokens of each choice{end}, by their mean log-likelihood after the prompt; the highest is taken"
+    if isinstance(task, HarnessTask):
+        return f"{task.metric} of {task.lm_eval}, as lm-evaluation-harness has it"
     if isinstance(task, TextTask):
         return "each token of the text, by its log-likelihood after all tokens before it"
     if isinstance(task, GenerateTask):

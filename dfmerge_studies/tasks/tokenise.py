@@ -12,7 +12,7 @@ from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, GenerateTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.settings import ChoiceTask, GenerateTask, OwnTask, PromptedTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ _NO_LIMIT = 1_000_000  # tokenizers that know no limit say 1e30
 
 def prompted(
     rows: Sequence[Row],
-    task: AnyTask,
+    task: OwnTask,
     tokenizer: PreTrainedTokenizerBase,
     *,
     where: str,
@@ -66,7 +66,7 @@ def prompted(
 
 def encode_rows(
     rows: Sequence[Row],
-    task: AnyTask,
+    task: OwnTask,
     kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -143,7 +143,7 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase) -> int | None
     return min(limits) if limits else None
 
 
-def _room(task: AnyTask, kind: Kind, longest: int | None, where: str) -> int | None:
+def _room(task: OwnTask, kind: Kind, longest: int | None, where: str) -> int | None:
     """Tokens that a model takes as an input of a task: a decoder needs room for what it writes."""
     if longest is None or kind is not Kind.CAUSAL or not isinstance(task, GenerateTask):
         return longest

@@ -1,0 +1,249 @@
+"""What lm-evaluation-harness asks of a model that is in memory, and what the model answers.
+
+The importance of parameters needs token sequences.  Of a question with choices they are those that the harness scores.
+Of any other they are one sequence: the target behind its prompt, or the first window of a text.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.data import Row
+from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.harness import CHOICES, TEXT, WRITTEN, Question, calling_harness
+from dfmerge_studies.tasks.metrics import TextSize
+from dfmerge_studies.tasks.settings import HarnessTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def encode_questions(
+    rows: Sequence[Row], kind: Kind, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Any = None
+) -> list[Encoded]:
+    """The requests of all documents of a split, and the tokens that importance is estimated on.
+
+    Args:
+        rows: all of the split, in order, since one generator draws the examples of all.
+        kind: how the model answers.
+        model: whose limits count.
+        tokenizer: its tokenizer.
+        template: the tokenizer whose chat template is applied; this one by default.
+
+    Raises:
+        InputError: the harness cannot ask one of them.
+    """
+    loaded = rows[0].question.loaded
+    settings, task = loaded.settings, loaded.task
+    with calling_harness(loaded.where, "the prompts cannot be made"):
+        lm = _language_model(model, tokenizer, kind, settings)
+        chat = _language_model(model, template, kind, settings) if template is not None else lm
+        if settings.apply_chat_template is not False:
+            _check_template(settings, chat.tokenizer, loaded.where)
+        task.set_fewshot_seed(seed=settings.fewshot_random_seed)
+        return [_encoded(_with_requests(row.question, chat), lm) for row in rows]
+
+
+def _check_template(settings: HarnessTask, tokenizer: Any, where: str) -> None:
+    name = settings.apply_chat_template
+    if not tokenizer.chat_template or (isinstance(name, str) and name not in tokenizer.chat_template):
+        raise InputError(
+            "the tokenizer has no chat template" + (f" {name!r}" if isinstance(name, str) else ""),
+            where=f"{where}.apply_chat_template",
+            hint="Put the chat_template.jinja that the experts were trained with into the base's directory, "
+            "or leave apply_chat_template out",
+        )
+
+
+def _with_requests(question: Question, lm: Any) -> Question:
+    """A question with its requests; advances the draw of examples."""
+    task, settings, document = question.loaded.task, question.loaded.settings, question.document
+    chat = settings.apply_chat_template is not False
+    context = task.fewshot_context(
+        document,
+        num_fewshot=task.get_config("num_fewshot") or 0,
+        system_instruction=settings.system_instruction,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=settings.fewshot_as_multiturn if settings.fewshot_as_multiturn is not None else chat,
+        chat_template=lm.apply_chat_template if chat else None,
+        gen_prefix=task.doc_to_prefix(document),
+    )
+    found = task.construct_requests(
+        doc=document,
+        ctx=context,
+        metadata=question.about,
+        apply_chat_template=chat,
+        chat_template=lm.apply_chat_template if chat else None,
+    )
+    instances = found if isinstance(found, list) else [found]
+    return replace(question, requests=tuple((each.request_type, each.args) for each in instances))
+
+
+def _encoded(question: Question, lm: Any) -> Encoded:
+    """The tokens of a question that importance is estimated on."""
+    task, document = question.loaded.task, question.document
+    arguments = [args for _, args in question.requests]
+    label: int | None = 0
+    if task.OUTPUT_TYPE == CHOICES:
+        arguments = arguments[: len(task.doc_to_choice(document))]  # behind them: choices without their prompt
+        several = task.multiple_input  # one choice behind several prompts
+        label = _right_choice(task, document, several=bool(several))
+        if several and label is not None:
+            arguments, label = [arguments[label]], 0
+    elif task.OUTPUT_TYPE == TEXT:
+        tokens = lm.tok_encode(arguments[0][0])[: lm.max_length]
+        size = TextSize.of(arguments[0][0], len(tokens))
+        return Encoded(question.index, (lm.prefix_token_id,), (tuple(tokens),), 0, text=size, question=question)
+    elif task.OUTPUT_TYPE == WRITTEN:
+        target = _target(task, document)
+        between = (
+            "" if question.loaded.settings.apply_chat_template is not False else task.get_config("target_delimiter")
+        )
+        if not target:
+            return Encoded(question.index, tuple(lm.tok_encode(arguments[0][0])), (), None, question=question)
+        arguments = [(arguments[0][0], f"{between or ''}{target}")]
+    pairs = [_pair(lm, context, answer) for context, answer, *_ in arguments]
+    if any(not answer for _, answer in pairs):
+        raise InputError(
+            f"row {question.index}: an answer has no token", where=question.loaded.where, hint="Use another task"
+        )
+    longest = max(len(answer) for _, answer in pairs)
+    room = None if lm.max_length is None else max(1, lm.max_length - longest)
+    prompt = pairs[0][0]
+    cut = room is not None and lm.backend == "causal" and len(prompt) > room
+    kept = prompt[len(prompt) - room :] if cut and room is not None else prompt
+    choices = tuple(tuple(answer) for _, answer in pairs)
+    return Encoded(question.index, tuple(kept), choices, label, None, cut, question=question)
+
+
+def _right_choice(task: Any, document: Any, *, several: bool) -> int | None:
+    """Index of the right choice; of several right ones the first."""
+    right = task.doc_to_text(document) if several else task.doc_to_target(document)
+    if isinstance(right, (list, tuple)):
+        right = right[0] if right else None
+    if isinstance(right, str):
+        choices = task.doc_to_choice(document)
+        right = choices.index(right) if right in choices else None
+    return int(right) if right is not None and int(right) >= 0 else None
+
+
+def _target(task: Any, document: Any) -> str:
+    """The text that a model should write; of several the first, and nothing where the task has none as text."""
+    target = task.doc_to_target(document)
+    if task.get_config("doc_to_choice") is not None and isinstance(target, int):
+        target = task.doc_to_choice(document)[target]
+    if isinstance(target, (list, tuple)):
+        target = target[0] if target else ""
+    return target if isinstance(target, str) else str(target) if isinstance(target, (int, float)) else ""
+
+
+def _pair(lm: Any, context: str, answer: str) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of what is scored behind it, as `TemplateLM.loglikelihood` makes them."""
+    if context:
+        prompt, scored = lm._encode_pair(context, answer)
+        return list(prompt), list(scored)
+    scored = list(lm.tok_encode(answer, add_special_tokens=False))
+    begin = lm.prefix_token_id
+    return (scored[:1], scored[1:]) if scored and scored[0] == begin else ([begin], scored)
+
+
+# --- the answers -----------------------------------------------------------------------------------------------------
+
+
+def answer_questions(
+    model: Any,
+    kind: Kind,
+    examples: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    token_budget: int,
+    progress: Callable[[int], None] | None = None,
+    ranks: Ranks = SOLO,
+) -> list[list[list[Any]]]:
+    """What a model answers to every request of every question, in the order of `examples`.
+
+    Args:
+        model: the model, which stays in evaluation mode.
+        kind: how it answers.
+        examples: of `encode_questions`.
+        tokenizer: the model's.
+        token_budget: tokens of one batch, the bound on memory.
+        progress: called with the number of questions done since the last call.
+        ranks: processes that share the questions; every one of them gets all answers.
+
+    Returns:
+        By question and request, the answers to its repetitions: a log-likelihood and whether the answer is the greedy
+        one, a log-likelihood of a text, or a text.
+
+    Raises:
+        InputError: the harness cannot ask the model.
+    """
+
+    def compute(share: Sequence[int]) -> list[list[list[Any]]]:
+        mine = [examples[i] for i in share]
+        found = _answers(model, kind, mine, tokenizer, token_budget)
+        if progress is not None:
+            progress(len(mine))
+        return found
+
+    shares = ranks.shares([_cost(example) for example in examples])
+    found = ranks.agreed(lambda: compute(shares[ranks.rank]))
+    results: list[list[list[Any]]] = [[] for _ in examples]
+    for share, part in zip(shares, found, strict=True):
+        for i, answers in zip(share, part, strict=True):
+            results[i] = answers
+    return results
+
+
+def _cost(example: Encoded) -> int:
+    return len(example.input_ids) + max(map(len, example.choices), default=0)
+
+
+def _answers(
+    model: Any, kind: Kind, examples: Sequence[Encoded], tokenizer: Any, token_budget: int
+) -> list[list[list[Any]]]:
+    if not examples:
+        return []
+    loaded = examples[0].question.loaded
+    results: list[list[list[Any]]] = []
+    by_type: dict[str, list[tuple[Any, list[Any]]]] = {}
+    longest = 1
+    for example in examples:
+        instances = example.question.instances()
+        results.append([[] for _ in instances])
+        for instance, answers in zip(instances, results[-1], strict=True):
+            by_type.setdefault(instance.request_type, []).extend([(instance, answers)] * instance.repeats)
+            written = instance.args[1].get("max_gen_toks", 256) if instance.request_type == WRITTEN else 0
+            longest = max(longest, _cost(example) + written)
+    with calling_harness(loaded.where, "the model cannot be asked"):
+        size = max(1, token_budget // longest)
+        lm = _language_model(model, tokenizer, kind, loaded.settings, batch_size=size)
+        for request, asked in by_type.items():
+            found = getattr(lm, request)([instance for instance, _ in asked], disable_tqdm=True)
+            for (_, answers), answer in zip(asked, found, strict=True):
+                answers.append(answer)
+    return results
+
+
+def _language_model(model: Any, tokenizer: Any, kind: Kind, settings: HarnessTask, *, batch_size: int = 1) -> Any:
+    """The harness's own language model, `lm_eval --model hf`, around one that is in memory."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Resident(HFLM):  # type: ignore[misc]  # untyped
+        """The same without bars of its own."""
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    return Resident(
+        pretrained=model,
+        backend="causal" if kind is Kind.CAUSAL else "seq2seq",
+        tokenizer=copy.deepcopy(tokenizer),  # it may be given a token for padding
+        batch_size=batch_size,
+        chat_template_args=settings.chat_template_args,
+    )
