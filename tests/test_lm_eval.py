@@ -360,3 +360,13 @@ def test_another_task_file_makes_another_study(tmp_path: Path) -> None:
     file = project.folder / "tasks" / "tiny_written.yaml"
     file.write_text(file.read_text().replace("max_gen_toks: 5", "max_gen_toks: 6"))
     assert loaded(project).data_digests() != first
+
+
+@pytest.mark.slow
+def test_a_task_of_the_harness_can_be_a_guard(tmp_path: Path) -> None:
+    """Written, without any choices: a guard is not weighed, so no estimator minds."""
+    guard = {**CASES["written"][0], "guard": True, "max_drop": 100}
+    project = harness_project(tmp_path / "p", choices={"lm_eval": "tiny_choices"}, written=guard)
+    project.spec["experts"]["blue"]["task"] = "choices"
+    summary = project.json("run", project.write(), "--trials", "1")
+    assert summary["best"]["tasks"].keys() >= {"choices", "written"}
