@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from dfmerge_studies import StudySpec
+from dfmerge_studies import StudySpec, load_problem
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.study.rows import trial_rows
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.tasks.answers import writer_of
@@ -22,7 +24,7 @@ from dfmerge_studies.tasks.metrics import METRICS, task_metrics
 from dfmerge_studies.tasks.settings import GenerateTask
 from dfmerge_studies.tasks.tokenise import encode_rows
 from dfmerge_studies.tasks.written import Ignored, Written, numbers_in, token_f1
-from tests.models import FAMILIES
+from tests.models import FAMILIES, TEXTS, save_model_directory
 from tests.project import EXPERTS, Project, make_project, perturbed
 
 
@@ -260,9 +262,11 @@ def test_a_prompt_leaves_room_for_what_is_written_and_a_target_ends_with_the_end
 # --- a study ---------------------------------------------------------------------------------------------------------
 
 
-def generating(folder: Path, family: str, task_fields: dict[str, Any] | None = None, **changes: Any) -> Project:
+def generating(
+    folder: Path, family: str, task_fields: dict[str, Any] | None = None, *, rows: int = 12, **changes: Any
+) -> Project:
     """A project whose two tasks ask for what the expert of each writes, on three rows of four."""
-    project = make_project(folder, family, rows=12, samples=3, trials=3)
+    project = make_project(folder, family, rows=rows, samples=3, trials=3)
     tokenizer, kind = FAMILIES[family].tokenizer(), FAMILIES[family].kind
     kwargs = {"max_gen_toks": 6}
     for number, name in enumerate(EXPERTS):
@@ -274,8 +278,8 @@ def generating(folder: Path, family: str, task_fields: dict[str, Any] | None = N
             file = folder / f"{name}.{split}.jsonl"
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             asked = task(doc_to_text="input", generation_kwargs=kwargs)
-            rows = [Row(i, line["input"], None, (), None) for i, line in enumerate(lines)]
-            examples = encode_rows(rows, asked, kind, tokenizer, longest=64, where="s")
+            asking = [Row(i, line["input"], None, (), None) for i, line in enumerate(lines)]
+            examples = encode_rows(asking, asked, kind, tokenizer, longest=64, where="s")
             writer = writer_of(asked, tokenizer)
             assert writer is not None
             texts = write_texts(model, kind, examples, writer, pad_id=0)
@@ -285,6 +289,12 @@ def generating(folder: Path, family: str, task_fields: dict[str, Any] | None = N
     project.spec.update(changes)
     project.write()
     return project
+
+
+def scores_of(project: Project, model: str, metric: str = "exact_match") -> dict[str, float]:
+    found = project.json("evaluate", "spec.yaml", "--model", model, "--split", "validation")["tasks"]
+    assert {score["metric"] for score in found.values()} == {metric}
+    return {name: score["score"] for name, score in found.items()}
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -299,9 +309,75 @@ def test_a_study_of_generated_texts_is_validated_run_resumed_exported_and_scored
     assert all(set(trial_rows(trial)) == set(EXPERTS) for trial in study.trials)
     assert all(len(rows) == 12 for trial in study.trials for rows in trial_rows(trial).values())
     project.cli("run", "spec.yaml", "--add", "1")
+    assert scores_of(project, "red")["red"] == 0.75  # the rows that ask for what it writes
+    assert scores_of(project, "red")["blue"] < 0.75
     project.cli("export", "spec.yaml", "--out", "merged")
-    evaluated = project.json("evaluate", "spec.yaml", "--model", "red", "--split", "validation")
-    assert "exact_match" in json.dumps(evaluated)
     assert "exact_match" in (project.folder / "merged" / "README.md").read_text()
-    table = project.cli("compare", "spec.yaml", "--methods", "averaging", "--split", "test").stdout
-    assert "exact_match" in table
+    assert scores_of(project, "merged") == project.json("status", "spec.yaml")["best"]["tasks"]
+    assert "exact_match" in project.cli("compare", "spec.yaml", "--methods", "averaging", "--split", "test").stdout
+    other = {"tasks.red.ignore_case": "true", "tasks.red.generation_kwargs.max_gen_toks": "5"}
+    for field, value in other.items():
+        refused = project.cli("run", "spec.yaml", "--set", f"{field}={value}", check=2).stderr
+        assert "is about something else" in refused
+
+
+def test_without_targets_merges_are_scored_by_agreement_with_what_the_experts_write(tmp_path: Path) -> None:
+    project = generating(tmp_path / "p", "llama", {"doc_to_target": None, "test_split": None}, objective="agreement")
+    assert project.json("validate", "spec.yaml")["ok"]
+    project.cli("merge", "spec.yaml", "--coefficients", "red=1,blue=0", "--method", "gta", "--out", "m")
+    scores = scores_of(project, "m", metric="agreement")
+    assert scores["red"] == 1.0
+    assert scores["blue"] < 1.0
+
+
+def test_a_fisher_is_kept_for_the_texts_and_ends_that_it_was_drawn_along(tmp_path: Path) -> None:
+    project = generating(tmp_path / "p", "llama")
+    keys = []
+    for changes in (
+        {},
+        {"generation_kwargs": {"max_gen_toks": 4}},
+        {"generation_kwargs": {"max_gen_toks": 6, "until": "a"}},
+    ):
+        spec = StudySpec.from_yaml(project.file)
+        tasks = {name: {**task.model_dump(), **changes} for name, task in spec.tasks.items()}
+        problem = load_problem(spec.derive(tasks=tasks))
+        importances = Merger(problem, METHODS["df-merge"], None).importances
+        key = importances.key(0, 0.5, list(problem.resident.names))
+        assert key.estimator == "sampled"
+        assert key.seed == 0
+        keys.append(key)
+    assert len({key.inputs for key in keys}) == 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_causal_models_write_what_lm_evaluation_harness_has_them_write(tmp_path: Path, family: str) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    save_model_directory(tmp_path / family, family)
+    theirs = huggingface.HFLM(pretrained=str(tmp_path / family), batch_size=3, device="cpu", dtype="float32")
+    kwargs = {"until": ["bo", "!"], "max_gen_toks": 8, "do_sample": False}
+    asked = [Instance("generate_until", {}, (text, kwargs), i) for i, text in enumerate(TEXTS)]
+    settings = task(generation_kwargs=kwargs)
+    rows = [Row(i, text, None, (), None) for i, text in enumerate(TEXTS)]
+    examples = encode_rows(rows, settings, Kind.CAUSAL, theirs.tokenizer, longest=64, where="s")
+    writer = writer_of(settings, theirs.tokenizer)
+    assert writer is not None
+    texts = write_texts(theirs.model, Kind.CAUSAL, examples, writer, pad_id=0)
+    assert texts == theirs.generate_until(asked, disable_tqdm=True)
+    assert len(set(texts)) > 2
+
+
+def test_few_shots_and_chats_stand_before_what_is_asked_and_show_the_first_target(tmp_path: Path) -> None:
+    lines = [{"q": f"what is {i}?", "a": [f"number {i}", "?"]} for i in range(4)]
+    (row, *_) = rows_of(tmp_path, lines, num_fewshot=2)
+    assert {each.answer for each in row.examples} <= {f"number {i}" for i in range(1, 4)}
+    assert len(row.examples) == 2
+
+
+def test_one_input_is_shown_with_its_accepted_texts_and_what_is_scored(tmp_path: Path) -> None:
+    project = generating(tmp_path / "p", "t5")
+    shown = project.cli("validate", "spec.yaml", "--show", "red").stdout
+    assert "something else" in shown
+    assert "6 at most" in shown
+    assert "by exact_match" in shown

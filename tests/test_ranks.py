@@ -27,10 +27,11 @@ from tests import ranks_child
 from tests.processes import Forked, command, free_port
 from tests.project import Project, cli_environment, make_project, start_ranks
 from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
+from tests.test_generate_tasks import generating
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(1800)  # a dozen starts of torch, perhaps on a busy machine
-SIZES = {"t5": 13, "gpt2": 7, "bert": 1}  # validation rows: odd numbers, and fewer than ranks
+SIZES = {"t5": 13, "gpt2": 7, "bert": 1, "writes": 5}  # validation rows: odd numbers, and fewer than ranks
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")  # which finds a free port by itself
 
 
@@ -59,7 +60,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     """What two processes found in projects of all three kinds."""
     folder = tmp_path_factory.mktemp("ranks")
     for family, rows in SIZES.items():
-        make_project(folder / family, family, rows=rows, samples=5, trials=4)
+        if family == "writes":
+            generating(folder / family, "llama", rows=rows)
+        else:
+            make_project(folder / family, family, rows=rows, samples=5, trials=4)
     ranks = start_ranks(ranks_child.main, folder, list(SIZES), folder=folder)
     ends = [done(rank) for rank in ranks]
     assert [code for code, _, _ in ends] == [0, 0], ends

@@ -164,8 +164,7 @@ def _evaluate(
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
             others = taken_answers(settings, ask(expert, settings, kind, examples))
-            wanted = _in_order_of(classes, of_experts, task, others)
-            answers = judged(settings, given, wanted)
+            answers = judged(settings, given, _in_order_of(classes, of_experts, task, others))
         results[task] = metric.result(answers)
     return results
 
