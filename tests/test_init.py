@@ -42,6 +42,22 @@ def test_what_it_writes_is_valid_and_reads_the_tasks_as_a_user_would(project_of,
     assert text.startswith("# yaml-language-server: $schema=https://")
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_answers_that_are_texts_of_their_own_are_to_be_written(project_of, family, several):
+    project = project_of(family)
+    for name in FILES:
+        rows = [{"question": f"what is {i}?", "answer": f"number {i}"} for i in range(24)]
+        rows = [{**row, "answer": [row["answer"], "?"]} if several else row for row in rows]
+        (project.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = made(project, "base", "red", "blue", *DATA)["tasks"]["red"]
+    assert task["type"] == "generate"
+    assert task["doc_to_target"] == "answer"
+    assert task["generation_kwargs"]["max_gen_toks"] == 32
+    validated = project.json("validate", "made.yaml")
+    assert validated["ok"], validated
+
+
 def test_it_runs(project: Project):
     made(project, "base", "red", "blue", *DATA)
     done = project.json("run", "made.yaml", "--trials", "1", "--set", "baselines=[]", "--set", "importance.samples=2")

@@ -33,11 +33,24 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 _FIRSTS = ("premise", "sentence1", "question1", "text1", "sentence_1")
 _SECONDS = ("hypothesis", "sentence2", "question2", "text2", "sentence_2")
 _TEXTS = ("text", "sentence", "input", "prompt", "question", "query", "content", "review", "document", *_FIRSTS)
-_LABELS = ("label", "labels", "target", "answer", "gold", "class", "category", "output", "completion")
+_LABELS = (
+    "label",
+    "labels",
+    "target",
+    "answer",
+    "gold",
+    "class",
+    "category",
+    "output",
+    "completion",
+    "answers",
+    "targets",
+)
 _CHOICES = ("choices", "options", "endings", "candidates")
 _ROWS = 200  # that are looked at
 _ROUND = 32  # tokens to a multiple of which max_length is rounded up
 _MOST_CLASSES = 50
+_FEW_CLASSES = 8  # up to which labels are choices, however few rows there are
 
 
 @dataclass
@@ -236,19 +249,19 @@ def _task_lines(name: str, task: _Task, kind: str, owner: Checkpoint | None, tok
     classifier = kind == "classification"
     pair = second is not None and classifier
     text = first if second is None or pair else f"{{{{{first}}}}} {{{{{second}}}}}"
+    written = _is_written(task.rows, columns, label, classifier)
     shown = json.dumps({column: _cut(task.rows[0][column]) for column in columns}, ensure_ascii=False)
     return [
         f"  {_text(name)}:",
-        *(["    type: classification"] if classifier else []),
+        *(["    type: classification"] if classifier else ["    type: generate"] if written else []),
         f"    dataset: {{path: {task.builder}, data_files: {_flow(task.files)}}}",
         f"    # One row: {shown}",
         f"    doc_to_text: {_text(text)}  # a column, or a Jinja2 template over the columns",
         *([f"    doc_to_text_pair: {_text(second)}"] if pair and second is not None else []),
-        *_choice_lines(task.rows, columns, label, classifier, owner, where),
         *(
-            [f"    doc_to_target: {_text(label)}  # the right one, by its text or its index"]
-            if label is not None
-            else []
+            _written_lines(task.rows, label, tokenizer)
+            if written and label is not None
+            else _chosen_lines(task.rows, columns, label, classifier, owner, where)
         ),
         *(["    training_split: training"] if "training" in task.files else []),
         *(["    test_split: test  # only ever reported"] if "test" in task.files else []),
@@ -274,6 +287,41 @@ def _text_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], whe
 
 def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((column for name in names for column in columns if column.lower() == name), None)
+
+
+def _is_written(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], label: str | None, classifier: bool) -> bool:
+    """Whether answers are texts of their own: nothing to choose from, and lists or many different texts as labels."""
+    if classifier or label is None or not rows or _named(columns, _CHOICES) is not None:
+        return False
+    values = [row[label] for row in rows]
+    if all(isinstance(value, (list, tuple)) and value for value in values):
+        return all(isinstance(text, str) for value in values for text in value)
+    different = len(set(values)) if all(isinstance(value, str) for value in values) else 0
+    return different > _MOST_CLASSES or (different > _FEW_CLASSES and 2 * different > len(rows))
+
+
+def _written_lines(rows: Sequence[Mapping[str, Any]], label: str, tokenizer: Any) -> list[str]:
+    texts = [text for row in rows for text in ([row[label]] if isinstance(row[label], str) else row[label])]
+    longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
+    most = min(-(-longest // _ROUND) * _ROUND, tokenizer.model_max_length // 2)
+    return [
+        f"    doc_to_target: {_text(label)}  # the accepted text, or a list of them",
+        f"    generation_kwargs: {{max_gen_toks: {most}}}  # the longest answer that was looked at, and some room",
+        "    metric: exact_match  # or token_f1, rouge, numeric",
+    ]
+
+
+def _chosen_lines(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    label: str | None,
+    classifier: bool,
+    owner: Checkpoint | None,
+    where: str,
+) -> list[str]:
+    lines = _choice_lines(rows, columns, label, classifier, owner, where)
+    target = [f"    doc_to_target: {_text(label)}  # the right one, by its text or its index"] if label else []
+    return lines + target
 
 
 def _choice_lines(
