@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from dfmerge_studies.importance.fisher import diagonal_fisher
     from dfmerge_studies.objective.evaluate import evaluate_model
     from dfmerge_studies.objective.in_memory import merge_models
-    from dfmerge_studies.objective.merger import Merger, Outcome, merge
+    from dfmerge_studies.objective.merger import Merger, Outcome
+    from dfmerge_studies.objective.once import merge
     from dfmerge_studies.objective.problem import Problem, load_problem
     from dfmerge_studies.report.export import export_merge, export_trial
     from dfmerge_studies.spec import StudySpec
@@ -61,7 +62,8 @@ _HOMES = {
     "importance.fisher": ("diagonal_fisher",),
     "objective.evaluate": ("evaluate_model",),
     "objective.in_memory": ("merge_models",),
-    "objective.merger": ("Merger", "Outcome", "merge"),
+    "objective.merger": ("Merger", "Outcome"),
+    "objective.once": ("merge",),
     "objective.problem": ("Problem", "load_problem"),
     "report.export": ("export_merge", "export_trial"),
     "spec": ("StudySpec",),

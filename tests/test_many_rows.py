@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -88,7 +89,7 @@ def test_all_methods_are_compared_in_one_table_and_shown_on_the_page(project_of)
     assert len(rows) == len(set(rows))
     assert all(row["mean"] is not None for row in found["rows"] if row["merged"])
     shown = project.cli("compare", "spec.yaml", "--methods", "all", "--split", "validation").stdout
-    assert all(f"\n{name} " in shown for name in METHODS)
+    assert all(re.search(rf"^\s*{name}\s", shown, re.MULTILINE) for name in METHODS)
     page = project.json("report", "spec.yaml")["page"]
     text = (project.folder / page).read_text()
     assert all(name in text for name in METHODS)

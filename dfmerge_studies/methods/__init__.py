@@ -17,12 +17,13 @@ from dfmerge_studies.methods.row import (
     importance_coefficient,
     label,
 )
-from dfmerge_studies.methods.table import METHODS, all_parameters
+from dfmerge_studies.methods.table import METHODS, STRENGTH, all_parameters, protected
 from dfmerge_studies.points import Point
 
 __all__ = [
     "METHODS",
     "SHARED",
+    "STRENGTH",
     "UNSCALED",
     "Blocks",
     "Coefficients",
@@ -41,5 +42,6 @@ __all__ = [
     "importance_coefficient",
     "label",
     "method_named",
+    "protected",
     "with_coefficients",
 ]

@@ -7,6 +7,7 @@ A new method is a new row here, and a function in `transforms` if its Phi is new
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from dfmerge_studies import limits
 from dfmerge_studies.methods.row import Coefficients, Estimator, Importance, Method, Parameter, Scale
@@ -135,9 +136,23 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+STRENGTH = Parameter(
+    "strength", "share of a step along protected directions that is taken away", low=0.0, high=1.0, default=1.0
+)
+
+
+def protected(row: Method) -> Method:
+    """A row whose step is damped along directions of a protected task: with a parameter for it.
+
+    Args:
+        row: of the table.
+    """
+    return replace(row, parameters=(*row.parameters, STRENGTH))
+
+
 def all_parameters() -> dict[str, dict[str, Parameter]]:
-    """Every method's parameters, by name of the parameter and then of the method."""
-    found: dict[str, dict[str, Parameter]] = {}
+    """Every method's parameters, by name of the parameter and then of the method; and what any has under `protect`."""
+    found: dict[str, dict[str, Parameter]] = {STRENGTH.name: {"protect": STRENGTH}}
     for method in METHODS.values():
         for parameter in method.parameters:
             found.setdefault(parameter.name, {})[method.name] = parameter

@@ -17,7 +17,14 @@ from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.importance.factors import blocks_of
 from dfmerge_studies.importance.scale import scaled
 from dfmerge_studies.merging import Weights, merge_into_
-from dfmerge_studies.methods import Coefficients, Importance, Method, fixed_coefficients, importance_coefficient
+from dfmerge_studies.methods import (
+    STRENGTH,
+    Coefficients,
+    Importance,
+    Method,
+    fixed_coefficients,
+    importance_coefficient,
+)
 from dfmerge_studies.objective.classes import positive_class
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.derive import derive_problem
@@ -26,6 +33,7 @@ from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.importances import Importances, Uses, asked_once
 from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.objective.protection import Directions, damp_, directions_
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
 from dfmerge_studies.progress import Progress, counted, silent
@@ -179,10 +187,13 @@ class Merger:
             return scaled(values, self.method.scale_for(spec.importance.scale))
 
         start = time.perf_counter()
-        vectors = self._transformed(point.parameters)
+        directions, vectors = self._protected, self._transformed(point.parameters)
         preparing = time.perf_counter() - start
         base = start_of(vectors, resident.base)
         seconds = merge_into_(resident.model, base, vectors, at, importance, floor=spec.importance.floor)
+        if directions:
+            parameters = dict(resident.model.named_parameters())
+            damp_(parameters, resident.base, directions, point.parameters[STRENGTH.name])
         seconds["merge"] += preparing
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
@@ -367,44 +378,12 @@ class Merger:
         return [name for name in float_parameters(self.problem.resident.model) if name not in heads]
 
     @cached_property
+    def _protected(self) -> dict[str, Directions]:
+        """Directions along which merges are damped; overwrites the model the first time."""
+        return directions_(self.problem, self.progress) if self.problem.spec.protect is not None else {}
+
+    @cached_property
     def _transformed(self) -> Prepared:
         """Phi, with what is the same in every trial computed once."""
         generator = functools.partial(torch_generator, self.problem.spec.search.seed)
         return TRANSFORMS[self.method.transform].prepare(self.problem.resident.task_vectors, generator)
-
-
-def merge(
-    problem: Problem,
-    coefficients: Mapping[str, float | Mapping[str, float]] | None = None,
-    *,
-    method: str | None = None,
-    cache: FisherCache | None = None,
-    **parameters: float,
-) -> Outcome:
-    """Merge at given coefficients and score every task's validation inputs; the model is `problem.resident.model`.
-
-    >>> from dfmerge_studies import StudySpec, load_problem, merge
-    >>> spec = StudySpec.from_yaml(quickstart)          # the shipped example: three LoRA experts on one encoder
-    >>> problem = load_problem(spec)
-    >>> mean = merge(problem, {"sentiment": 1 / 3, "continent": 1 / 3, "syllables": 1 / 3}, method="averaging")
-    >>> sorted(mean.tasks)
-    ['continent', 'sentiment', 'syllables']
-    >>> expert = merge(problem, {"sentiment": 1.0, "continent": 0.0, "syllables": 0.0}, method="gta")
-    >>> expert.tasks["sentiment"] > mean.tasks["sentiment"]
-    True
-
-    Args:
-        problem: the loaded spec.
-        coefficients: lambda per expert; with `search.granularity` also per group, as `{"EXPERT.GROUP": x}` or
-            `{"EXPERT": {"GROUP": x}}`. Those of `fim` are its own: leave them out.
-        method: row of the method table; the spec's by default.
-        cache: where Fishers are looked up and kept, if anywhere.
-        **parameters: the method's own, by the names of its row; the spec's or their defaults otherwise.
-
-    Raises:
-        InputError: a coefficient is missing, unknown or outside the bounds, or a parameter does not fit the method.
-        RunError: something is not finite, or memory ran out.
-    """
-    row = problem.spec.row_of(method or problem.spec.method)
-    own, merger = row.complete(parameters, "merge"), Merger(problem, row, cache)
-    return merger.run(merger.point(coefficients, own, "coefficients"))

@@ -262,7 +262,7 @@ def _command(spec: StudySpec, merged: Merged) -> str:
     method = method_named(merged.method)
     chosen = "" if method.coefficients is Coefficients.FISHER_TRACE else f" --coefficients {coefficients}"
     command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method}{chosen}"
-    own = [f"{each.flag} {merged.point.parameters[each.name]!r}" for each in method.parameters]
+    own = [f"--{name.replace('_', '-')} {value!r}" for name, value in merged.point.parameters.items()]
     return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own or not chosen else command
 
 

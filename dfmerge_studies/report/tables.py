@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dfmerge_studies.methods import label, method_named
+from dfmerge_studies.methods import STRENGTH, label, method_named
 from dfmerge_studies.report.expectations import gain_text
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.tasks.metrics import Metrics
@@ -59,7 +59,11 @@ def _rows_text(rows: Mapping[str, int]) -> str:
 
 def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, float]:
     """The method's own parameters out of what a summary says of a trial."""
-    return {each.name: described[each.name] for each in method_named(method).parameters if each.name in described}
+    return {
+        each.name: described[each.name]
+        for each in (*method_named(method).parameters, STRENGTH)
+        if each.name in described
+    }
 
 
 _SAMPLERS = {

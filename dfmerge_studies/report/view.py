@@ -13,7 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import SHARED, Coefficients, find_method, label
+from dfmerge_studies.methods import SHARED, Coefficients, Method, find_method, label, protected
 from dfmerge_studies.points import fine_name
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
@@ -79,9 +79,15 @@ class StudyView:
         return list(self.fingerprint["tasks"])
 
     @property
+    def row(self) -> Method | None:
+        """Row of the method table, None where this version has none of that name."""
+        found = find_method(self.method)
+        return protected(found) if found is not None and self.fingerprint.get("protect") else found
+
+    @property
     def policy(self) -> Coefficients:
         """Who chooses the coefficients."""
-        method = find_method(self.method)
+        method = self.row
         return method.coefficients if method is not None else Coefficients.PER_EXPERT
 
     @cached_property
@@ -224,7 +230,7 @@ class StudyView:
         if not self.policy.chosen:
             return {}
         shared = {SHARED: "λ of all experts"} if self.policy is Coefficients.SHARED_GRID else {}
-        row = find_method(self.method)
+        row = self.row
         known = [each.name for each in row.parameters] if row is not None else []
         own = {name: label(name) for name in known if any(name in trial.params for trial in self.trials[:1])}
         return {**(shared or {name: name for name in coefficients}), **own}
@@ -251,7 +257,7 @@ class StudyView:
 
     def parameters(self, trial: FrozenTrial) -> dict[str, float]:
         """The method's own parameters of a completed trial."""
-        method = find_method(self.method)
+        method = self.row
         return method.stored_parameters(trial.user_attrs) if method is not None else {}
 
     def coefficients(self, trial: FrozenTrial) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.reading import shortened
@@ -32,6 +32,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_starts_from_itself(spec),
         *_nothing_to_split(spec),
         *_unknown_tasks(spec),
+        *_unknown_protected(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
     unfit = list(odd_parameters(spec))
@@ -151,6 +152,12 @@ def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:
                 yield field, f"unknown task {odd!r}", f"The tasks are {', '.join(spec.tasks)}"
 
 
+def _unknown_protected(spec: StudySpec) -> Iterator[Finding]:
+    if spec.protect is not None and spec.protect.task not in spec.tasks:
+        hint = did_you_mean(spec.protect.task, spec.tasks) or f"The tasks are {', '.join(spec.tasks)}"
+        yield "protect.task", f"unknown task {spec.protect.task!r}", hint
+
+
 def odd_parameters(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
     """Values of methods' parameters that the methods do not have or that cannot be.
 
@@ -162,6 +169,11 @@ def odd_parameters(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
             spec.row_of(method)
         except InputError as error:
             yield f"parameters.{method}", error
+    if spec.protect is not None and spec.method not in spec.parameters:
+        try:
+            spec.row_of(spec.method)
+        except InputError as error:
+            yield "protect.strength", error
 
 
 def _odd_points(spec: StudySpec) -> Iterator[tuple[str, InputError]]:

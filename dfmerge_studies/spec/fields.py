@@ -234,6 +234,16 @@ class SearchSettings(Settings):
         return self
 
 
+class ProtectSettings(Settings):
+    """A task whose directions at the base a merge does not move along."""
+
+    task: str = Field(description="name of the task, best a guard")
+    rank: int = Field(8, gt=0, le=limits.COUNT, description="directions of each linear layer")
+    strength: float | list[float] = Field(
+        1.0, description="share of the step along them that is taken away; a list is tried or searched"
+    )
+
+
 class ObjectiveSettings(Settings):
     """What makes one trial better than another."""
 

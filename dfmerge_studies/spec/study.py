@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import Coefficients, Method, method_named, with_coefficients
+from dfmerge_studies.methods import STRENGTH, Coefficients, Method, method_named, protected, with_coefficients
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, reference_problems
 from dfmerge_studies.spec.examine import Examined, examine_
@@ -21,6 +21,7 @@ from dfmerge_studies.spec.fields import (
     Granularity,
     ImportanceSettings,
     ObjectiveSettings,
+    ProtectSettings,
     SearchSettings,
     WarmStart,
     parse_size,
@@ -54,6 +55,9 @@ class StudySpec(Settings):
     importance: ImportanceSettings = ImportanceSettings.model_validate({})
     search: SearchSettings = SearchSettings.model_validate({})
     objective: ObjectiveSettings = ObjectiveSettings.model_validate({})
+    protect: ProtectSettings | None = Field(
+        None, description="a task along whose directions at the base merges are damped: {task, rank, strength}"
+    )
     baselines: list[KnownMethod] = Field(
         default_factory=list, description="methods that `run` shows beside this one, each as a study NAME.METHOD"
     )
@@ -140,6 +144,8 @@ class StudySpec(Settings):
             row = with_coefficients(row, Coefficients.PER_EXPERT)
         for name in dict.fromkeys(each for each in (row.phi, row.name, method) if each in self.parameters):
             row = row.adjusted(self.parameters[name], self.where(f"parameters.{name}"))
+        if self.protect is not None:
+            row = protected(row).adjusted({STRENGTH.name: self.protect.strength}, self.where("protect.strength"))
         return row
 
     @property
@@ -388,4 +394,5 @@ _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "importance": [ImportanceSettings],
     "search": [SearchSettings, WarmStart, Granularity],
     "objective": [ObjectiveSettings],
+    "protect": [ProtectSettings],
 }

@@ -68,6 +68,7 @@ _FORMERLY: Mapping[str, Any] = {
     MAX_DROP: {},
     "scoring": {},
     "parameters": {},
+    "protect": None,
 }
 COMPUTE, _FORMER_COMPUTE = "compute", "float32"  # the same; a new study states what `auto` means on its device
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
@@ -93,6 +94,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         **({MAX_DROP: own} if (own := _own_bounds(spec)) else {}),
         **({"scoring": scoring} if scoring else {}),
         **({"parameters": changed} if (changed := _changed_parameters(spec.row)) else {}),
+        **({"protect": spec.protect.model_dump(exclude={"strength"})} if spec.protect is not None else {}),
         "importance.estimator": spec.row.estimator_for(importance.estimator),
         "importance.samples": importance.samples if importance.indices is None else None,
         "importance.floor": importance.floor,
@@ -176,10 +178,11 @@ def as_stored(spec: StudySpec, stored: Mapping[str, Any] | None) -> StudySpec:
 
 def _changed_parameters(row: Method) -> dict[str, float | list[float] | None]:
     """Parameters of a method that a spec has set otherwise than the table: a value, or what is tried or searched."""
+    usual = {each.name: each for each in method_named(row.name).parameters}
     return {
         own.name: list(own.grid or own.bounds or ()) or own.default
-        for own, usual in zip(row.parameters, method_named(row.name).parameters, strict=True)
-        if own != usual
+        for own in row.parameters
+        if own != usual.get(own.name)
     }
 
 
