@@ -118,8 +118,8 @@ def test_metrics_of_numbers_are_what_their_definitions_say():
 def test_correlations_with_a_constant_are_zero_and_such_labels_are_refused():
     for name in ("pearson", "spearman"):
         assert METRICS[name].score(Numbers([2.0, 2.0, 2.0], [1.0, 2.0, 3.0])) == 0.0
-        assert METRICS[name].pointless([1.0, 1.0], None) == "all rows have the same number"
-        assert METRICS[name].pointless([1.0, 2.0], None) is None
+        assert METRICS[name].pointless(Numbers([], [1.0, 1.0])) == "all rows have the same number"
+        assert METRICS[name].pointless(Numbers([], [1.0, 2.0])) is None
 
 
 # Data
@@ -231,7 +231,7 @@ def test_where_less_is_better_the_search_and_the_verdict_know_it(mixed: Project)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"metric": "accuracy"}, "metric: accuracy does not fit a task of type: regression"),
+        ({"metric": "accuracy"}, "the metrics of type: regression are pearson, spearman, mse"),
         ({"doc_to_choice": ["a", "b"]}, "tasks.red.doc_to_choice: unknown key"),
         ({"type": "classification", "metric": "accuracy"}, "a regression head (problem_type 'regression')"),
         ({"doc_to_target": "a"}, "is not a finite number"),

@@ -28,6 +28,7 @@ TASK_TYPES = {
     ModelClass.SEQ2SEQ: "SEQ_2_SEQ_LM",
     ModelClass.CAUSAL: "CAUSAL_LM",
     ModelClass.CLASSIFICATION: "SEQ_CLS",
+    ModelClass.TOKENS: "TOKEN_CLS",
 }
 # Besides those that peft itself counts as prompt learning.
 _BESIDE_THE_WEIGHTS = ("ADAPTION_PROMPT", "XLORA", "POLY", "CARTRIDGE", "SHADOW")
@@ -173,7 +174,7 @@ def _folded(
     from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, load_peft_weights
 
     where = str(checkpoint.path)
-    classes = _adapter_classes(checkpoint) if model_class is ModelClass.CLASSIFICATION else []
+    classes = _adapter_classes(checkpoint) if model_class.has_head else []
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
     check_adapter_config(checkpoint, model, base_file=str(base.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.errors import InputError
@@ -14,29 +15,29 @@ class _Head:
     """A kind of head.
 
     Attributes:
-        problem: transformers' name, as `problem_type` of a configuration.
+        problem: transformers' name, as `problem_type` of a configuration; None where a class of models is for it alone.
         words: what such a head is called.
         answers: what it does, after "tasks of type ...".
     """
 
-    problem: str
+    problem: str | None
     words: str
     answers: str
 
 
 _HEADS: Mapping[str, _Head] = {  # by type of the tasks that need it
-    "classification": _Head(
-        "single_label_classification", "single-label classification", "pick one of several classes"
-    ),
+    "classification": _Head("single_label_classification", "single-label", "pick one of several classes"),
     "regression": _Head("regression", "regression", "have a head that gives one number"),
+    "multi-label-classification": _Head(
+        "multi_label_classification", "multi-label", "have a head that says yes or no to each label"
+    ),
+    "token-classification": _Head(None, "token classification", "have a head that tags every token"),
 }
-_WORDS = {
-    **{head.problem: head.words for head in _HEADS.values()},
-    "multi_label_classification": "multi-label",
-}
+_WORDS = {head.problem: head.words for head in _HEADS.values() if head.problem is not None}
+_OF_TOKENS = "ForTokenClassification"  # end of a class's name
 
 
-def problem_type(kind: str) -> str:
+def problem_type(kind: str) -> str | None:
     """Transformers' name of a kind of head.
 
     Args:
@@ -56,13 +57,14 @@ def class_names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
         InputError: the head is of another kind.
     """
     config = checkpoint.read_config()
-    labels = config.get("id2label")
-    names = labels if isinstance(labels, dict) else {}
-    if (other := _other_kind(kind, config.get("problem_type"), len(names) or config.get("num_labels"))) is not None:
+    names = _names(kind, checkpoint, config)
+    outputs = len(names) or config.get("num_labels")
+    other = _other_class(kind, checkpoint, config) or _other_kind(kind, config.get("problem_type"), outputs)
+    if other is not None:
         raise InputError(
             f"a {other}; tasks of type {kind} {_HEADS[kind].answers}",
             where=str(checkpoint.path / "config.json"),
-            hint=f"Name an expert with a head of {_HEADS[kind].words}, or give the task the type of its head",
+            hint=f"Name an expert with a {_HEADS[kind].words} head, or give the task the type of its head",
         )
     try:
         return tuple(str(names[number]) for number in sorted(names, key=int))
@@ -72,6 +74,24 @@ def class_names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
             where=str(checkpoint.path / "config.json"),
             hint="Number the classes from 0",
         ) from error
+
+
+def _names(kind: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Names of a head's classes by their numbers, as far as the configuration says them."""
+    labels = config.get("id2label")
+    if isinstance(labels, dict):
+        return labels
+    whole = bool(config) and not checkpoint.is_adapter and kind != "classification"
+    # Two labels without names are transformers' default, which it does not write.
+    return {"0": "LABEL_0", "1": "LABEL_1"} if whole and config.get("num_labels") in (None, 2) else {}
+
+
+def _other_class(kind: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> str | None:
+    """The class that a model was saved as, where it reads whole texts and the tasks single words, or the reverse."""
+    written = config.get("architectures")
+    classes = [str(name) for name in written] if isinstance(written, list) else []
+    wrong = [name for name in classes if name.endswith(_OF_TOKENS) != (_HEADS[kind].problem is None)]
+    return wrong[0] if wrong and not checkpoint.is_adapter else None
 
 
 def _other_kind(kind: str, problem: object, outputs: object) -> str | None:

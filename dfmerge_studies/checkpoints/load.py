@@ -40,6 +40,12 @@ class ModelClass(StrEnum):
     SEQ2SEQ = "AutoModelForSeq2SeqLM"
     CAUSAL = "AutoModelForCausalLM"
     CLASSIFICATION = "AutoModelForSequenceClassification"
+    TOKENS = "AutoModelForTokenClassification"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it reads an encoder with a head on it, which is a task's own."""
+        return self in (ModelClass.CLASSIFICATION, ModelClass.TOKENS)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def load_model(
     where, hint = str(checkpoint.path), "Copy the checkpoint again, or name the right one"
     resized = _resized(model, info["mismatched_keys"], where, allowed=bool(classes))
     missing = frozenset(info["missing_keys"]) | resized
-    if headless and model_class is ModelClass.CLASSIFICATION:
+    if headless and model_class.has_head:
         check_body(model, missing, where=where, owner="the weights", hint=hint)
     else:
         check_answers(model, missing, where=where, owner="the weights", hint=hint)
@@ -157,7 +163,7 @@ def _check_shapes(tensors: dict[str, Tensor], shell: PreTrainedModel, where: str
     expected, prefix = shell.state_dict(), f"{shell.base_model_prefix}."
     for name, tensor in tensors.items():
         for full in (name, f"{prefix}{name}"):
-            head = model_class is ModelClass.CLASSIFICATION and not full.startswith(prefix)
+            head = model_class.has_head and not full.startswith(prefix)
             if full in expected and not head and expected[full].shape != tensor.shape:
                 _misfit(full, tensor.shape, expected[full].shape, where)
 

@@ -106,7 +106,7 @@ def load_resident(
     Args:
         base: the model that all experts were fine-tuned from.
         experts: expert name to checkpoint; full models or adapters.
-        task_of: expert name to the task whose head it brings (heads only exist for classification).
+        task_of: expert name to the task whose head it brings (where models have heads).
         model_class: how to read them.
         guards: tasks that the base's own head answers, where it has one.
         dtype: of parameters and task vectors.
@@ -120,7 +120,7 @@ def load_resident(
     contents = Contents()
     loaded = load_model(base, model_class, dtype=dtype, headless=True, contents=contents)
     model, tokenizer = loaded.model, load_tokenizer(base)
-    classifier = model_class is ModelClass.CLASSIFICATION
+    classifier = model_class.has_head
     own = head_names(loaded.model, loaded.missing) if classifier else loaded.missing  # the latter of no use to anything
     theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in own}
     for name, tensor in theta_pre.items():

@@ -1,31 +1,39 @@
 """Directions in the space of what a head gives, along which squared gradients add up to an importance.
 
-z      what the head gives for an input, B inputs in a batch (see `tasks.scoring`)
-y      an answer, p(y|x) its probability under the model, l(x, y) = -log p(y|x) up to a constant
-g(y)   dl/dz; its mean under p(y|x) is 0
-J      Jacobian of z in the parameters
+    z      what the head gives for an input, B inputs in a batch (see `tasks.scoring`)
+    y      an answer, p(y|x) its probability under the model, l(x, y) = -log p(y|x) up to a constant
+    g(y)   dl/dz; its mean under p(y|x) is 0
+    J      Jacobian of z in the parameters
 
-exact      E_y (J^T g(y))^2  =  diag(J^T C J)  =  sum over k of (J^T d_k)^2,   C = cov g(y), d_k columns of a root of C
-sampled    (J^T g(y))^2,  y drawn from p(y|x)
-empirical  (J^T g(y))^2,  y the label
+    exact      E_y (J^T g(y))^2  =  diag(J^T C J)  =  sum over k of (J^T d_k)^2,  C = cov g(y) = sum over k of d_k d_k^T
+    sampled    (J^T g(y))^2,  y drawn from p(y|x)
+    empirical  (J^T g(y))^2,  y the label
 
-kind            y                        p(y|x)                             g(y)       C
-classification  one of K classes         softmax(z)[y]                      p - e_y    diag(p) - p p^T
-regression      a number                 normal: mean z, variance 1         z - y      1
+Each kind of head has its answers:
+
+    kind            y                           p(y|x)                               g(y)       C
+    classification  one of K classes            softmax(z)[y]                        p - e_y    diag(p) - p p^T
+    regression      a number                    normal: mean z, variance 1           z - y      1
+    multi-label     0 or 1 for each label k     product over k; p_k = sigmoid(z_k)   p - y      diag(p (1 - p))
+    tokens          one of K tags for a word    product over words of softmax(z_w)   as of classes, word by word
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.scoring import pad, pad_mask
+from dfmerge_studies.tasks.tags import IGNORED
 
 Batch = Sequence[Encoded]
 
@@ -150,6 +158,53 @@ def _drawn_numbers(z: Tensor, batch: Batch, draws: Tensor) -> Tensor:
     return found
 
 
+def _label_roots(z: Tensor, batch: Batch) -> Iterator[Tensor]:
+    p = torch.sigmoid(z)
+    deviation = (p * (1 - p)).sqrt()
+    for column in torch.eye(z.shape[1], dtype=z.dtype, device=z.device):
+        yield deviation * column
+
+
+def _drawn_labels(z: Tensor, batch: Batch, draws: Tensor) -> Tensor:
+    numbers = _uniform(draws, [z.shape[1]] * len(z), z.device)
+    return (numbers < torch.sigmoid(z)).to(z.dtype)
+
+
+def _tag_roots(z: Tensor, batch: Batch) -> Iterator[Tensor]:
+    """One word after the other: the squares of different words must not be added before they are squared."""
+    p, present = torch.softmax(z, dim=-1), _words(batch, z.device)
+    for w in range(z.shape[1]):
+        for column in class_directions(p[:, w]).unbind(1):
+            found = torch.zeros_like(z)
+            found[:, w] = column * present[:, w, None]
+            yield found
+
+
+def _tag_gradient(z: Tensor, y: Tensor) -> Tensor:
+    found: Tensor = torch.softmax(z, dim=-1) - one_hot(y.clamp_min(0), z.shape[-1])
+    return found * (y != IGNORED)[..., None]
+
+
+def _drawn_tags(z: Tensor, batch: Batch, draws: Tensor) -> Tensor:
+    numbers = _uniform(draws, [len(example.words) for example in batch], z.device)
+    chosen = drawn_choices(torch.softmax(z, dim=-1).flatten(0, 1), numbers.flatten()).view(z.shape[:2])
+    return chosen.masked_fill(~_words(batch, z.device), IGNORED)
+
+
+def _words(batch: Batch, device: torch.device) -> Tensor:
+    """(B, W) whether an input has so many words."""
+    return pad_mask([example.words for example in batch], device).bool()
+
+
+def _uniform(draws: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:
+    """(B, most) several uniform numbers per input, made of its one, so that no other input changes them; else 0."""
+    rows = []
+    for draw, count in zip(draws.tolist(), counts, strict=True):
+        generator = torch.Generator().manual_seed(int(draw * 2**53))
+        rows.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    return pad_sequence(rows, batch_first=True).to(device)
+
+
 _ANSWERS: Mapping[Kind, _Answers] = {
     Kind.CLASSIFICATION: _Answers(
         _class_roots, _class_gradient, _drawn_classes, lambda labels, z: torch.tensor(labels, device=z.device)
@@ -159,5 +214,14 @@ _ANSWERS: Mapping[Kind, _Answers] = {
         lambda z, y: z - y,
         _drawn_numbers,
         lambda labels, z: torch.tensor(labels, device=z.device, dtype=z.dtype)[:, None],
+    ),
+    Kind.MULTI_LABEL: _Answers(
+        _label_roots,
+        lambda z, y: torch.sigmoid(z) - y,
+        _drawn_labels,
+        lambda labels, z: torch.tensor(labels, device=z.device, dtype=z.dtype),
+    ),
+    Kind.TOKENS: _Answers(
+        _tag_roots, _tag_gradient, _drawn_tags, lambda labels, z: pad(cast("Any", labels), IGNORED, z.device)
     ),
 }

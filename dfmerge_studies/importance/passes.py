@@ -16,7 +16,6 @@ from dfmerge_studies.methods import Blocks, Estimator
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.scoring import (
-    IGNORED,
     Relabel,
     Rows,
     continuation_losses,
@@ -27,6 +26,7 @@ from dfmerge_studies.tasks.scoring import (
     make_rows,
     probabilities,
 )
+from dfmerge_studies.tasks.tags import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

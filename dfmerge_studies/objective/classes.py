@@ -58,6 +58,23 @@ def positive_class(spec: StudySpec, task: str, classes: Classes) -> int | None:
     return class_order(tuple(names), tuple(classes[task]), spec.where(f"tasks.{task}.doc_to_choice"))[index]
 
 
+def named_classes(spec: StudySpec, task: str, classes: Classes) -> tuple[int | None, list[str]]:
+    """What a metric may have to know of a task's classes: the one that counts, and the names of all."""
+    return positive_class(spec, task, classes), class_names_of(spec, task, classes)
+
+
+def class_names_of(spec: StudySpec, task: str, classes: Classes) -> list[str]:
+    """Names of a task's classes in the order of its head; nothing where they have none.
+
+    Args:
+        spec: whose task it is.
+        task: its name.
+        classes: names of the classes of each task's head, as far as they are known.
+    """
+    own, choices = known_names(classes.get(task, ())), choices_of(spec.tasks[task])
+    return list(own) or (list(choices) if isinstance(choices, list) else [])
+
+
 def head_labels(spec: StudySpec, task: str, classes: Classes, number: int) -> list[str]:
     """Names of a head's classes for its configuration: its own, else those of the data, else transformers' numbers.
 
@@ -67,9 +84,5 @@ def head_labels(spec: StudySpec, task: str, classes: Classes, number: int) -> li
         classes: names of the classes of each task's head, as far as they are known.
         number: of the head's classes.
     """
-    own, choices = known_names(classes.get(task, ())), choices_of(spec.tasks[task])
-    if len(own) == number:
-        return list(own)
-    if isinstance(choices, list) and len(choices) == number:
-        return list(choices)
-    return [f"LABEL_{index}" for index in range(number)]
+    names = class_names_of(spec, task, classes)
+    return names if len(names) == number else [f"LABEL_{index}" for index in range(number)]

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.digest import Contents
-from dfmerge_studies.checkpoints.load import ModelClass, load_model, load_tokenizer
+from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
 from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, positive_class
+from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, named_classes
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
@@ -30,8 +30,10 @@ from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, wanted_answers
+from dfmerge_studies.tasks.data import reordered
 from dfmerge_studies.tasks.labels import class_order
 from dfmerge_studies.tasks.metrics import TaskScore
+from dfmerge_studies.tasks.settings import HeadTask
 from dfmerge_studies.tasks.splits import Split
 
 logger = logging.getLogger(__name__)
@@ -159,12 +161,12 @@ def _evaluate(
         )
         given = ask(model, settings, kind, examples, progress=advance)
         if metric.labels:
-            positive = positive_class(spec, task, classes)
-            answers = judged(settings, given, wanted_answers(settings, examples), positive)
+            right = wanted_answers(settings, examples)
+            answers = judged(settings, given, right, *named_classes(spec, task, classes))
         else:
             expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
             others = taken_answers(settings, ask(expert, settings, kind, examples))
-            answers = judged(settings, given, _in_order_of(classes, of_experts, task, others))
+            answers = judged(settings, given, _in_order_of(spec, classes, of_experts, task, others))
         results[task] = metric.result(answers)
     return results
 
@@ -176,12 +178,14 @@ def _classes_of_heads(spec: StudySpec, checkpoint: Checkpoint) -> dict[str, tupl
     return {task: names for task, names in found.items() if names}
 
 
-def _in_order_of(classes: Classes, of_experts: Classes, task: str, answers: list[Any]) -> list[Any]:
+def _in_order_of(spec: StudySpec, classes: Classes, of_experts: Classes, task: str, answers: list[Any]) -> list[Any]:
     """Answers of a task's expert as classes of the head that is scored."""
     if task not in classes or task not in of_experts:
         return answers
     order = class_order(tuple(of_experts[task]), tuple(classes[task]), f"tasks.{task}")
-    return [order[answer] for answer in answers]
+    settings = spec.tasks[task]
+    assert isinstance(settings, HeadTask)  # others have no classes
+    return [reordered(settings, answer, order) for answer in answers]
 
 
 def _load_expert(spec: StudySpec, task: str, found: Checkpoints, dtype: torch.dtype) -> PreTrainedModel:
@@ -209,14 +213,14 @@ def _heads(
                 where=spec.where(f"tasks.{task}"),
                 hint="Add an expert with this task, or remove the task",
             )
-        heads[task] = _expert_head(owner, found.base, dtype)
+        heads[task] = _expert_head(owner, found, dtype)
     return heads
 
 
-def _expert_head(expert: Checkpoint, base: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def _expert_head(expert: Checkpoint, found: Checkpoints, dtype: torch.dtype) -> dict[str, Tensor]:
     if expert.is_adapter:
-        model = load_adapter(expert, base, ModelClass.CLASSIFICATION, dtype=dtype)
+        model = load_adapter(expert, found.base, found.model_class, dtype=dtype)
     else:
-        model = load_model(expert, ModelClass.CLASSIFICATION, dtype=dtype).model
-    names = head_names(model, load_model(base, ModelClass.CLASSIFICATION, dtype=dtype, headless=True).missing)
+        model = load_model(expert, found.model_class, dtype=dtype).model
+    names = head_names(model, load_model(found.base, found.model_class, dtype=dtype, headless=True).missing)
     return {name: p.detach() for name, p in float_parameters(model).items() if name in names}

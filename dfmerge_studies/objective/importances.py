@@ -19,6 +19,7 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.tasks.answers import writer_of
+from dfmerge_studies.tasks.encoding import HEADED, Kind
 from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.sampling import torch_generator
 
@@ -74,6 +75,8 @@ def _has_no_choices(problem: Problem, task: str) -> bool:
     return harness or any(each.text is not None for each in inputs)
 
 
+# Kinds that a key names: one head may be taken for either of two. The first kinds had no name in it.
+_NAMED_IN_KEYS = HEADED - {Kind.CLASSIFICATION}
 Uses = Callable[[int, Coefficient], float]  # from an expert's position and its coefficient: see `Importances`
 
 
@@ -211,11 +214,18 @@ class Importances:
         inputs = {
             task: [
                 ids_digest(
-                    [e.input_ids, e.choices, e.token_type_ids, e.label if labelled else None]
+                    [
+                        e.input_ids,
+                        e.choices,
+                        e.token_type_ids,
+                        e.label if labelled else None,
+                        *([e.words] if e.words else []),
+                    ]
                     for e in problem.tasks[task].fisher
                 ),
                 self._head_owner(task),
                 *([[writer.max_gen_toks, writer.until]] if (writer := self._writer(task)) is not None else []),
+                *([kind.value] if (kind := problem.kinds[task]) in _NAMED_IN_KEYS else []),
             ]
             for task in tasks
         }

@@ -11,14 +11,23 @@ from dfmerge_studies.boundary import reading
 from dfmerge_studies.checkpoints.resident import Resident, head_classes
 from dfmerge_studies.checkpoints.vocabulary import MEND
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.classes import Classes, positive_class
+from dfmerge_studies.objective.classes import Classes, named_classes
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.answers import judged
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.harness import read_questions
 from dfmerge_studies.tasks.harness_model import encode_questions
+from dfmerge_studies.tasks.metrics import Metric
 from dfmerge_studies.tasks.sampling import divided_first_rows, divided_rows, draw_rows, seeded_generator
-from dfmerge_studies.tasks.settings import HarnessTask, choices_of
+from dfmerge_studies.tasks.settings import (
+    AnyTask,
+    HarnessTask,
+    MultiLabelTask,
+    RegressionTask,
+    TokenTask,
+    choices_of,
+)
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tokenise import encode_rows, longest_input, prompted
 
@@ -51,8 +60,7 @@ def scored_examples(
                 hint="Leave rows to the search: give a smaller number, or a fraction",
             )
         examples = [examples[row] for row in seen]
-    labels = _wanted(examples)
-    reason = metric.pointless(labels, positive_class(spec, task, classes)) if metric.labels else None
+    reason = _pointless(spec, task, metric, examples, classes)
     if reason is not None:
         raise InputError(
             f"{metric.name} on {split} would be the same for every model: {reason}",
@@ -80,9 +88,15 @@ def held_out_examples(
     seen, held = _divided(spec, task, len(examples))
     found = [examples[row] for row in held[: max(1, int(share * len(seen)))]]
     metric = spec.metrics("holdout")[task]
-    labels = _wanted(found)
-    pointless = metric.labels and metric.pointless(labels, positive_class(spec, task, classes)) is not None
-    return [] if pointless else found
+    return [] if _pointless(spec, task, metric, found, classes) is not None else found
+
+
+def _pointless(spec: StudySpec, task: str, metric: Metric, examples: Sequence[Encoded], classes: Classes) -> str | None:
+    """Why every model would have the same score on some inputs, if so."""
+    if not metric.labels or isinstance(spec.tasks[task], HarnessTask):
+        return None
+    wanted = _wanted(examples)
+    return metric.pointless(judged(spec.tasks[task], (), wanted, *named_classes(spec, task, classes)))
 
 
 def _wanted(examples: Sequence[Encoded]) -> list[Any]:
@@ -99,7 +113,7 @@ def _divided(spec: StudySpec, task: str, total: int) -> tuple[list[int], list[in
 
 
 def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row]) -> None:
-    """Refuse choices that differ from row to row, where the metric compares them across rows.
+    """Refuse choices that differ from row to row, where the metric compares them across rows, or that it cannot read.
 
     Args:
         spec: where the metric stands.
@@ -111,6 +125,12 @@ def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row])
         InputError: naming the first such row, or a positive class that there is not.
     """
     settings, metric = spec.tasks[task], spec.metrics(split)[task]
+    if (why := metric.unreadable(rows[0].choices)) is not None:
+        raise InputError(
+            f"{metric.name} cannot read the names of the classes: {why}",
+            where=spec.where(f"tasks.{task}.metric"),
+            hint="Name them in doc_to_choice, in the order of the head, or use another metric",
+        )
     if not metric.classes:
         return
     for row in rows:
@@ -146,9 +166,10 @@ def check_labels(
     """
     if task not in heads:
         return
-    classes, regression = head_classes(heads[task]), spec.tasks[task].type == "regression"
+    settings, classes = spec.tasks[task], head_classes(heads[task])
+    regression = isinstance(settings, RegressionTask)
     if (classes == 1) != regression:
-        kind = "one number" if regression else "single-label classification"
+        kind = "one number" if regression else "several classes"
         raise InputError(
             f"the expert's head is no head of {kind}: it has {classes} output{'s' * (classes > 1)}",
             where=spec.where(f"tasks.{task}"),
@@ -156,7 +177,7 @@ def check_labels(
         )
     if regression:
         return
-    names = choices_of(spec.tasks[task])
+    names = choices_of(settings)
     if isinstance(names, list) and len(names) != classes:
         raise InputError(
             f"{len(names)} classes {names}, but the expert's head has {classes}",
@@ -164,12 +185,21 @@ def check_labels(
             hint="Name the head's classes, or the expert that was trained on these classes",
         )
     for example in examples:
-        if example.label is not None and example.label >= classes:
+        if (largest := _largest_class(settings, example.label)) >= classes:
             raise InputError(
-                f"row {example.index}: label {example.label} is not among the {classes} classes of the expert's head",
+                f"row {example.index}: label {largest} is not among the {classes} classes of the expert's head",
                 where=spec.where(f"tasks.{task}.doc_to_target"),
                 hint="Correct the data, or name the expert that was trained on these classes",
             )
+
+
+def _largest_class(task: AnyTask, label: Any) -> int:
+    """The largest class that a label names; -1 for none."""
+    if label is None:
+        return -1
+    if isinstance(task, MultiLabelTask):
+        return len(label) - 1
+    return max(label) if isinstance(task, TokenTask) else int(label)
 
 
 def encode_split(

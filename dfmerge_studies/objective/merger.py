@@ -25,7 +25,7 @@ from dfmerge_studies.methods import (
     fixed_coefficients,
     importance_coefficient,
 )
-from dfmerge_studies.objective.classes import positive_class
+from dfmerge_studies.objective.classes import named_classes
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.given import Given, point_of
@@ -299,7 +299,7 @@ class Merger:
         settings = spec.tasks[task]
         if spec.metrics(split)[task].labels:
             wanted = wanted_answers(settings, self.problem.examples(task, split))
-            return judged(settings, given, wanted, positive_class(spec, task, self.problem.classes))
+            return judged(settings, given, wanted, *named_classes(spec, task, self.problem.classes))
         return judged(settings, given, self.problem.expert_answers[task, split])
 
     @_everywhere

@@ -38,6 +38,8 @@ _CLASSES = {
     Kind.CAUSAL: ModelClass.CAUSAL,
     Kind.CLASSIFICATION: ModelClass.CLASSIFICATION,
     Kind.REGRESSION: ModelClass.CLASSIFICATION,
+    Kind.MULTI_LABEL: ModelClass.CLASSIFICATION,
+    Kind.TOKENS: ModelClass.TOKENS,
 }
 
 
@@ -63,7 +65,7 @@ class Checkpoints:
     @property
     def has_heads(self) -> bool:
         """Whether each task has a head of its own."""
-        return self.model_class is ModelClass.CLASSIFICATION
+        return self.model_class.has_head
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Problem:
                 name: ids_digest(
                     [
                         *(e.index, e.input_ids, e.choices, e.label, e.token_type_ids),
-                        *([e.targets] if e.targets else []),
+                        *filter(None, (e.targets, e.words)),
                         *([e.question.identity] if e.question is not None else []),
                     ]
                     for e in self.examples(name, split)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,5 +179,5 @@ def _named(problem: Problem, task: str, what: str) -> Iterator[None]:
         ) from error
 
 
-def _numbers(losses: Sequence[float]) -> str:
-    return ", ".join(f"{loss:.3g}" for loss in losses[:4])
+def _numbers(losses: Sequence[Any]) -> str:
+    return ", ".join(f"{loss:.3g}" for loss in torch.tensor(losses).flatten()[:4].tolist())

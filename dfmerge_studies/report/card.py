@@ -33,6 +33,8 @@ _PIPELINES = {
     Kind.CAUSAL: "text-generation",
     Kind.CLASSIFICATION: "text-classification",
     Kind.REGRESSION: "text-classification",
+    Kind.MULTI_LABEL: "text-classification",
+    Kind.TOKENS: "token-classification",
 }
 
 
@@ -354,8 +356,8 @@ def _usage_of_adapter(problem: Problem, task: str | None) -> list[str]:
 
 
 def _usage(problem: Problem) -> list[str]:
+    auto = problem.checkpoints.model_class.value
     if not problem.resident.heads:
-        auto = problem.checkpoints.model_class.value
         return [
             f"from transformers import {auto}, AutoTokenizer",
             "",
@@ -364,12 +366,12 @@ def _usage(problem: Problem) -> list[str]:
         ]
     return [
         "from safetensors.torch import load_file",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'head = load_file("DIR/heads/TASK.safetensors")  # one head per task, never merged',
         "classes = [tensor for name, tensor in head.items() if name.endswith('weight')][-1].shape[0]",
         'tokenizer = AutoTokenizer.from_pretrained("DIR")',
-        'model = AutoModelForSequenceClassification.from_pretrained("DIR", num_labels=classes)',
+        f'model = {auto}.from_pretrained("DIR", num_labels=classes)',
         "model.load_state_dict(head, strict=False)",
     ]
 

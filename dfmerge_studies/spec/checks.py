@@ -9,7 +9,7 @@ from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.reading import shortened
-from dfmerge_studies.tasks.encoding import HEADED
+from dfmerge_studies.tasks.encoding import HEADED, Kind
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS
 from dfmerge_studies.trials.space import Space
 
@@ -54,9 +54,17 @@ def _naming(spec: StudySpec) -> Iterator[Finding]:
             if not NAME.fullmatch(name):
                 yield kind, f"{shortened(name)} is no usable name", "Use letters, digits, '.', '_' and '-'"
     types = list(dict.fromkeys(task.type for task in spec.tasks.values()))
-    if len({type_ in HEADED for type_ in types}) > 1:
+    if len({_models(type_) for type_ in types}) > 1:
         what = f"tasks of type {' and '.join(types)} cannot be mixed: one model answers them all"
-        yield "tasks", what, "Use tasks of language models alone, or of encoders with heads"
+        hint = "Use tasks of language models alone, of heads on whole texts alone, or token-classification alone"
+        yield "tasks", what, hint
+
+
+def _models(type_: str) -> str:
+    """What models of some type of task have in common, so that one can answer all such tasks."""
+    if type_ not in HEADED:
+        return "a vocabulary to answer with"
+    return "a head on words" if type_ == Kind.TOKENS else "a head on the text"
 
 
 def _experts_without_task(spec: StudySpec) -> Iterator[Finding]:

@@ -24,6 +24,8 @@ _UNION_MEMBERS = (
     "choice",
     "classification",
     "regression",
+    "multi-label-classification",
+    "token-classification",
     "text",
     "generate",
     "lm_eval",

@@ -49,6 +49,7 @@ _LIBRARIES = (
     "numpy",
     "scipy",
     "scikit-learn",
+    "seqeval",
     "lm-eval",
 )
 

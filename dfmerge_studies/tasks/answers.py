@@ -14,9 +14,19 @@ from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_o
 from dfmerge_studies.tasks.generation import Writer, write_texts
 from dfmerge_studies.tasks.harness import judge
 from dfmerge_studies.tasks.harness_model import answer_questions
+from dfmerge_studies.tasks.label_sets import LabelSets, taken_sets
 from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
-from dfmerge_studies.tasks.settings import GenerateTask, HarnessTask, RegressionTask, TaskSettings, TextTask
+from dfmerge_studies.tasks.settings import (
+    GenerateTask,
+    HarnessTask,
+    MultiLabelTask,
+    RegressionTask,
+    TaskSettings,
+    TextTask,
+    TokenTask,
+)
+from dfmerge_studies.tasks.tags import Tags, taken_tags
 from dfmerge_studies.tasks.written import Written
 
 if TYPE_CHECKING:
@@ -35,7 +45,7 @@ def given_answers(
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
 ) -> Sequence[Any]:
-    """What a model gives for every input, in the order of `examples`: losses of choices, classes, a text; or an answer.
+    """What a model gives for every input, in the order of `examples`: as `forward_losses` has it, or a text.
 
     Of a task of lm-evaluation-harness, what that asks for.
 
@@ -95,7 +105,7 @@ def writer_of(task: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Writer 
 
 
 def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
-    """What a model answers, for others to agree with: per input the choice or class, the number or the text.
+    """What a model answers, for others to agree with: per input, in the form of the labels.
 
     Args:
         task: settings of the task.
@@ -103,11 +113,15 @@ def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:
     """
     if isinstance(task, GenerateTask):
         return [(task.filtered(text),) for text in given]
-    return list(given) if isinstance(task, RegressionTask) else predict(given)
+    if isinstance(task, RegressionTask):
+        return list(given)
+    if isinstance(task, MultiLabelTask):
+        return list(taken_sets(given))
+    return list(taken_tags(given)) if isinstance(task, TokenTask) else predict(given)
 
 
 def wanted_answers(task: TaskSettings, examples: Sequence[Encoded]) -> list[Any]:
-    """What the data says is right, per input: the index of a choice or class, a number, accepted texts.
+    """What the data says is right, per input: its label, or accepted texts; of a text what it holds.
 
     Args:
         task: settings of the task.
@@ -131,7 +145,13 @@ def _targets(example: Encoded) -> tuple[str, ...]:
     return example.targets
 
 
-def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], positive: int | None = None) -> Judged:
+def judged(
+    task: TaskSettings,
+    given: Sequence[Any],
+    wanted: Sequence[Any],
+    positive: int | None = None,
+    names: Sequence[str] = (),
+) -> Judged:
     """What the task's metric judges.
 
     Args:
@@ -139,6 +159,7 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
         given: of `given_answers`.
         wanted: of `wanted_answers`, or of another model's `taken_answers`.
         positive: the class that counts, where the metric has one.
+        names: of the classes, where the metric reads them.
     """
     if isinstance(task, HarnessTask):
         return judge(task, given, wanted)
@@ -150,4 +171,8 @@ def judged(task: TaskSettings, given: Sequence[Any], wanted: Sequence[Any], posi
         plain = task.ignored
         texts = [plain(task.filtered(text)) for text in given]
         return Written(texts, [[plain(each) for each in accepted] for accepted in wanted])
+    if isinstance(task, MultiLabelTask):
+        return LabelSets(given, wanted)
+    if isinstance(task, TokenTask):
+        return Tags(given, wanted, names)
     return Answers(given, wanted, positive)

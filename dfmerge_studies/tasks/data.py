@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.fewshot import draw_examples
 from dfmerge_studies.tasks.files import documents, empty_split, opened_split
+from dfmerge_studies.tasks.label_sets import read_label_sets
 from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
 from dfmerge_studies.tasks.numbers import read_numbers
 from dfmerge_studies.tasks.prompts import Example
@@ -18,15 +18,26 @@ from dfmerge_studies.tasks.settings import (
     ChosenTask,
     GenerateTask,
     HeadTask,
+    MultiLabelTask,
     OwnTask,
     PromptedTask,
     RegressionTask,
     RenderedTask,
     TextTask,
+    TokenTask,
     choices_of,
 )
+from dfmerge_studies.tasks.tags import IGNORED, read_tags, read_words
 from dfmerge_studies.tasks.targets import read_targets
-from dfmerge_studies.tasks.templates import bare_column, empty_cell, is_missing, is_there, renderer, text_renderer
+from dfmerge_studies.tasks.templates import (
+    as_list,
+    bare_column,
+    empty_cell,
+    is_missing,
+    is_there,
+    renderer,
+    text_renderer,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,12 +52,13 @@ class Row:
         text: the prompt or the text to classify.
         pair: second text, for heads that read pairs.
         choices: the choices, in order; for classification the class names, or nothing; for texts the text alone.
-        label: index of the right one, or the right number; None where the data has no labels.
+        label: as `Encoded` has it; of words a tag for each; None where the data has no labels.
         description: of the task, before everything in the prompt.
         prefix: how the answer begins.
         examples: before the text in the prompt.
         targets: of a text to be generated, the accepted ones; nothing where the data has none.
         question: of a task of lm-evaluation-harness, the document.
+        words: of the text, where they get tags.
     """
 
     index: int
@@ -59,6 +71,7 @@ class Row:
     examples: tuple[Example, ...] = ()
     targets: tuple[str, ...] = ()
     question: Any = None
+    words: tuple[str, ...] = ()
 
 
 def load_rows(
@@ -137,26 +150,45 @@ def _labelled_rows(
         if isinstance(task, TextTask):
             return _texts(dataset, task, where)
         rows, values = _render(dataset, task, target, names or known_names(classes), where)
-    if isinstance(task, RegressionTask):
-        if target is None:
-            return rows
-        numbers = read_numbers(values, where=f"{where}.doc_to_target", split=split)
-        return [replace(row, label=number) for row, number in zip(rows, numbers, strict=True)]
     if isinstance(task, GenerateTask):
         if target is None:
             return rows
         accepted = read_targets(values, task, where=f"{where}.doc_to_target", split=split)
         return [replace(row, targets=texts) for row, texts in zip(rows, accepted, strict=True)]
     if target is not None:
-        choices = [row.choices for row in rows]
-        if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
-            labels, remark = read_index(target, choices, where=f"{where}.doc_to_target", split=split), None
-        else:
-            labels, remark = read_labels(values, choices, names=names, where=f"{where}.doc_to_target", split=split)
+        at = f"{where}.doc_to_target"
+        labels, remark = _labels(task, rows, values, target, names, len(classes) or None, at, split)
         if remark is not None and remarks is not None:
             remarks.append(remark)
         rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
-    return [_in_order_of(classes, row, task, where) for row in rows] if classes else rows
+    if not classes or isinstance(task, RegressionTask):
+        return rows
+    return [_in_order_of(classes, row, task, where) for row in rows]
+
+
+def _labels(
+    task: ChosenTask | HeadTask,
+    rows: Sequence[Row],
+    values: Sequence[Any],
+    target: str | int,
+    names: Sequence[str],
+    number: int | None,
+    where: str,
+    split: str,
+) -> tuple[Sequence[Any], str | None]:
+    """The label of every row, and a remark where they could be read otherwise too."""
+    if isinstance(task, RegressionTask):
+        return read_numbers(values, where=where, split=split), None
+    if isinstance(task, MultiLabelTask):
+        choices = rows[0].choices
+        return read_label_sets(values, choices, len(choices) or number, names=names, where=where, split=split)
+    if isinstance(task, TokenTask):
+        words = [row.words for row in rows]
+        return read_tags(values, words, rows[0].choices, names=names, where=where, split=split)
+    choices_of_rows = [row.choices for row in rows]
+    if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
+        return read_index(target, choices_of_rows, where=where, split=split), None
+    return read_labels(values, choices_of_rows, names=names, where=where, split=split)
 
 
 def _texts(dataset: Dataset, task: TextTask, where: str) -> list[Row]:
@@ -178,15 +210,16 @@ def _class_names(dataset: Dataset, column: str | None) -> tuple[str, ...]:
     from datasets import ClassLabel
 
     feature = dataset.features.get(column)
+    feature = getattr(feature, "feature", feature)  # of a list, what it holds
     return tuple(feature.names or ()) if isinstance(feature, ClassLabel) else ()
 
 
-def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask, where: str) -> Row:
-    """A row of a classification task with its label as a class of the head."""
+def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask | HeadTask, where: str) -> Row:
+    """A row of a task with a head, with its label in the classes of the head."""
     if not row.choices:
         return row
     order = class_order(row.choices, tuple(classes), f"{where}.doc_to_choice")
-    positive = task.positive if task.doc_to_choice is None else None  # an index with no list that it points into
+    positive = task.positive if choices_of(task) is None else None  # an index with no list that it points into
     if isinstance(positive, int) and order[positive : positive + 1] not in ([], [positive]):
         raise InputError(
             f"class {positive} is {row.choices[positive]!r} in the data and {classes[positive]!r} in the expert's head",
@@ -196,8 +229,23 @@ def _in_order_of(classes: Sequence[str], row: Row, task: ChosenTask, where: str)
     return replace(
         row,
         choices=tuple(row.choices[order.index(place)] for place in range(len(order))),
-        label=order[row.label] if isinstance(row.label, int) else None,
+        label=None if row.label is None else reordered(task, row.label, order),
     )
+
+
+def reordered(task: ChosenTask | HeadTask, label: Any, order: Sequence[int]) -> Any:
+    """A label in another order of the classes.
+
+    Args:
+        task: settings of a task with a head, or with choices.
+        label: as `Encoded` has it.
+        order: where each class stands in the other order.
+    """
+    if isinstance(task, MultiLabelTask):
+        return tuple(label[order.index(place)] for place in range(len(order)))
+    if isinstance(task, TokenTask):
+        return tuple(tag if tag == IGNORED else order[tag] for tag in label)
+    return order[label]
 
 
 def _render(
@@ -209,7 +257,7 @@ def _render(
     source = bare_column(target, columns) or target
     to_target = None if source is None else renderer(source, columns, f"{where}.doc_to_target")
     to_choices = _choice_renderer(task, columns, f"{where}.doc_to_choice", tuple(names))
-    pair = task.doc_to_text_pair if isinstance(task, HeadTask) else None
+    pair = getattr(task, "doc_to_text_pair", None)
     to_pair = None if pair is None else renderer(pair, columns, f"{where}.doc_to_text_pair")
     around = {
         field: text_renderer(getattr(task, field, None), columns, f"{where}.{field}")
@@ -217,10 +265,15 @@ def _render(
     }
     rows, values = [], []
     for index, document in enumerate(documents(dataset, where)):
-        text = _text(to_text(document, index), task.doc_to_text, f"{where}.doc_to_text", index)
+        text = to_text(document, index)
+        words: tuple[str, ...] = ()
+        if isinstance(task, TokenTask):
+            words = read_words(text, index, f"{where}.doc_to_text")
+            text = " ".join(words)
+        text = _text(text, task.doc_to_text, f"{where}.doc_to_text", index)
         second = _text(to_pair(document, index), pair, f"{where}.doc_to_text_pair", index) if to_pair and pair else None
         description, prefix = (render(document, index) for render in around.values())
-        rows.append(Row(index, text, second, to_choices(document, index), None, description, prefix))
+        rows.append(Row(index, text, second, to_choices(document, index), None, description, prefix, words=words))
         values.append(to_target(document, index) if to_target else None)
     return rows, values
 
@@ -241,12 +294,10 @@ def _choice_renderer(
 
     def choices(document: Mapping[str, Any], index: int) -> tuple[str, ...]:
         value = render(document, index)
-        if isinstance(value, str):
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested deeply
-                value = [value]
-        return _checked_choices(value, where, index)
+        found = as_list(value)
+        if found is None:
+            found = [value] if isinstance(value, str) else value
+        return _checked_choices(found, where, index)
 
     return choices
 

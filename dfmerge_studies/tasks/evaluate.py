@@ -85,7 +85,7 @@ def choice_losses(
     token_budget: int = TOKEN_BUDGET,
     progress: Callable[[int], None] | None = None,
     ranks: Ranks = SOLO,
-) -> list[list[float]]:
+) -> list[list[Any]]:
     """Losses of all choices of all inputs, or what heads give that pick none, in the order of `examples`.
 
     Args:
@@ -98,18 +98,19 @@ def choice_losses(
         ranks: processes that share the inputs; every one of them gets all losses.
 
     Returns:
-        One list per input, as `forward_losses` has it: a loss per choice or class, or one number.
+        One list per input, as `forward_losses` has it: a loss per choice or class, one number, a score per label, or
+            for each word a list of losses.
 
     Raises:
         RunError: a loss is not finite; the message names the row.
     """
 
-    def compute(share: Sequence[int]) -> list[list[float]]:
+    def compute(share: Sequence[int]) -> list[list[Any]]:
         return _own_losses(model, kind, examples, share, pad_id, token_budget, progress, ranks)
 
     shares = ranks.shares([token_cost(example, kind) for example in examples])
     found = ranks.agreed(lambda: compute(shares[ranks.rank]))
-    results: list[list[float]] = [[] for _ in examples]
+    results: list[list[Any]] = [[] for _ in examples]
     for share, part in zip(shares, found, strict=True):
         if len(share) != len(part):
             raise GroupError("the processes do not have the same number of inputs", hint="Give all the same data")
@@ -127,10 +128,10 @@ def _own_losses(
     token_budget: int,
     progress: Callable[[int], None] | None,
     ranks: Ranks,
-) -> list[list[float]]:
+) -> list[list[Any]]:
     """Losses of this rank's share, in its order."""
     mine = [examples[i] for i in share]
-    results: list[list[float]] = [[] for _ in mine]
+    results: list[list[Any]] = [[] for _ in mine]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -150,12 +151,13 @@ def _own_losses(
     return results
 
 
-def _checked(example: Encoded, losses: list[float]) -> list[float]:
-    """The losses of the choices that the input has, all finite."""
-    present = losses[: len(example.choices)] if example.choices else losses
-    if not all(map(math.isfinite, present)):
+def _checked(example: Encoded, losses: list[Any]) -> list[Any]:
+    """What is given for the choices or the words that the input has, all finite."""
+    present = losses[: len(example.words or example.choices)] if example.words or example.choices else losses
+    flat = [loss for word in present for loss in word] if example.words else present
+    if not all(map(math.isfinite, flat)):
         raise RunError(
-            f"the model's loss is not finite: {present}",
+            f"the model's loss is not finite: {flat[:8]}",
             where=f"row {example.index}",
             hint="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
         )

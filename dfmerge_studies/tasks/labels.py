@@ -29,6 +29,7 @@ def read_labels(
     names: Sequence[str] = (),
     where: str,
     split: str,
+    places: Sequence[str] | None = None,
 ) -> tuple[list[int], str | None]:
     """The index of every row's right choice.
 
@@ -38,6 +39,7 @@ def read_labels(
         names: texts that integers among the values stand for, where the data says so (`ClassLabel`).
         where: file and field, for messages.
         split: name of the split, for messages.
+        places: where each of the values stands, such as "row 3"; by default they are one per row.
 
     Returns:
         One index per row, and a remark where the labels could be read otherwise too.
@@ -45,14 +47,16 @@ def read_labels(
     Raises:
         InputError: a label is missing, is no choice and no index, or some labels are texts and others indices.
     """
+    if places is None:
+        places = [f"row {row}" for row in range(len(values))]
     texts = [_by_text(value, options, names) for value, options in zip(values, choices, strict=True)]
     numbers = [_bynumber_of(value, options) for value, options in zip(values, choices, strict=True)]
     read_as_texts = [index for index in texts if index is not None]
     if len(read_as_texts) == len(values):
-        return read_as_texts, _remark_on_texts(values, choices, texts, numbers, names)
+        return read_as_texts, _remark_on_texts(values, choices, texts, numbers, names, places)
     read_as_numbers = [index for index in numbers if index is not None]
     if len(read_as_numbers) < len(values):
-        raise _refused(values, choices, texts, numbers, where, split)
+        raise _refused(values, choices, texts, numbers, places, where, split)
     _check_names(values, choices, texts, read_as_numbers, names, where)
     return read_as_numbers, _remark_on_booleans(values, choices)
 
@@ -65,7 +69,8 @@ def read_index(value: int, choices: Sequence[tuple[str, ...]], *, where: str, sp
     """
     indices = [_bynumber_of(value, options) for options in choices]
     if None in indices:
-        raise _refused([value] * len(choices), choices, [None] * len(choices), indices, where, split)
+        places = [f"row {row}" for row in range(len(choices))]
+        raise _refused([value] * len(choices), choices, [None] * len(choices), indices, places, where, split)
     return [value] * len(choices)
 
 
@@ -168,6 +173,7 @@ def _remark_on_texts(
     texts: Sequence[int | None],
     numbers: Sequence[int | None],
     names: Sequence[str],
+    places: Sequence[str],
 ) -> str | None:
     """What to say where every label is an index too, and another one."""
     odd = next((row for row, (text, number) in enumerate(zip(texts, numbers, strict=True)) if text != number), None)
@@ -178,8 +184,9 @@ def _remark_on_texts(
     assert number is not None
     shown = f"{values[odd]!r} ({names[values[odd]]})" if names and isinstance(values[odd], int) else repr(values[odd])
     return (
-        f"labels are read as texts: {shown} of row {odd} is the choice {choices[odd][text]!r}; as an index it would be "
-        f"{choices[odd][number]!r}. If indices are meant, name the choice itself, as in '{{{{ options[label] }}}}'"
+        f"labels are read as texts: {shown} of {places[odd]} is the choice {choices[odd][text]!r}; "
+        f"as an index it would be {choices[odd][number]!r}. If indices are meant, name the choice itself, as in "
+        "'{{ options[label] }}'"
     )
 
 
@@ -215,6 +222,7 @@ def _refused(
     choices: Sequence[tuple[str, ...]],
     texts: Sequence[int | None],
     numbers: Sequence[int | None],
+    places: Sequence[str],
     where: str,
     split: str,
 ) -> InputError:
@@ -223,7 +231,7 @@ def _refused(
             options = choices[row]
             some = f"an index below {len(options)} or one of {list(options)}" if options else "a class number from 0 up"
             return InputError(
-                f"row {row} of the split {split!r}: "
+                f"{places[row]} of the split {split!r}: "
                 + ("there is no label" if is_missing(value) else f"label {value!r} is not among the choices")
                 + f", expected {some}",
                 where=where,
@@ -232,8 +240,8 @@ def _refused(
     text = next(row for row, number in enumerate(numbers) if number is None)
     number = next(row for row, index in enumerate(texts) if index is None)
     return InputError(
-        f"labels of the split {split!r} are mixed: {values[text]!r} of row {text} is the text of a choice and no "
-        f"index, {values[number]!r} of row {number} is an index and the text of no choice",
+        f"labels of the split {split!r} are mixed: {values[text]!r} of {places[text]} is the text of a choice and no "
+        f"index, {values[number]!r} of {places[number]} is an index and the text of no choice",
         where=where,
         hint=_MIXED,
     )

@@ -18,15 +18,28 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.label_sets import LabelSets, no_labels
 from dfmerge_studies.tasks.numbers import all_equal, pearson, spearman, squared_errors
 from dfmerge_studies.tasks.splits import Split
-from dfmerge_studies.tasks.written import ROUGE, best_of, no_number, nothing_for_rouge, rouge, same_number, token_f1
+from dfmerge_studies.tasks.tags import Tags, no_entities_in, no_entity
+from dfmerge_studies.tasks.written import (
+    ROUGE,
+    Written,
+    best_of,
+    no_number,
+    nothing_for_rouge,
+    rouge,
+    same_number,
+    token_f1,
+)
 
 SAME = 1e-9  # scores are counts over counts: what differs by less is the same number
 MEAN = "mean"  # name of the column after the tasks
 CHOICES = frozenset({"choice", "classification"})  # types of task whose answer is one of several
 TEXTS = frozenset({"text"})  # types of task that score texts, among which nothing is chosen
 NUMBERS = frozenset({"regression"})
+SETS = frozenset({"multi-label-classification"})
+TAGS = frozenset({"token-classification"})
 GENERATE = frozenset({"generate"})  # those whose answer is a text
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
@@ -56,8 +69,8 @@ class Settled(Judged, Protocol):
     """The same where what is given is right or wrong."""
 
     @property
-    def right(self) -> Sequence[bool]:
-        """Per input, whether the model gives what it should."""
+    def right(self) -> Sequence[float]:
+        """Per input, 1 where the model gives what it should, else 0; of several things, the share that is right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,11 @@ class Answers:
     def given(self) -> Sequence[Sequence[float]]:
         """Per input, the losses."""
         return self.losses
+
+    @property
+    def log_probabilities(self) -> list[float]:
+        """Per input, log p(wanted|x), where p is the softmax over the choices of minus their losses."""
+        return [-row[right] - _log_sum(row) for row, right in zip(self.losses, self.wanted, strict=True)]
 
     @property
     def right(self) -> list[bool]:
@@ -189,7 +207,8 @@ class Metric:
         classes: compares choices across inputs, so that all inputs of a task must have the same ones.
         positive: needs the task's `positive`.
         size: of a choice's text; where there is one, a choice's loss is the sum over its tokens, divided by it.
-        pointless: from what is wanted of all inputs and `positive`, why every model would score the same, if so.
+        pointless: from what is wanted of all inputs, why every model would score the same, if so.
+        unreadable: from the names of the classes, why the metric can make nothing of them, if so.
         fault: why a target text cannot be compared with, if so.
     """
 
@@ -205,7 +224,8 @@ class Metric:
     classes: bool = False
     positive: bool = False
     size: Callable[[str], float] | None = None
-    pointless: Callable[[Sequence[Any], int | None], str | None] = lambda wanted, positive: None
+    pointless: Callable[[Any], str | None] = lambda answers: None
+    unreadable: Callable[[Sequence[str]], str | None] = lambda names: None
     fault: Callable[[str], str | None] = lambda target: None
 
     def score(self, answers: Judged) -> float:
@@ -506,9 +526,8 @@ def _right(answers: Settled) -> list[float]:
     return list(map(float, answers.right))
 
 
-def _log_probability(answers: Answers) -> list[float]:
-    """Log p(wanted|x), where p is the softmax over the choices of minus their losses, as in `scoring`."""
-    return [-row[right] - _log_sum(row) for row, right in zip(answers.losses, answers.wanted, strict=True)]
+def _log_probability(answers: Answers | LabelSets | Tags) -> list[float]:
+    return answers.log_probabilities
 
 
 def _log_sum(losses: Sequence[float]) -> float:
@@ -532,10 +551,12 @@ def _f1(answers: Answers) -> float:
     return float(f1_score(*sides, zero_division=0.0))
 
 
-def _macro_f1(answers: Answers) -> float:
+def _macro_f1(answers: Answers | LabelSets) -> float:
+    import numpy as np
     from sklearn.metrics import f1_score
 
-    return float(f1_score(answers.wanted, answers.taken, average="macro", zero_division=0.0))
+    sides = (np.array(side) for side in (answers.wanted, answers.taken))
+    return float(f1_score(*sides, average="macro", zero_division=np.nan))  # what neither side has does not count
 
 
 def _mcc(answers: Answers) -> float:
@@ -572,21 +593,26 @@ def _perplexity(unit: str) -> Callable[[Texts], list[float]]:
     return perplexity
 
 
-def _no_positive(labels: Sequence[int], positive: int | None) -> str | None:
-    return None if positive in labels else f"no row is of the positive class {positive}"
+def _no_positive(answers: Answers) -> str | None:
+    return None if answers.positive in answers.wanted else f"no row is of the positive class {answers.positive}"
 
 
-def _nothing_for_rouge(wanted: Sequence[Sequence[str]], positive: int | None) -> str | None:
-    return nothing_for_rouge(wanted)
+def _nothing_for_rouge(answers: Written) -> str | None:
+    return nothing_for_rouge(answers.wanted)
 
 
-def _one_class(labels: Sequence[int], positive: int | None) -> str | None:
-    return None if len(set(labels)) > 1 else "all rows are of one class"
+def _one_class(answers: Answers) -> str | None:
+    return None if len(set(answers.wanted)) > 1 else "all rows are of one class"
+
+
+def _no_labels(answers: Answers | LabelSets) -> str | None:
+    return no_labels(answers) if isinstance(answers, LabelSets) else None
 
 
 _LARGEST = 300.0  # nats a word: its exponential is a number, and no model that is of use comes near
-_accuracy = Metric("accuracy", of_rows=_right)
+_accuracy = Metric("accuracy", of_rows=_right, tasks=CHOICES | SETS)
 _of_sums = Metric("acc", of_rows=_right, tasks=frozenset({"choice"}), size=lambda text: 1.0)
+_likelihood = Metric("log_likelihood", of_rows=_log_probability, low=-math.inf, high=0.0, percent=False)
 _of_texts = Metric("bits_per_byte", high=math.inf, higher_is_better=False, percent=False, tasks=TEXTS)
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
@@ -599,9 +625,12 @@ METRICS: Mapping[str, Metric] = {
         # Classes that neither labels nor answers have do not count in the three that follow: scikit-learn's rule.
         Metric("balanced_accuracy", of_all=_balanced_accuracy, classes=True),
         Metric("f1", of_all=_f1, classes=True, positive=True, pointless=_no_positive),
-        Metric("macro_f1", of_all=_macro_f1, classes=True),
+        Metric("macro_f1", of_all=_macro_f1, classes=True, tasks=CHOICES | SETS, pointless=_no_labels),
         Metric("mcc", of_all=_mcc, low=-1.0, classes=True, pointless=_one_class),
-        Metric("log_likelihood", of_rows=_log_probability, low=-math.inf, high=0.0, percent=False),
+        replace(_likelihood, tasks=CHOICES | SETS | TAGS),
+        Metric("micro_f1", of_all=LabelSets.micro_f1, tasks=SETS, pointless=_no_labels),
+        Metric("entity_f1", of_all=Tags.entity_f1, tasks=TAGS, pointless=no_entity, unreadable=no_entities_in),
+        Metric("word_accuracy", of_all=Tags.word_accuracy, tasks=TAGS),
         replace(_of_texts, of_rows=_bits_per_byte),
         replace(_of_texts, name="byte_perplexity", of_rows=_perplexity("bytes"), low=1.0),
         replace(_of_texts, name="word_perplexity", of_rows=_perplexity("words"), low=1.0),
@@ -612,7 +641,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("token_f1", of_rows=best_of(token_f1), tasks=GENERATE),
         *(Metric(name, of_rows=rouge(kind), tasks=GENERATE, pointless=_nothing_for_rouge) for name, kind in ROUGE),
         Metric("numeric", of_rows=best_of(same_number), tasks=GENERATE, fault=no_number),
-        replace(_accuracy, name=AGREEMENT, labels=False, tasks=CHOICES | GENERATE),
+        replace(_accuracy, name=AGREEMENT, labels=False, tasks=CHOICES | SETS | TAGS | GENERATE),
     )
 }
 

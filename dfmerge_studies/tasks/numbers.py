@@ -66,9 +66,9 @@ def squared_errors(answers: Numbers) -> list[float]:
     return [(given - wanted) ** 2 for given, wanted in zip(answers.given, answers.wanted, strict=True)]
 
 
-def all_equal(labels: Sequence[Any], positive: int | None) -> str | None:
+def all_equal(answers: Numbers) -> str | None:
     """Why every model would have the same correlation, if so."""
-    return None if len(set(labels)) > 1 else "all rows have the same number"
+    return None if len(set(answers.wanted)) > 1 else "all rows have the same number"
 
 
 def _varies(answers: Numbers) -> bool:

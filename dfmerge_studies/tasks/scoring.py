@@ -4,7 +4,7 @@
     c        one of its choices, or one class; inputs may have different numbers of them, at most C
     row      one pair (x, c), R of them in a batch, choices padded on the right to T tokens
     loss     l(x, c): mean negative log-likelihood of the choice's tokens, or -log softmax(z)[c] of a class
-    z        what a head gives for an input: a score per class, or the number of a regression
+    z        what a head gives for an input: a score per class or label, a number, or a score per word and tag
     p(c|x)   softmax over the choices of -l(x, c)
 
 Evaluation wants all losses of a batch as cheaply as possible (`forward_losses`); the Fisher engine wants the same
@@ -29,10 +29,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
+from dfmerge_studies.tasks.tags import IGNORED
 
 # From logits (R, T, vocabulary) and the tokens (R, T) that were read to the labels (R, T) that are scored there.
 Relabel = Callable[[Tensor, Tensor], Tensor]
-IGNORED = -100  # target value of padding, the convention of transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +330,12 @@ def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
 
 
 def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id: int) -> Tensor:
-    """What a head gives, in float32 at least: (B, K) scores of classes; (B, 1) numbers of a regression."""
+    """What a head gives, in float32 at least.
+
+    Returns:
+        (B, K) scores of classes or labels; (B, 1) numbers of a regression; (B, W, K) scores of the tags of the words, W
+        the most that an input has, of no meaning where one has fewer.
+    """
     device = device_of(model)
     texts = [example.input_ids for example in batch]
     inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
@@ -338,6 +343,9 @@ def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id:
         types = [example.token_type_ids or (0,) * len(example.input_ids) for example in batch]
         inputs["token_type_ids"] = pad(types, 0, device)
     logits: Tensor = model(**inputs).logits
+    if kind is Kind.TOKENS:
+        places = pad([example.words for example in batch], 0, device)
+        logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -359,7 +367,7 @@ def forward_losses(
     pad_id: int,
     folded: bool = False,
 ) -> Tensor:
-    """Losses of all choices of a batch, or the numbers of a regression.
+    """Losses of all choices of a batch; of heads that pick no class what they give.
 
     Args:
         model: model in evaluation mode, on one device.
@@ -369,11 +377,12 @@ def forward_losses(
         folded: lay the choices of an input in one sequence; right for most models, and cheaper.
 
     Returns:
-        (B, C) losses in float32 at least, infinite where an input has fewer than C choices; (B, 1) numbers.
+        (B, C) losses in float32 at least, infinite where an input has fewer than C choices; (B, 1) numbers of a
+        regression; (B, K) scores of labels; (B, W, K) losses of the tags of the words.
     """
     if kind in HEADED:
         z = head_outputs(model, kind, batch, pad_id)
-        return z if kind is Kind.REGRESSION else -torch.log_softmax(z, dim=-1)
+        return z if kind in (Kind.REGRESSION, Kind.MULTI_LABEL) else -torch.log_softmax(z, dim=-1)
     rows = make_rows(batch, device_of(model))
     if kind is Kind.CAUSAL:
         way = _fold_continuations if folded else continuation_losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -14,6 +15,11 @@ from dfmerge_studies.tasks.strict import Settings, one_of
 from dfmerge_studies.tasks.written import Ignored
 
 _PAIR = "second text of a pair: a column or a template"
+_SCORE = "what a score is"
+
+
+def _metrics_of(type_: str) -> AfterValidator:
+    return one_of(f"metrics of type: {type_}", partial(task_metrics, type_))
 
 
 class _Task(Settings):
@@ -27,7 +33,7 @@ class _Task(Settings):
         le=limits.COUNT,
         description="use only so many validation rows (count, or fraction below 1), drawn with the seed",
     )
-    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("accuracy", description="what a score is")
+    metric: str = Field("accuracy", description=_SCORE)
     guard: bool = Field(
         False, description="no expert stands for it: it is not in the objective, and must not fall far below the base"
     )
@@ -88,14 +94,6 @@ class _OwnTask(_Task):
             if key in value:
                 raise ValueError(f"{key!r} cannot be set here; name the splits with validation_split and test_split")
         return value
-
-    @model_validator(mode="after")
-    def _metric_fits(self) -> Self:
-        kind: str = getattr(self, "type", "")
-        if kind not in METRICS[self.metric].tasks:
-            fitting = f"those of type: {kind} are {', '.join(task_metrics(kind))}"
-            raise ValueError(f"metric: {self.metric} does not fit a task of type: {kind}; {fitting}")
-        return self
 
     @model_validator(mode="after")
     def _positive_goes_with_its_metric(self) -> Self:
@@ -187,6 +185,7 @@ class ChoiceTask(PromptedTask):
     """A text-to-text or causal model picks the choice whose tokens are likeliest on average."""
 
     type: Literal["choice"] = "choice"
+    metric: Annotated[str, _metrics_of("choice")] = Field("accuracy", description=_SCORE)
     doc_to_choice: str | list[str] = Field(description="the choices: a column, a list of templates, or a template")
 
 
@@ -194,6 +193,7 @@ class ClassificationTask(_OwnTask):
     """An encoder with a head per task picks a class."""
 
     type: Literal["classification"]
+    metric: Annotated[str, _metrics_of("classification")] = Field("accuracy", description=_SCORE)
     doc_to_text_pair: str | None = Field(None, description=_PAIR)
     doc_to_choice: list[str] | None = Field(None, description="names of the classes, in the order of the head")
 
@@ -203,7 +203,24 @@ class RegressionTask(_OwnTask):
 
     type: Literal["regression"]
     doc_to_text_pair: str | None = Field(None, description=_PAIR)
-    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("pearson", description="what a score is")
+    metric: Annotated[str, _metrics_of("regression")] = Field("pearson", description=_SCORE)
+
+
+class MultiLabelTask(_OwnTask):
+    """An encoder with a head per task says of each of several labels whether an input has it."""
+
+    type: Literal["multi-label-classification"]
+    doc_to_text_pair: str | None = Field(None, description=_PAIR)
+    doc_to_choice: list[str] | None = Field(None, description="names of the labels, in the order of the head")
+    metric: Annotated[str, _metrics_of("multi-label-classification")] = Field("micro_f1", description=_SCORE)
+
+
+class TokenTask(_OwnTask):
+    """An encoder with a head per task picks a tag for each word: named entities, parts of speech."""
+
+    type: Literal["token-classification"]
+    doc_to_choice: list[str] | None = Field(None, description="names of the tags, in the order of the head")
+    metric: Annotated[str, _metrics_of("token-classification")] = Field("entity_f1", description=_SCORE)
 
 
 class TextTask(_OwnTask):
@@ -213,7 +230,7 @@ class TextTask(_OwnTask):
     doc_to_text: str = Field("", description="what stands before the text and is not scored: a column or a template")
     doc_to_target: str = Field(description="the text that is scored: a column or a template")
     target_delimiter: str = Field(" ", description="between what stands before the text and the text, where it does")
-    metric: Annotated[str, one_of("metrics", task_metrics)] = Field(
+    metric: Annotated[str, _metrics_of("text")] = Field(
         "bits_per_byte", description="what a score is; of each, lower is better"
     )
 
@@ -267,7 +284,7 @@ class GenerateTask(PromptedTask):
         max_length=1,
         description="what is made of an answer before it is scored; one filter, since a task has one score",
     )
-    metric: Annotated[str, one_of("metrics", task_metrics)] = Field("exact_match", description="what a score is")
+    metric: Annotated[str, _metrics_of("generate")] = Field("exact_match", description=_SCORE)
     ignore_case: bool = Field(False, description="of exact_match: capital letters do not matter")
     ignore_punctuation: bool = Field(False, description="of exact_match: ASCII punctuation does not matter")
     ignore_numbers: bool = Field(False, description="of exact_match: digits do not matter")
@@ -338,9 +355,9 @@ class HarnessTask(_Task):
 
 
 _IGNORED = ("ignore_case", "ignore_punctuation", "ignore_numbers", "regexes_to_ignore")
-HeadTask = ClassificationTask | RegressionTask  # of encoders with a head per task
+HeadTask = ClassificationTask | RegressionTask | MultiLabelTask | TokenTask  # of encoders with a head per task
 ChosenTask = ChoiceTask | ClassificationTask  # whose inputs have choices or classes, one of them right
-RenderedTask = ChosenTask | RegressionTask | GenerateTask  # whose inputs are texts to answer
+RenderedTask = ChosenTask | HeadTask | GenerateTask  # whose inputs are texts to answer
 OwnTask = RenderedTask | TextTask  # whose data and prompts the spec describes
 AnyTask = OwnTask | HarnessTask
 TaskSettings = Annotated[AnyTask, Field(discriminator="type")]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.tasks.answers import wanted_answers
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.settings import AnyTask, ChoiceTask, ClassificationTask, GenerateTask, HarnessTask, TextTask
+from dfmerge_studies.tasks.settings import (
+    AnyTask,
+    ChoiceTask,
+    ClassificationTask,
+    GenerateTask,
+    HarnessTask,
+    MultiLabelTask,
+    RegressionTask,
+    TextTask,
+    TokenTask,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +93,7 @@ def shown_input(
 
     answers = [
         ShownAnswer(text(ids), pieces(ids), index == example.label) for index, ids in enumerate(example.choices)
-    ] or [ShownAnswer(each, [], index == example.label) for index, each in enumerate(classes)]
+    ] or _classes(task, example, classes)
     if isinstance(task, GenerateTask):  # there is nothing to choose from
         answers = []
     return Shown(
@@ -94,18 +104,38 @@ def shown_input(
         tokens=pieces(example.input_ids),
         truncated=example.truncated,
         answers=answers,
-        wanted=None if any(answer.right for answer in answers) else _wanted(task, example),
+        wanted=None if any(answer.right for answer in answers) else _wanted(task, example, answers, pieces),
         scored=_scored(task, kind),
     )
 
 
-def _wanted(task: AnyTask, example: Encoded) -> str | None:
+def _classes(task: AnyTask, example: Encoded, classes: Sequence[str]) -> list[ShownAnswer]:
+    """What a head has to choose from."""
+    if isinstance(task, RegressionTask):
+        return []
+    label = example.label
+    has = label if isinstance(task, MultiLabelTask) and isinstance(label, tuple) else None
+    return [
+        ShownAnswer(each, [], bool(has[index]) if has is not None else index == label)
+        for index, each in enumerate(classes)
+    ]
+
+
+def _wanted(
+    task: AnyTask, example: Encoded, answers: Sequence[ShownAnswer], pieces: Callable[[Sequence[int]], list[str]]
+) -> str | None:
+    if example.label is None and not isinstance(task, (TextTask, GenerateTask)):
+        return None
     if isinstance(task, (ChoiceTask, ClassificationTask)):
-        return None if example.label is None else f"class {example.label}"
+        return f"class {example.label}"
     if isinstance(task, GenerateTask):
         return " or ".join(map(repr, example.targets)) or None
     if isinstance(task, HarnessTask):
         return None
+    if isinstance(task, TokenTask) and isinstance(example.label, tuple):
+        firsts = pieces([example.input_ids[place] for place in example.words])
+        tags = [answers[tag].text if 0 <= tag < len(answers) else str(tag) for tag in example.label]
+        return "  ".join(f"{first} {tag}" for first, tag in zip(firsts, tags, strict=True))
     (wanted,) = wanted_answers(task, [example])
     return _words(wanted)
 
@@ -130,4 +160,6 @@ def _scored(task: AnyTask, kind: Kind) -> str:
             f"what the model writes behind the prompt: the likeliest token at each step, {most} at "
             f"most, to the end of the sequence{f' or before {ends}' if ends else ''}; after {steps}, by {task.metric}"
         )
+    if isinstance(task, TokenTask):
+        return "what the head makes of the first token of each word"
     return "what the head makes of the whole text"

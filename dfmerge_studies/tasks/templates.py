@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -161,6 +162,20 @@ def text_renderer(source: str | None, columns: Sequence[str], where: str) -> Cal
         return str(value)
 
     return text
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """A cell that holds a list, or the text of a list, as a template renders one; None for anything else.
+
+    Args:
+        value: of a column or a template.
+    """
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested deeply
+            return None
+    return list(value) if isinstance(value, (list, tuple)) else None
 
 
 def bare_column(source: str | int | None, columns: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
 from dfmerge_studies.tasks.settings import ChoiceTask, GenerateTask, OwnTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.words import encode_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +83,8 @@ def encode_rows(
     tokens that a chat template writes and the tokenizer puts around every text stand there once.
     Of a text to be generated the first target's tokens stand for a choice, the end of sequence included, `max_gen_toks`
     of them at most; a causal prompt keeps the blanks at its end, and leaves room for so many tokens behind it.
-    Heads: the text, or the pair.  Texts that are scored are tokenised whole, behind what stands before them or
-    else the token that begins a sequence; one that is too long loses its end.
+    Heads: the text, or the pair, or its words (see `words`).  Texts that are scored are tokenised whole, behind what
+    stands before them or else the token that begins a sequence; one that is too long loses its end.
 
     Args:
         rows: the examples, with their whole prompts (see `prompted`).
@@ -115,6 +116,8 @@ def encode_rows(
         assert isinstance(task, ChoiceTask)
         around = _Frame.of(tokenizer, (row.text for row in rows)) if _is_long(task) else None
         encoded = [_encode_pair_of_texts(row, tokenizer, around, limit, longest, where) for row in rows]
+    elif kind is Kind.TOKENS:
+        encoded = encode_words(rows, tokenizer, limit, where)
     else:
         encoded = [_encode_for_head(row, tokenizer, limit) for row in rows]
     if task.max_length is None:
