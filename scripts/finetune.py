@@ -288,10 +288,11 @@ def _step_(
 
 def _line(course: Course, steps: int, seconds: float) -> str:
     entry = course.history[-1]
-    scores = ", ".join(f"{task} {100 * score:.1f} %" for task, score in entry["accuracy"].items())
+    known = ", ".join(f"{task} {100 * score:.1f} %" for task, score in entry["accuracy"].items())
+    scores = f" ({known})" if known else ""
     return (
         f"step {entry['step']}/{steps}: training loss {entry['training']:.4f}, validation loss "
-        f"{entry['validation']:.4f} ({scores}), best at step {course.step}, {seconds:.0f} s"
+        f"{entry['validation']:.4f}{scores}, best at step {course.step}, {seconds:.0f} s"
     )
 
 

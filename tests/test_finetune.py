@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from scripts import finetune
+from tests.models import TEXTS
 from tests.project import Project, load_parameters, make_project, start_ranks
+from tests.test_generate_tasks import generating
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = pytest.mark.slow
@@ -55,6 +57,20 @@ def test_an_expert_learns_its_task_and_takes_part_in_a_study(tmp_path: Path, fam
     assert scores["red"]["score"] == record["history"][losses.index(min(losses))]["accuracy"]["red"] > 0.6
     rows = project.json("run", project.file, "--trials", "2")["rows"]
     assert rows[-1]["validation"]["tasks"]["red"] >= 0
+
+
+@pytest.mark.slow
+def test_an_expert_that_is_trained_on_targets_writes_them(tmp_path: Path) -> None:
+    project = generating(tmp_path, "llama", {"generation_kwargs": {"max_gen_toks": 12}})
+    answers = ["yes", "a terrible place", "no", "good, bad"]
+    lines = [{"input": text, "answers": [answer, "-"]} for text, answer in zip(TEXTS, answers, strict=False)]
+    (tmp_path / "red.validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    project.spec["tasks"]["red"]["training_split"] = "validation"
+    project.write()
+    record = train(project, "--task", "red", "--steps", "60")
+    assert record["history"][-1]["accuracy"] == {}  # nothing is written for an evaluation: its loss says enough
+    scores = project.json("evaluate", project.file, "--model", "new-red", "--split", "validation")["tasks"]
+    assert scores["red"]["score"] == 1.0
 
 
 @pytest.mark.slow
