@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import torch
 
-from dfmerge_studies import StudySpec, load_problem, merge
+from dfmerge_studies import StudySpec, load_problem, merge, merge_models, optimize_merge
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import open_cache
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, cell_of, find_method, with_coefficients
@@ -176,6 +176,22 @@ def test_cells_are_baselines_and_are_compared(project):
     table = project.json("compare", "spec.yaml", "--methods", f"averaging,{name}", "--split", "validation")
     assert [row["method"] for row in table["rows"] if row["merged"]] == ["averaging", name]
     assert "unknown method" in project.cli("compare", "spec.yaml", "--methods", "lore_fisher", check=2).stderr
+
+
+def test_models_in_memory_are_searched_per_expert_and_merged_by_cells():
+    base, a, b = (torch.nn.Linear(3, 2) for _ in range(3))
+    experts = {"a": a, "b": b}
+
+    def score(model: torch.nn.Linear) -> float:
+        return -float(model.weight.detach().sum() ** 2)
+
+    found = optimize_merge(base, experts, score, method="ties", trials=3, coefficients="per-expert", sampler="random")
+    assert set(found.study.trials[0].params) == {"a", "b"}
+    cell = merge_models(base, experts, {"a": 0.3, "b": 1.1}, method="ties_uniform_per-expert")
+    ties = merge_models(base, experts, {"a": 0.3, "b": 1.1}, method="ties")
+    assert torch.equal(cell.weight, ties.weight)
+    with pytest.raises(InputError, match="random tokens need the models of a spec"):
+        optimize_merge(base, experts, score, method="gta", trials=3, enqueue=["fisher-trace"])
 
 
 def test_editors_know_the_words_of_a_cell():

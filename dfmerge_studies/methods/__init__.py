@@ -1,6 +1,6 @@
 """The method table, and what a row of it says.  Nothing heavy is imported, so that names can be checked at once."""
 
-from dfmerge_studies.methods.cells import cell_of, find_method, method_named, with_coefficients
+from dfmerge_studies.methods.cells import cell_of, find_method, method_named, per_expert, with_coefficients
 from dfmerge_studies.methods.row import (
     SHARED,
     UNSCALED,
@@ -42,6 +42,7 @@ __all__ = [
     "importance_coefficient",
     "label",
     "method_named",
+    "per_expert",
     "protected",
     "with_coefficients",
 ]

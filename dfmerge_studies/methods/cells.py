@@ -89,6 +89,16 @@ def with_coefficients(row: Method, coefficients: Coefficients) -> Method:
     return row if row.coefficients is coefficients else _cell(row.transform, row.importance, coefficients)
 
 
+def per_expert(row: Method) -> Method:
+    """A row, with a coefficient per expert that is searched where it has one shared value on a grid.
+
+    Args:
+        row: of the table.
+    """
+    shared = row.coefficients is Coefficients.SHARED_GRID
+    return with_coefficients(row, Coefficients.PER_EXPERT) if shared else row
+
+
 def _cell(transform: str, importance: Importance, coefficients: Coefficients) -> Method:
     for row in METHODS.values():
         plain = row.estimator is None and row.scale is None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.methods import STRENGTH, Coefficients, Method, method_named, protected, with_coefficients
+from dfmerge_studies.methods import STRENGTH, Method, method_named, per_expert, protected
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, reference_problems
 from dfmerge_studies.spec.examine import Examined, examine_
@@ -140,8 +140,8 @@ class StudySpec(Settings):
             InputError: the method has no such parameter, or it cannot have that value.
         """
         row = method_named(method, self.where("method"))
-        if self.search.coefficients == "per-expert" and row.coefficients is Coefficients.SHARED_GRID:
-            row = with_coefficients(row, Coefficients.PER_EXPERT)
+        if self.search.coefficients == "per-expert":
+            row = per_expert(row)
         for name in dict.fromkeys(each for each in (row.phi, row.name, method) if each in self.parameters):
             row = row.adjusted(self.parameters[name], self.where(f"parameters.{name}"))
         if self.protect is not None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache.file import checksum
-from dfmerge_studies.methods import Normalise, Scale
+from dfmerge_studies.methods import Normalise, Scale, method_named, per_expert
 from dfmerge_studies.objective.in_memory import (
     FLOOR,
     Experts,
@@ -35,7 +35,7 @@ from dfmerge_studies.objective.in_memory import (
     not_finite,
 )
 from dfmerge_studies.objective.merger import memory_errors
-from dfmerge_studies.spec import DEFAULT_SAMPLER, ObjectiveSettings, SearchSettings
+from dfmerge_studies.spec import DEFAULT_SAMPLER, TRACED, ObjectiveSettings, SearchSettings
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.storage import (
     check_constraints,
@@ -183,6 +183,10 @@ def optimize_merge(
     if settings.holdout is not None:
         hint = "Score the best trials on other rows yourself: they are in the study"
         raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)
+    if TRACED in settings.enqueue:
+        raise InputError("random tokens need the models of a spec", where="enqueue", hint=f"Leave {TRACED!r} out")
+    if method is not None and settings.coefficients == "per-expert":
+        method = per_expert(method_named(method, "method")).name
     merging = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), settings.seed)
     merger = ModelMerger(base, experts, merging)
     search_of = _Search(merger, score, settings, how, name, guards or {})
