@@ -8,11 +8,14 @@ from typing import Any
 
 import lm_eval
 import pytest
+import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
@@ -268,21 +271,50 @@ def test_importance_is_estimated_on_the_tokens_that_the_harness_scores(tmp_path:
         assert sums == pytest.approx([answer[0] for ((answer, *_),) in zip(given)], rel=1e-4)
 
 
-def test_importance_of_a_task_without_choices_follows_the_targets_and_only_if_empirical_is_asked_for(
-    tmp_path: Path,
-) -> None:
-    project = harness_project(tmp_path / "p", written=CASES["written"][0], likelihood=CASES["likelihood"][0])
-    problem = loaded(project)
+def test_importance_of_one_answer_follows_the_target_and_only_if_empirical_is_asked_for(tmp_path: Path) -> None:
+    project = harness_project(tmp_path / "p", likelihood=CASES["likelihood"][0], text=CASES["text"][0])
     with pytest.raises(InputError, match=r"the estimator exact .* Use empirical"):
-        rehearse_(problem, METHODS["df-merge"])
+        rehearse_(loaded(project), METHODS["df-merge"])
     problem = loaded(project, importance={"estimator": "empirical", "samples": 4})
     rehearse_(problem, METHODS["df-merge"])
-    tokenizer = problem.resident.tokenizer
-    rows = documents(0)
-    for example in problem.tasks["written"].validation:
+    tokenizer, rows = problem.resident.tokenizer, documents(0)
+    for example in problem.tasks["likelihood"].validation:
         row = rows[example.index]
         (target,) = example.choices
-        assert tokenizer(f"{row['q']} {row['choices'][row['label']][0]}")["input_ids"] == [*example.input_ids, *target]
+        assert tokenizer(f"{row['q']} {row['choices'][row['label']]}")["input_ids"] == [*example.input_ids, *target]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
+def test_importance_of_written_answers_is_that_of_our_own_task_of_the_same_fields(
+    tmp_path: Path, estimator: str
+) -> None:
+    project = harness_project(tmp_path / "p", written=CASES["written"][0])
+    project.spec["tasks"]["own"] = {
+        "type": "generate",
+        "dataset": {"path": "json", "data_files": {"validation": "tasks/validation.jsonl"}},
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{choices[label][0]}}",
+        "generation_kwargs": {"until": [","], "max_gen_toks": 5},
+    }
+    project.spec["experts"]["blue"]["task"] = "own"
+    problem = loaded(project, importance={"estimator": estimator, "samples": 4})
+    found = []
+    for task in ("written", "own"):
+        names = check_importance(problem, METHODS["df-merge"])
+        found.append(
+            task_fisher(
+                problem.resident.model,
+                Kind.CAUSAL,
+                problem.tasks[task].validation[:4],
+                pad_id=problem.pad_id,
+                estimator=names if estimator == "empirical" else "sampled",
+                writer=writer_for(problem, task),
+                generator=torch.Generator().manual_seed(3),
+            ).values
+        )
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-4, atol=1e-9), name
+    assert any(bool(value.any()) for value in found[0].values())
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

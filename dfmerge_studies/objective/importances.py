@@ -18,7 +18,7 @@ from dfmerge_studies.methods import UNSCALED, Estimator, Importance, Method
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
-from dfmerge_studies.tasks.answers import writer_of
+from dfmerge_studies.tasks.answers import writer_along
 from dfmerge_studies.tasks.encoding import HEADED, Kind
 from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.sampling import torch_generator
@@ -40,14 +40,7 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
             where=problem.spec.where("importance.estimator"),
             hint="Use empirical, which takes the word pieces of the texts themselves",
         )
-    targetless = [(task, each.index) for task in texts for each in problem.tasks[task].fisher if not each.choices]
-    if targetless and method.importance is not Importance.UNIFORM:
-        task, row = targetless[0]
-        raise InputError(
-            f"row {row} has no target text that importance could be estimated along",
-            where=problem.spec.where(f"tasks.{task}"),
-            hint="Use a method without importance, such as gta, or weigh the task's expert by another task",
-        )
+    _check_targets(problem, method, estimator)
     if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
         masks_of(problem.resident.model)
     return estimator
@@ -68,11 +61,37 @@ def _check_blocks(problem: Problem, method: Method, estimator: Estimator) -> Non
     )
 
 
+def _check_targets(problem: Problem, method: Method, estimator: Estimator) -> None:
+    """Refuse questions of lm-evaluation-harness whose target is no text, where importance goes along it."""
+    if estimator is not Estimator.EMPIRICAL or method.importance is Importance.UNIFORM:
+        return
+    for task, inputs in problem.tasks.items():
+        odd = next((each.index for each in inputs.fisher if each.question is not None and not each.choices), None)
+        if odd is not None:
+            raise InputError(
+                f"row {odd} has no target text that importance could be estimated along",
+                where=problem.spec.where(f"tasks.{task}"),
+                hint="Use estimator: sampled, which goes along what the model writes, or a method without importance",
+            )
+
+
 def _has_no_choices(problem: Problem, task: str) -> bool:
-    """Whether an input of a task of a language model has nothing to choose among, but a text at most."""
+    """Whether an input of a task has nothing to choose among, but a text of the data."""
+    if writer_for(problem, task) is not None:
+        return False
     inputs = problem.tasks[task].fisher
     harness = any(each.question is not None and len(each.choices) < 2 for each in inputs)
     return harness or any(each.text is not None for each in inputs)
+
+
+def writer_for(problem: Problem, task: str) -> Writer | None:
+    """How a model writes the texts that a task's importance is drawn along; None where it writes none.
+
+    Args:
+        problem: what is loaded.
+        task: name of the task.
+    """
+    return writer_along(problem.spec.tasks[task], problem.resident.tokenizer, problem.tasks[task].fisher)
 
 
 # Kinds that a key names: one head may be taken for either of two. The first kinds had no name in it.
@@ -198,7 +217,7 @@ class Importances:
         return self._by_parameter(kept, names), False
 
     def _writer(self, task: str) -> Writer | None:
-        return writer_of(self.problem.spec.tasks[task], self.problem.resident.tokenizer)
+        return writer_for(self.problem, task)
 
     def _estimator(self, task: str) -> Estimator:
         """The estimator as it is for a task."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
 from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Importance, Method
-from dfmerge_studies.objective.importances import check_importance
+from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers, writer_of
 from dfmerge_studies.tasks.encoding import Encoded
@@ -139,7 +139,7 @@ def _write(problem: Problem, task: str, writer: Writer, pair: Sequence[Encoded])
 
 def _weigh(problem: Problem, method: Method, task: str) -> None:
     inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kinds[task]))
-    writer = writer_of(problem.spec.tasks[task], problem.resident.tokenizer)
+    writer = writer_for(problem, task)
     estimator = check_importance(problem, method)
     if writer is not None:
         writer = replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))

@@ -17,7 +17,7 @@ from dfmerge_studies.importance.factors import factor_entries
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
-from dfmerge_studies.objective.importances import check_importance
+from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.inputs import read_split
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
@@ -135,7 +135,7 @@ def validate_examined(
                     problem.examples(task, "test")
             search = _plan(spec, problem).search
             rehearse_(problem, spec.row)
-            notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec), *_split_notes(spec, problem)]
+            notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec, problem), *_split_notes(spec, problem)]
             estimate = memory_estimate(problem)
         except DFMergeError as error:  # a RunError where a loss is not finite
             problems.append(error)
@@ -258,8 +258,8 @@ def _adapter_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]
             yield {"where": spec.where(f"experts.{name}"), "what": what}
 
 
-def _estimator_notes(spec: StudySpec) -> Iterator[dict[str, str]]:
-    texts = [name for name, task in spec.tasks.items() if task.type == "generate"]
+def _estimator_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]]:
+    texts = [name for name in spec.tasks if writer_for(problem, name) is not None]
     weighed = spec.row.importance is not Importance.UNIFORM
     if texts and spec.row.estimator_for(spec.importance.estimator) == Estimator.EXACT and weighed:
         what = f"of generated texts ({', '.join(texts)}) exact means sampled: they have no finite set of choices"

@@ -13,7 +13,7 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
 from dfmerge_studies.tasks.generation import Writer, write_texts
 from dfmerge_studies.tasks.harness import judge
-from dfmerge_studies.tasks.harness_model import answer_questions
+from dfmerge_studies.tasks.harness_model import answer_questions, writer_of_questions
 from dfmerge_studies.tasks.label_sets import LabelSets, taken_sets
 from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
@@ -102,6 +102,19 @@ def writer_of(task: TaskSettings, tokenizer: PreTrainedTokenizerBase) -> Writer 
     if not isinstance(task, GenerateTask):
         return None
     return Writer(tokenizer, task.generation_kwargs.max_gen_toks, task.generation_kwargs.ends)
+
+
+def writer_along(task: TaskSettings, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Encoded]) -> Writer | None:
+    """How a model writes the texts that importance is drawn along; None where it chooses, or scores texts of the data.
+
+    Args:
+        task: settings of the task.
+        tokenizer: turns tokens into text.
+        examples: inputs of the task; of lm-evaluation-harness they say where its answers end.
+    """
+    if isinstance(task, HarnessTask):
+        return writer_of_questions(examples, tokenizer)
+    return writer_of(task, tokenizer)
 
 
 def taken_answers(task: TaskSettings, given: Sequence[Any]) -> list[Any]:

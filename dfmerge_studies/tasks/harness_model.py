@@ -7,7 +7,7 @@ Of any other they are one sequence: the target behind its prompt, or the first w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.harness import CHOICES, TEXT, WRITTEN, Question, calling_harness
 from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.settings import HarnessTask
@@ -91,22 +92,18 @@ def _encoded(question: Question, lm: Any) -> Encoded:
     label: int | None = 0
     if task.OUTPUT_TYPE == CHOICES:
         arguments = arguments[: len(task.doc_to_choice(document))]  # behind them: choices without their prompt
-        several = task.multiple_input  # one choice behind several prompts
+        several = getattr(task, "multiple_input", 0)  # one choice behind several prompts
         label = _right_choice(task, document, several=bool(several))
-        if several and label is not None:
-            arguments, label = [arguments[label]], 0
+        if several:
+            arguments, label = [arguments[label or 0]], 0
     elif task.OUTPUT_TYPE == TEXT:
         tokens = lm.tok_encode(arguments[0][0])[: lm.max_length]
         size = TextSize.of(arguments[0][0], len(tokens))
         return Encoded(question.index, (lm.prefix_token_id,), (tuple(tokens),), 0, text=size, question=question)
     elif task.OUTPUT_TYPE == WRITTEN:
-        target = _target(task, document)
-        between = (
-            "" if question.loaded.settings.apply_chat_template is not False else task.get_config("target_delimiter")
-        )
-        if not target:
-            return Encoded(question.index, tuple(lm.tok_encode(arguments[0][0])), (), None, question=question)
-        arguments = [(arguments[0][0], f"{between or ''}{target}")]
+        return _encoded_writing(question, lm)
+    elif len(arguments) > 1:
+        label = None  # of a task written in Python, which alone knows
     pairs = [_pair(lm, context, answer) for context, answer, *_ in arguments]
     if any(not answer for _, answer in pairs):
         raise InputError(
@@ -119,6 +116,41 @@ def _encoded(question: Question, lm: Any) -> Encoded:
     kept = prompt[len(prompt) - room :] if cut and room is not None else prompt
     choices = tuple(tuple(answer) for _, answer in pairs)
     return Encoded(question.index, tuple(kept), choices, label, None, cut, question=question)
+
+
+def _encoded_writing(question: Question, lm: Any) -> Encoded:
+    """A prompt, and as its only choice the beginning of the target that a model could write; none without a target."""
+    task, (context, options) = question.loaded.task, question.requests[0][1]
+    chat = question.loaded.settings.apply_chat_template is not False
+    target, most = _target(task, question.document), _most_tokens(options)
+    between = "" if chat else task.get_config("target_delimiter") or ""
+    prompt, answer = _pair(lm, context, f"{between}{target}") if target else (list(lm.tok_encode(context)), [])
+    room = max(1, lm.max_length - most) if lm.backend == "causal" else lm.max_length
+    kept = prompt[max(0, len(prompt) - room) :]
+    end = lm.tokenizer.eos_token_id  # as of our own tasks of type generate: what is written ends there
+    choices = (tuple([*answer, *([end] if isinstance(end, int) else [])][:most]),) if answer else ()
+    return Encoded(question.index, tuple(kept), choices, 0, None, len(kept) < len(prompt), question=question)
+
+
+def _most_tokens(options: Mapping[str, Any]) -> int:
+    """Tokens that an answer has at most, under each name that the harness knows for that."""
+    known = (options.get(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"))
+    return int(next((number for number in known if number), 256))
+
+
+def writer_of_questions(examples: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Writer | None:
+    """How a model writes the answers to questions of the harness; None where it writes none.
+
+    Args:
+        examples: of `encode_questions`, of one task.
+        tokenizer: turns tokens into text.
+    """
+    question = examples[0].question if examples else None
+    if question is None or question.loaded.task.OUTPUT_TYPE != WRITTEN:
+        return None
+    options = question.requests[0][1][1]
+    until = options.get("until") or ()
+    return Writer(tokenizer, _most_tokens(options), (until,) if isinstance(until, str) else tuple(until))
 
 
 def _right_choice(task: Any, document: Any, *, several: bool) -> int | None:
@@ -218,7 +250,7 @@ def _answers(
         results.append([[] for _ in instances])
         for instance, answers in zip(instances, results[-1], strict=True):
             by_type.setdefault(instance.request_type, []).extend([(instance, answers)] * instance.repeats)
-            written = instance.args[1].get("max_gen_toks", 256) if instance.request_type == WRITTEN else 0
+            written = _most_tokens(instance.args[1]) if instance.request_type == WRITTEN else 0
             longest = max(longest, _cost(example) + written)
     with calling_harness(loaded.where, "the model cannot be asked"):
         size = max(1, token_budget // longest)
