@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.problem import Problem, load_problem
@@ -179,13 +184,159 @@ def test_embeddings_of_tokens_that_no_task_uses_are_left_out_of_a_classifier(
     torch.testing.assert_close(answers(problem), live, rtol=1e-4, atol=1e-5)
 
 
-def test_embeddings_of_more_tokens_are_refused_for_a_language_model(project_of: Callable[[str], Project]) -> None:
-    from transformers import AutoModelForCausalLM
+def save_resized(folder: Path, auto: Any, by: int) -> torch.nn.Module:
+    """Give a model's tables more rows, or fewer, as training with another tokenizer leaves them."""
+    model = auto.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + by)
+    if by > 0:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[-by:] += 0.5
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "llama-tied", "t5", "t5-v1.1"])
+def test_rows_of_tokens_that_no_task_uses_are_left_out_of_a_language_model(
+    project_of: Callable[[str], Project], caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    project = project_of(family)
+    auto = AutoModelForSeq2SeqLM if family.startswith("t5") else AutoModelForCausalLM
+    before = load(project)
+    change(project.folder / "red", extra_token)
+    live = save_resized(project.folder / "red", auto, 2)
+    with caplog.at_level(logging.WARNING):
+        problem = load(project)
+    assert "has 2 rows more than the base's, for tokens of its own; they are left out" in caplog.text
+    assert problem.data_digests() == before.data_digests()
+    problem.resident.load_scaled_(0, 1.0)
+    rows = before.resident.model.get_input_embeddings().weight.shape[0]
+    ids = {"input_ids": torch.tensor([[2, 30, 31, 40, 3]])}
+    ids |= {"decoder_input_ids": torch.tensor([[0, 5, 6]])} if family.startswith("t5") else {}
+    with torch.no_grad():
+        found, wanted = problem.resident.model(**ids).logits, live(**ids).logits[..., :rows]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert project.json("run", project.file, "--method", "gta", "--trials", "2")["trials"]["complete"] == 2
+
+
+def test_padding_of_a_table_that_an_expert_lacks_is_the_bases(
+    project_of: Callable[[str], Project], caplog: pytest.LogCaptureFixture
+) -> None:
+    project = project_of("llama")
+    save_resized(project.folder / "base", AutoModelForCausalLM, 56)  # a table of 256 rows for 200 tokens
+    for name in ("red", "blue"):
+        save_resized(project.folder / name, AutoModelForCausalLM, 0)
+    with caplog.at_level(logging.WARNING):
+        problem = load(project)
+    assert caplog.text.count("has 56 rows fewer than the base's, of no token") == 2
+    for vector in problem.resident.task_vectors:
+        assert not vector.deltas["model.embed_tokens.weight"][200:].any()
+
+
+def test_an_expert_that_lacks_rows_of_tokens_is_refused(project_of: Callable[[str], Project]) -> None:
+    project = project_of("llama")
+    save_resized(project.folder / "red", AutoModelForCausalLM, -5)
+    with pytest.raises(InputError, match=r"has 195 rows, and the base's tokenizer has a token of id 195"):
+        load(project)
+
+
+TOKENS = 196  # of the tokenizer of causal models; their tables have 200 rows
+
+
+def shortened(project: Project) -> None:
+    """Tables without padding."""
+    for name in ("base", "red", "blue"):
+        save_resized(project.folder / name, AutoModelForCausalLM, TOKENS - 200)
+
+
+def united(project: Project, padded: bool) -> dict[str, torch.nn.Module]:
+    """Experts that have added tokens: red two, blue one that red has too and one of its own, in another order."""
+    if not padded:
+        shortened(project)
+    tokens = {"red": [EXTRA, "<tool>"], "blue": ["<think>", EXTRA]}
+    models = {}
+    for name, added in tokens.items():
+        change(project.folder / name, lambda tokenizer, added=added: tokenizer.add_tokens(added, special_tokens=True))
+        models[name] = save_resized(project.folder / name, AutoModelForCausalLM, 0 if padded else 2)
+    append_row(project, "red.validation.jsonl", input=f"say {EXTRA} now <tool>")
+    append_row(project, "blue.validation.jsonl", input=f"a <think> of {EXTRA}")
+    project.spec["tokenizer"] = "union"
+    project.write()
+    return models
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_union_has_every_experts_added_tokens_with_its_own_rows(
+    project_of: Callable[[str], Project], padded: bool
+) -> None:
+    project = project_of("llama")
+    models = united(project, padded)
+    problem = load(project)
+    resident = problem.resident
+    assert resident.union is not None
+    assert resident.union.ids == {EXTRA: TOKENS, "<tool>": TOKENS + 1, "<think>": TOKENS + 2}
+    at = {"red": {EXTRA: TOKENS, "<tool>": TOKENS + 1}, "blue": {"<think>": TOKENS, EXTRA: TOKENS + 1}}
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = {name: dict(model.named_parameters())[table].detach() for name, model in models.items()}
+        for coefficient in (0.0, 0.4, 1.0):
+            resident.load_scaled_(0, coefficient)
+            found = dict(resident.model.named_parameters())[table]
+            assert len(found) == (200 if padded else TOKENS + 3)
+            torch.testing.assert_close(found[TOKENS + 1], rows["red"][at["red"]["<tool>"]])
+            torch.testing.assert_close(found[TOKENS + 2], rows["blue"][at["blue"]["<think>"]])
+            shared = (rows["red"][at["red"][EXTRA]] + rows["blue"][at["blue"][EXTRA]]) / 2
+            torch.testing.assert_close(found[TOKENS], shared)
+        torch.testing.assert_close(found[:TOKENS], rows["red"][:TOKENS])
+    tokens = resident.tokenizer.convert_ids_to_tokens(problem.examples("blue", "validation")[-1].input_ids)
+    assert "<think>" in tokens
+    assert EXTRA in tokens
+
+
+def test_a_merge_of_the_union_is_exported_with_its_tokenizer_and_scores_alike(
+    project_of: Callable[[str], Project],
+) -> None:
+    project = project_of("llama")
+    united(project, padded=False)
+    result = project.json("run", project.file, "--trials", "2")
+    project.cli("export", project.file, "--out", "merged")
+    tokenizer = AutoTokenizer.from_pretrained(project.folder / "merged")
+    model = AutoModelForCausalLM.from_pretrained(project.folder / "merged")
+    assert (len(tokenizer), model.config.vocab_size) == (TOKENS + 3, TOKENS + 3)
+    assert "<think>" in tokenizer.tokenize("a <think> of")
+    scores = project.json("evaluate", project.file, "--model", "merged")["tasks"]
+    assert {task: found["score"] for task, found in scores.items()} == pytest.approx(result["best"]["tasks"])
+    told = project.cli("run", project.file, "--set", "tokenizer=base", "--set", "name=other", check=2).stderr
+    assert "otherwise than the base's" in told
+    assert "tokenizer: union" in told
+    told = project.cli("export", project.file, "--out", "adapter", "--as-adapter", check=2).stderr
+    assert "cannot add tokens" in told
+
+
+def test_a_study_says_whose_tokens_its_merges_have(project_of: Callable[[str], Project]) -> None:
+    project = project_of("llama")
+    project.cli("run", project.file, "--trials", "1", "--method", "gta")
+    told = project.cli("run", project.file, "--method", "gta", "--set", "tokenizer=union", check=2).stderr
+    assert "tokenizer: the study has 'base', this run has 'union'" in told
+
+
+def test_an_adapter_that_was_trained_with_added_tokens_is_folded_and_its_rows_left_out_or_united(
+    project_of: Callable[[str], Project],
+) -> None:
+    from peft import LoraConfig, get_peft_model
 
     project = project_of("llama")
-    folder = project.folder / "red"
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.resize_token_embeddings(model.config.vocab_size + 2)
-    model.save_pretrained(folder)
-    with pytest.raises(InputError, match=r"resize_token_embeddings"):
-        load(project)
+    shortened(project)
+    base = AutoModelForCausalLM.from_pretrained(project.folder / "base")
+    base.resize_token_embeddings(TOKENS + 2)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(project.folder / "adapter", save_embedding_layers=True)
+    tokenizer = AutoTokenizer.from_pretrained(project.folder / "base")
+    extra_token(tokenizer)
+    tokenizer.save_pretrained(project.folder / "adapter")
+    project.spec["experts"]["red"] = {"model": "adapter", "task": "red"}
+    project.write()
+    live, ids = adapted.eval(), torch.tensor([[2, 30, 31, 40, 3]])
+    with torch.no_grad():
+        wanted = live(input_ids=ids).logits
+    for kind, rows in (("base", TOKENS), ("union", TOKENS + 2)):
+        project.write(tokenizer=kind)
+        torch.testing.assert_close(answers(load(project)), wanted[..., :rows], rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, loading, quiet_transformers
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint
+from dfmerge_studies.checkpoints.token_rows import resize_, rows_of, tables_of
 from dfmerge_studies.checkpoints.weights import private_copy
 from dfmerge_studies.errors import InputError
 
@@ -178,6 +179,7 @@ def _folded(
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
     check_adapter_config(checkpoint, model, base_file=str(base.path))
+    resize_(model, _rows_of_its_own(checkpoint, model) or rows_of(model))
     what, hint = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
     with loading(where, what, hint), quiet_transformers(), private_copy(checkpoint, contents) as folder:
         before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
@@ -204,6 +206,19 @@ def _folded(
         hint="Save it with the adapter (modules_to_save), or name the base that it was trained on",
     )
     return folded
+
+
+def _rows_of_its_own(checkpoint: Checkpoint, model: PreTrainedModel) -> int | None:
+    """Rows of the embeddings that an adapter brings whole, as with tokens that were added in training; or None."""
+    names = {f"base_model.model.{name}" for name in tables_of(model)}
+    for file in weights_files(checkpoint):
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                entries, _ = read_header(file, stream)
+            for name, entry in entries.items():
+                if name in names and name.endswith(".weight"):
+                    return entry.shape[0]
+    return None
 
 
 def _missing(wrapped: Any, names: list[str]) -> list[str]:

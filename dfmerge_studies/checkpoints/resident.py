@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
-from dfmerge_studies.checkpoints.digest import Contents
+from dfmerge_studies.checkpoints.digest import Contents, json_digest
 from dfmerge_studies.checkpoints.function import check_same_function
 from dfmerge_studies.checkpoints.in_place import InPlace
 from dfmerge_studies.checkpoints.load import (
@@ -25,6 +25,7 @@ from dfmerge_studies.checkpoints.load import (
     load_tokenizer,
 )
 from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.token_rows import Union, fit_
 from dfmerge_studies.checkpoints.vocabulary import reads_alike
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.params import TaskVector, align, changed_names, check_finite, float_parameters, task_vector
@@ -41,11 +42,12 @@ class Resident(InPlace):
 
     Attributes:
         model: from transformers.
-        tokenizer: the base's tokenizer.
+        tokenizer: the base's tokenizer, or the union's.
         heads: per task, its head's parameters; empty for models without heads.
         base_digest: identity of the base's files as they were read.
         expert_digests: the same of the experts, by name.
         other_tokenizers: of experts whose tokenizer differs from the base's in what some text may show, by name.
+        union: the vocabulary of all, None where it is the base's.
     """
 
     model: PreTrainedModel
@@ -54,6 +56,7 @@ class Resident(InPlace):
     base_digest: str
     expert_digests: Mapping[str, str]
     other_tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    union: Union | None = None
 
     def use_head_(self, task: str) -> None:
         """Put the head of one task on the model; nothing happens for models without heads."""
@@ -97,6 +100,7 @@ def load_resident(
     model_class: ModelClass,
     *,
     guards: Sequence[str] = (),
+    unite: bool = False,
     dtype: torch.dtype,
     device: torch.device,
     loading: Callable[[str], None] = lambda name: None,
@@ -109,6 +113,7 @@ def load_resident(
         task_of: expert name to the task whose head it brings (where models have heads).
         model_class: how to read them.
         guards: tasks that the base's own head answers, where it has one.
+        unite: whether experts' added tokens are appended to the base's.
         dtype: of parameters and task vectors.
         device: where they go.
         loading: told the name of each model before it is read.
@@ -120,6 +125,10 @@ def load_resident(
     contents = Contents()
     loaded = load_model(base, model_class, dtype=dtype, headless=True, contents=contents)
     model, tokenizer = loaded.model, load_tokenizer(base)
+    others = _tokenizers(base, experts, tokenizer)
+    union = Union.of(tokenizer, others) if unite else None
+    if union is not None:
+        union.grow_(model)
     classifier = model_class.has_head
     own = head_names(loaded.model, loaded.missing) if classifier else loaded.missing  # the latter of no use to anything
     theta_pre = {n: p.detach() for n, p in float_parameters(model).items() if n not in own}
@@ -130,19 +139,16 @@ def load_resident(
     if classifier and not own & loaded.missing:
         whole = {name: p.detach().clone().to(device) for name, p in float_parameters(model).items() if name in own}
         heads = {guard: dict(whole) for guard in guards}
-    others: dict[str, PreTrainedTokenizerBase] = {}
     for expert, checkpoint in experts.items():
         loading(expert)
         found = _load_expert(checkpoint, base, model_class, dtype, loaded.unexpected, contents)
-        if has_tokenizer(checkpoint):
-            own_tokenizer = load_tokenizer(checkpoint)
-            if not reads_alike(tokenizer, own_tokenizer, base_file=str(base.path), expert_file=str(checkpoint.path)):
-                others[expert] = own_tokenizer
+        if union is None:
+            fit_(found.model, model, tokenizer, where=str(checkpoint.path))
+        else:
+            union.take_(expert, found.model, model, where=str(checkpoint.path))
         theta = {name: parameter.detach() for name, parameter in float_parameters(found.model).items()}
         head = {name: theta.pop(name) for name in list(theta) if name in own}
         theta.update({name: theta_pre[name] for name in found.missing & theta_pre.keys()})  # of no use to anything
-        if classifier:
-            _drop_unread_rows(theta, theta_pre, found.model, where=str(checkpoint.path))
         align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
         if not checkpoint.is_adapter:
             check_same_function(model, found.model, base_file=str(base.path), expert_file=str(checkpoint.path))
@@ -150,6 +156,8 @@ def load_resident(
         task = task_of[expert]
         if classifier and head and task is not None:
             heads.setdefault(task, {name: tensor.to(device) for name, tensor in head.items()})
+    if union is not None:
+        union.fill_(model)
     names = changed_names(vectors, theta_pre)
     kept = {name: theta_pre[name].clone().to(device) for name in names}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
@@ -163,10 +171,32 @@ def load_resident(
         names=names,
         tokenizer=tokenizer,
         heads=heads,
-        base_digest=contents.digest(base),
+        base_digest=contents.digest(base) if union is None else _united(contents.digest(base), digests, union),
         expert_digests=digests,
         other_tokenizers=others,
+        union=union,
     )
+
+
+def _tokenizers(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Those of experts that may read some text otherwise than the base's.
+
+    Raises:
+        InputError: one plainly does.
+    """
+    found = {name: load_tokenizer(checkpoint) for name, checkpoint in experts.items() if has_tokenizer(checkpoint)}
+    return {
+        name: own
+        for name, own in found.items()
+        if not reads_alike(tokenizer, own, base_file=str(base.path), expert_file=str(experts[name].path))
+    }
+
+
+def _united(base: str, experts: Mapping[str, str], union: Union) -> str:
+    """Identity of a base whose tables have rows of experts' tokens."""
+    return json_digest([base, dict(experts), union.identity()])
 
 
 def _load_expert(
@@ -193,28 +223,6 @@ def _load_expert(
                 hint="It would be lost in a merge: fold it into the weights, or name another expert",
             )
     return loaded
-
-
-def _drop_unread_rows(
-    theta: dict[str, Tensor], theta_pre: Mapping[str, Tensor], expert: PreTrainedModel, *, where: str
-) -> None:
-    """Leave out the embeddings of tokens that the base does not have; no text that both read alike has them.
-
-    A language model's would count all the same: its probabilities are shared out among all tokens.
-    """
-    table = expert.get_input_embeddings().weight
-    name = next((name for name, parameter in expert.named_parameters() if parameter is table), None)
-    if name is None or name not in theta or name not in theta_pre:
-        return
-    rows, more = len(theta_pre[name]), len(theta[name])
-    if more > rows:
-        theta[name] = theta[name][:rows]
-        logger.warning(
-            "%s: %s has %d rows more than the base's, for tokens of its own; they are left out",
-            where,
-            name,
-            more - rows,
-        )
 
 
 def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:

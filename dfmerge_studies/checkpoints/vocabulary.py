@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROBE = "The Quick, brown fox's 3.14 naïve jumps!\n Ünïcode  spaces"
-MEND = "Base and experts must share one tokenizer; train the expert again with the base's"
+MEND = (
+    "Use tokenizer: union where the expert has added tokens; otherwise base and experts must share one tokenizer: "
+    "train the expert again with the base's"
+)
 _UNSEEN = ("added_tokens", "padding", "truncation", "version")  # of a serialised tokenizer; added tokens: see below
 
 

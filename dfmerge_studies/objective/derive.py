@@ -57,6 +57,7 @@ def _loaded(spec: StudySpec) -> dict[str, object]:
     """What of a spec decides which models and data are in memory."""
     return {
         "base": spec.base,
+        "tokenizer": spec.tokenizer,
         "experts": list(spec.experts.items()),
         "tasks": [(name, task.model_copy(update={"limit": None})) for name, task in spec.tasks.items()],
         "dtype": spec.dtype,

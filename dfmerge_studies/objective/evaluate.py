@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.digest import Contents
-from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
+from dfmerge_studies.checkpoints.load import has_tokenizer, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
@@ -130,7 +130,8 @@ def _evaluate(
     else:
         loaded = load_model(checkpoint, found.model_class, dtype=dtype, headless=True, contents=contents)
         model, missing = loaded.model, loaded.missing
-    tokenizer = load_tokenizer(found.base if checkpoint.is_adapter else checkpoint)
+    own = not checkpoint.is_adapter or (spec.tokenizer == "union" and has_tokenizer(checkpoint))
+    tokenizer = load_tokenizer(checkpoint if own else found.base)
     heads = _heads(spec, checkpoint, found, dtype, contents) if found.has_heads else {}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     of_experts = classes_of_heads(spec, found.base, found.experts)

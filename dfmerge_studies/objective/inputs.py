@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -367,11 +368,17 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
     """
     prompts = prompted_rows(spec, task, rows, resident.tokenizer)  # chat templates of experts are not used
     encoded = _encoded(spec, task, prompts, resident.model, resident.tokenizer, kind)
+    union = resident.union
     for expert, tokenizer in resident.other_tokenizers.items():
+        if union is not None and spec.experts[expert].task not in (None, task):
+            continue  # other experts' tokens are none of its own
         try:
             theirs = _encoded(spec, task, prompts, resident.model, tokenizer, kind, resident.tokenizer)
         except InputError:  # rows that the base's tokenizer takes
             theirs = []
+        if union is not None:
+            ids = union.renumbered(expert)
+            theirs = [_renumbered(item, ids) for item in theirs]
         odd = next((i for i, item in enumerate(encoded) if i >= len(theirs) or theirs[i] != item), None)
         if odd is None:
             continue
@@ -384,6 +391,15 @@ def encode_for_all(spec: StudySpec, task: str, rows: Sequence[Row], resident: Re
             hint=MEND,
         )
     return encoded
+
+
+def _renumbered(item: Encoded, ids: Mapping[int, int]) -> Encoded:
+    """An input with the ids of another vocabulary, as far as they differ."""
+    return replace(
+        item,
+        input_ids=tuple(ids.get(token, token) for token in item.input_ids),
+        choices=tuple(tuple(ids.get(token, token) for token in choice) for choice in item.choices),
+    )
 
 
 def fisher_rows(spec: StudySpec, task: str, total: int, wanted: Mapping[str, list[int]] | None) -> list[int]:

@@ -312,6 +312,7 @@ def _load_problem(
         {name: expert.task for name, expert in spec.experts.items()},
         checkpoints.model_class,
         guards=[name for name, task in spec.tasks.items() if task.guard],
+        unite=spec.tokenizer == "union",
         dtype=dtype,
         device=device,
         loading=lambda name: progress(f"loading {name}", 1 + list(spec.experts).index(name), steps),

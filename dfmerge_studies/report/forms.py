@@ -48,6 +48,12 @@ def check_form(spec: StudySpec, form: Form) -> None:
         raise InputError(
             "the adapters of classifiers have a folder per task already", where="--split-heads", hint="Leave it out"
         )
+    if form.adapter and spec.tokenizer == "union":
+        raise InputError(
+            "an adapter on the base cannot add tokens, and the spec has tokenizer: union",
+            where="--as-adapter",
+            hint="Export the whole model, or use tokenizer: base",
+        )
     if form.split_heads:
         _check_heads(spec)
 

@@ -46,6 +46,9 @@ class StudySpec(Settings):
     name: str = Field(description="name of the study")
     base: str = Field(description="model that every expert was fine-tuned from")
     experts: dict[str, ExpertSettings] = Field(description="the fine-tuned models by name")
+    tokenizer: Literal["base", "union"] = Field(
+        "base", description="of the merge: the base's, or union: with every expert's added tokens and their own rows"
+    )
     tasks: dict[str, TaskSettings] = Field(description="what merged models are scored on, by name")
     method: KnownMethod = Field("df-merge", description="row of the method table, or a cell of it")
     parameters: dict[KnownMethod, dict[str, float | list[float]]] = Field(

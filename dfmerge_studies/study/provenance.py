@@ -57,6 +57,7 @@ _LIBRARIES = (
 GRANULARITY, _GROUPS = "search.granularity", "groups of parameters"  # of a fingerprint
 
 GUARDS = "guards"  # of a fingerprint: points that each may lose against the base
+TOKENIZER = "tokenizer"  # of a fingerprint: whose tokens the merge has
 MAX_DROP = "max_drop"  # of a fingerprint: points of the tasks that have a bound of their own
 
 # What studies did before a field came to be stated: whoever does not state it, did this.
@@ -66,6 +67,7 @@ _FORMERLY: Mapping[str, Any] = {
     GRANULARITY: "model",
     "positive": {},
     GUARDS: {},
+    TOKENIZER: "base",
     MAX_DROP: {},
     "scoring": {},
     "parameters": {},
@@ -91,6 +93,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "tasks": list(spec.tasks),
         "metrics": {name: task.metric for name, task in spec.tasks.items()},
         **({"positive": positive} if positive else {}),
+        **({TOKENIZER: spec.tokenizer} if spec.tokenizer != "base" else {}),
         **({GUARDS: dict(guards)} if (guards := spec.metrics("validation").guards) else {}),
         **({MAX_DROP: own} if (own := _own_bounds(spec)) else {}),
         **({"scoring": scoring} if scoring else {}),
