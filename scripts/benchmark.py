@@ -204,13 +204,14 @@ def _add(total: Counts, after: Counts, before: Counts) -> None:
 
 
 def counted(work: Work, widths: Widths) -> dict[str, Counts]:
-    """Counts of one iteration of ours by phase; the choice of ways, which is made once a run, is left out."""
+    """Counts of one iteration of ours by phase, the second one: what is decided and put on the device once is there."""
     names = list(work.vectors[0].deltas)
-    for inputs in work.inputs[:1]:
-        task_fisher(work.base, work.kind, inputs[:2], pad_id=0, names=names)  # decides how, on the CPU
+    task_fisher(work.base, work.kind, work.inputs[0][:2], pad_id=0, names=names)  # decides how, on the CPU
     move_(work.base)
     vectors = tuple(TaskVector(v.expert, elsewhere(v.deltas)) for v in work.vectors)
     there = Work(work.kind, work.base, vectors, work.inputs, work.rows, work.coefficients)
+    with counting(widths):
+        ours(there, Clock(torch.device("cpu")), keep=False)
     with counting(widths) as counts:
         clock = _CountingClock(counts)
         start = copy.copy(counts)

@@ -249,6 +249,10 @@ def _attention(mode: _Counting, real: Callable[..., Tensor]) -> Callable[..., Te
     return attend
 
 
+def _no_gradients(on: bool = True) -> contextlib.AbstractContextManager[None]:
+    return torch.no_grad() if on else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def counting(widths: Widths | None = None) -> Iterator[Counts]:
     """Count what runs elsewhere inside the block; models get there with `move_`.
@@ -281,7 +285,7 @@ def counting(widths: Widths | None = None) -> Iterator[Counts]:
             mock.patch.object(torch, "tensor", make),
             mock.patch.object(torch, "autocast", cast),
             mock.patch.object(torch, "is_autocast_enabled", casts),
-            mock.patch.object(torch, "inference_mode", torch.no_grad),  # whose tensors know no subclass
+            mock.patch.object(torch, "inference_mode", _no_gradients),  # whose tensors know no subclass
             mock.patch.object(F, "scaled_dot_product_attention", _attention(mode, F.scaled_dot_product_attention)),
             mock.patch.object(_Elsewhere, "tolist", to_list, create=True),
             mode,

@@ -137,18 +137,28 @@ def _own_losses(
     try:
         with torch.inference_mode():
             folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
-            for batch in length_batches(mine, kind, token_budget):
+            batches = length_batches(mine, kind, token_budget)
+            tables = []  # on the device: to read one is to wait for it
+            for batch in batches:
                 ranks.check()
-                chosen = [mine[i] for i in batch]
-                table = forward_losses(model, kind, chosen, pad_id=pad_id, folded=folded)
-                for i, losses in zip(batch, table.tolist(), strict=True):
-                    results[i] = _checked(mine[i], losses)
+                tables.append(forward_losses(model, kind, [mine[i] for i in batch], pad_id=pad_id, folded=folded))
                 if progress is not None:
                     progress(len(batch))
+            for batch, table in zip(batches, _read(tables), strict=True):
+                for i, losses in zip(batch, table, strict=True):
+                    results[i] = _checked(mine[i], losses)
     finally:
         for module, training in modes:
             module.training = training
     return results
+
+
+def _read(tables: Sequence[Tensor]) -> list[list[list[float]]]:
+    """The values of tables of several sizes, by one wait for the device."""
+    if not tables:
+        return []
+    values = torch.split(torch.cat([table.flatten() for table in tables]).cpu(), [table.numel() for table in tables])
+    return [part.view(table.shape).tolist() for part, table in zip(values, tables, strict=True)]
 
 
 def _checked(example: Encoded, losses: list[Any]) -> list[Any]:

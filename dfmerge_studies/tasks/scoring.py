@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
+from dfmerge_studies.tasks.placing import once
 from dfmerge_studies.tasks.tags import IGNORED
 
 # From logits (R, T, vocabulary) and the tokens (R, T) that were read to the labels (R, T) that are scored there.
@@ -43,11 +44,13 @@ class Rows:
         owner: (R,) position in the batch of each row's input.
         choice: (R,) index of each row's choice among those of its input.
         targets: (R, T) token ids of the choices, `IGNORED` where padded.
+        most: the largest number of choices of an input, C; known here, since to ask a device for it is to wait for it.
     """
 
     owner: Tensor
     choice: Tensor
     targets: Tensor
+    most: int
 
     def grid(self, losses: Tensor, inputs: int) -> Tensor:
         """Row losses (R,) laid out as (inputs, C), infinite where an input has no such choice.
@@ -56,8 +59,7 @@ class Rows:
             losses: (R,) one loss per row.
             inputs: inputs in the batch.
         """
-        width = int(self.choice.max()) + 1
-        table = losses.new_full((inputs, width), torch.inf)
+        table = losses.new_full((inputs, self.most), torch.inf)
         return table.index_put((self.owner, self.choice), losses)
 
 
@@ -122,7 +124,24 @@ def make_rows(batch: Sequence[Encoded], device: torch.device) -> Rows:
     owner = [i for i, example in enumerate(batch) for _ in example.choices]
     choice = [c for example in batch for c in range(len(example.choices))]
     targets = pad([tokens for example in batch for tokens in example.choices], IGNORED, device)
-    return Rows(torch.tensor(owner, device=device), torch.tensor(choice, device=device), targets)
+    most = max(len(example.choices) for example in batch)
+    return Rows(torch.tensor(owner, device=device), torch.tensor(choice, device=device), targets, most)
+
+
+@once
+def _rows(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Rows:
+    return make_rows(batch, device_of(model))
+
+
+@once
+def _texts(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """What an encoder is given: texts, their mask, and segments where the tokenizer makes some."""
+    device, texts = device_of(model), [example.input_ids for example in batch]
+    inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
+    if any(example.token_type_ids is not None for example in batch):
+        types = [example.token_type_ids or (0,) * len(example.input_ids) for example in batch]
+        inputs["token_type_ids"] = pad(types, 0, device)
+    return inputs
 
 
 def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -147,11 +166,10 @@ def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
     """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S)."""
-    device = device_of(model)
-    texts = [example.input_ids for example in batch]
-    mask = pad_mask(texts, device)
+    inputs = _texts(model, batch, pad_id)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     encoder: Any = model.get_encoder()  # type: ignore[operator]  # nn.Module's attributes are typed Tensor | Module
-    return encoder(input_ids=pad(texts, pad_id, device), attention_mask=mask).last_hidden_state, mask
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
 
 def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor, relabel: Relabel | None = None) -> Tensor:
@@ -215,7 +233,7 @@ def _fold(model: nn.Module, hidden: Tensor, mask: Tensor, rows: Rows) -> Tensor:
     once per input instead of once per row.
     """
     inputs, width = hidden.shape[0], rows.targets.shape[1]
-    most = int(rows.choice.max()) + 1
+    most = rows.most
     place = rows.owner * most + rows.choice
     blank = rows.targets.new_zeros((inputs * most, width))
     ids = blank.index_copy(0, place, _shifted(model, rows.targets)).view(inputs, most * width)
@@ -256,14 +274,20 @@ def continuation_losses(
     Raises:
         InputError: a prompt has no tokens.
     """
-    sequences = [(*example.input_ids, *tokens[:-1]) for example in batch for tokens in example.choices]
-    starts = _prompt_lengths(batch, rows.owner.device)[rows.owner] - 1
-    steps = torch.arange(rows.targets.shape[1], device=rows.owner.device)
-    device = rows.owner.device
-    ids = pad(sequences, pad_id, device)
-    at = (starts[:, None] + steps).clamp_max(ids.shape[1] - 1)  # the clamp touches only padded targets
-    logits = _logits_at(model, at, input_ids=ids, attention_mask=pad_mask(sequences, device))
+    ids, mask, prompts = _sequences(model, batch, pad_id)
+    steps = torch.arange(rows.targets.shape[1], device=ids.device)
+    # The clamp touches only padded targets.
+    at = (prompts[rows.owner][:, None] - 1 + steps).clamp_max(ids.shape[1] - 1)
+    logits = _logits_at(model, at, input_ids=ids, attention_mask=mask)
     return mean_token_loss(logits, rows.targets if relabel is None else relabel(logits.detach(), rows.targets))
+
+
+@once
+def _sequences(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every prompt with every choice: token ids and mask, (R, S + T - 1) each; tokens of every prompt, (B,)."""
+    device = device_of(model)
+    sequences = [(*example.input_ids, *tokens[:-1]) for example in batch for tokens in example.choices]
+    return pad(sequences, pad_id, device), pad_mask(sequences, device), _prompt_lengths(batch, device)
 
 
 def _prompt_lengths(batch: Sequence[Encoded], device: torch.device) -> Tensor:
@@ -292,7 +316,31 @@ def _logits_at(model: nn.Module, positions: Tensor, **inputs: Tensor) -> Tensor:
 
 def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, pad_id: int) -> Tensor:
     """Losses (R,) with one sequence per input: the prompt once, then all choices, which do not see each other."""
-    device, most, width = rows.owner.device, int(rows.choice.max()) + 1, rows.targets.shape[1]
+    most, width = rows.most, rows.targets.shape[1]
+    ids, segment_of, positions, at = _end_to_end(model, batch, pad_id)
+    step = torch.arange(segment_of.shape[1], device=ids.device)
+    same = (segment_of[:, :, None] == segment_of[:, None, :]) | (segment_of[:, None, :] == 0)
+    place = rows.owner * most + rows.choice
+    at = at.new_zeros((len(batch) * most, width)).index_copy(0, place, at).view(len(batch), most * width)
+    logits = _logits_at(
+        model,
+        at,
+        input_ids=ids,
+        attention_mask=_additive((same & (step <= step[:, None]))[:, None], model),
+        position_ids=positions,
+    )
+    return mean_token_loss(logits.reshape(len(batch) * most, width, -1).index_select(0, place), rows.targets)
+
+
+@once
+def _end_to_end(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts with all their choices behind them.
+
+    Returns:
+        Token ids, segments (0: the prompt, k: choice k - 1) and positions, (B, S) each; where each choice's tokens are
+        scored, (R, T).
+    """
+    device = device_of(model)
     ids, segments, positions, wanted = [], [], [], []
     for example in batch:
         line, segment, position = (
@@ -310,23 +358,16 @@ def _fold_continuations(model: nn.Module, batch: Sequence[Encoded], rows: Rows, 
         ids.append(line)
         segments.append(segment)
         positions.append(position)
-    segment_of = pad(segments, -1, device)
-    step = torch.arange(segment_of.shape[1], device=device)
-    same = (segment_of[:, :, None] == segment_of[:, None, :]) | (segment_of[:, None, :] == 0)
-    place = rows.owner * most + rows.choice
-    at = pad(wanted, 0, device)
-    at = at.new_zeros((len(batch) * most, width)).index_copy(0, place, at).view(len(batch), most * width)
-    logits = _logits_at(
-        model,
-        at,
-        input_ids=pad(ids, pad_id, device),
-        attention_mask=_additive((same & (step <= step[:, None]))[:, None], model),
-        position_ids=pad(positions, 0, device),
-    )
-    return mean_token_loss(logits.reshape(len(batch) * most, width, -1).index_select(0, place), rows.targets)
+    return pad(ids, pad_id, device), pad(segments, -1, device), pad(positions, 0, device), pad(wanted, 0, device)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
+
+
+@once
+def _words(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Where the words of every input are, (B, W)."""
+    return pad([example.words for example in batch], 0, device_of(model))
 
 
 def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id: int) -> Tensor:
@@ -336,15 +377,9 @@ def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id:
         (B, K) scores of classes or labels; (B, 1) numbers of a regression; (B, W, K) scores of the tags of the words, W
         the most that an input has, of no meaning where one has fewer.
     """
-    device = device_of(model)
-    texts = [example.input_ids for example in batch]
-    inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
-    if any(example.token_type_ids is not None for example in batch):
-        types = [example.token_type_ids or (0,) * len(example.input_ids) for example in batch]
-        inputs["token_type_ids"] = pad(types, 0, device)
-    logits: Tensor = model(**inputs).logits
+    logits: Tensor = model(**_texts(model, batch, pad_id)).logits
     if kind is Kind.TOKENS:
-        places = pad([example.words for example in batch], 0, device)
+        places = _words(model, batch, pad_id)
         logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -383,7 +418,7 @@ def forward_losses(
     if kind in HEADED:
         z = head_outputs(model, kind, batch, pad_id)
         return z if kind in (Kind.REGRESSION, Kind.MULTI_LABEL) else -torch.log_softmax(z, dim=-1)
-    rows = make_rows(batch, device_of(model))
+    rows = _rows(model, batch, pad_id)
     if kind is Kind.CAUSAL:
         way = _fold_continuations if folded else continuation_losses
         return rows.grid(way(model, batch, rows, pad_id), len(batch))
