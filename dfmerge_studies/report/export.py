@@ -134,7 +134,9 @@ def export_merge(
             checked = _checked(merger, spec, first, f"an adapter of rank {adapter.rank}", before)
         else:
             _save(problem, folder, dtype, form)
-            checked = _checked(merger, spec.derive(dtype=dtype), folder, dtype, before) if again else None
+            compute = spec.compute if dtype == "float32" else "auto"  # other weights use their own
+            written = spec.derive(dtype=dtype, compute=compute)
+            checked = _checked(merger, written, folder, dtype, before) if again else None
         merged = replace(merged, dtype=dtype, checked=checked, adapter=adapter)
         texts = {CARD: model_card(problem, spec, merged), PROVENANCE: provenance_json(problem, spec, merged)}
         write_texts(folder, texts)
