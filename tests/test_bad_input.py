@@ -255,7 +255,7 @@ LIGHT_CASES = [
         "Use one type",
         spoil=lambda p: spec(tasks__blue__type="classification", tasks__blue__doc_to_choice=None)(p),
     ),
-    case("unknown-task-type", "run SPEC", "tasks.red", "'regression'", spoil=task(type="regression")),
+    case("unknown-task-type", "run SPEC", "tasks.red", "'ranking'", spoil=task(type="ranking")),
     case("bounds-reversed", "run SPEC --set search.bounds=[1,0]", "search.bounds", "below"),
     case("infinite-bounds", "run SPEC --set search.bounds=[0,.inf]", "search.bounds", "finite"),
     case("negative-trials", "run SPEC --set search.trials=-3", "search.trials", "-3", "greater than 0"),

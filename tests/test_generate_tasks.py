@@ -259,6 +259,26 @@ def test_a_prompt_leaves_room_for_what_is_written_and_a_target_ends_with_the_end
         encoded(generation_kwargs={"max_gen_toks": 4})
 
 
+@pytest.mark.parametrize(
+    ("fields", "where", "hint"),
+    [
+        ({"doc_to_choice": ["a", "b"]}, "tasks.red.doc_to_choice", "It goes with type: choice, classification"),
+        ({"until": "x"}, "tasks.red.until", "It has its place elsewhere"),
+        ({"filter_list": [{"function": "strip"}]}, "tasks.red.filter_list.0.function", "It has its place elsewhere"),
+        ({"filter_list": [{"filter": [{"functoin": "strip"}]}]}, "filter.0.functoin", "Did you mean 'function'?"),
+    ],
+)
+def test_a_field_in_the_wrong_place_is_told_where_it_belongs(
+    tmp_path: Path, fields: dict[str, Any], where: str, hint: str
+) -> None:
+    project = make_project(tmp_path / "p", "t5", rows=2)
+    name, settings = "red", {k: v for k, v in project.spec["tasks"]["red"].items() if k != "doc_to_choice"}
+    project.spec["tasks"][name] = {**settings, "type": "generate", "doc_to_target": "input", **fields}
+    project.write()
+    told = project.cli("validate", "spec.yaml", check=2).stderr
+    assert f"{where}: unknown key. {hint}" in told
+
+
 # --- a study ---------------------------------------------------------------------------------------------------------
 
 

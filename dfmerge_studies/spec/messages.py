@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -81,6 +81,8 @@ def _sentence(
         classes = fields_at.get(place[0] if len(place) > 1 else "", [])
         known = sorted({name for model in classes for name in model.model_fields})
         hint = did_you_mean(place[-1], known) or f"Known fields: {', '.join(known)}"
+        if place[-1] in known:
+            hint = _belongs(place[-1], classes)
         return InputError("unknown key", where=f"{path}: {field}", hint=hint)
     if error["type"] == "missing":
         return InputError("this field is required", where=f"{path}: {field}", hint="Add it")
@@ -95,6 +97,15 @@ def _sentence(
     if error["type"] == "string_type" and isinstance(found, (int, float)):
         hint = f"Write it in quotes: '{found}'"
     return InputError(message, where=f"{path}: {field}", hint=hint)
+
+
+def _belongs(field: str, classes: Sequence[type[BaseModel]]) -> str:
+    """Where a field that is known, and not here, would have its place."""
+    owners = [model for model in classes if field in model.model_fields]
+    types = [
+        str(get_args(model.model_fields["type"].annotation)[0]) for model in owners if "type" in model.model_fields
+    ]
+    return f"It goes with type: {', '.join(types)}" if types else "It has its place elsewhere; docs/specs.md says where"
 
 
 def _nearest(errors: Sequence[ErrorDetails]) -> tuple[ErrorDetails, list[ErrorDetails]]:
