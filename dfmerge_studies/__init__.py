@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dfmerge_studies.study.comparison import Comparison, compare
     from dfmerge_studies.study.in_memory import MergeResult, optimize_merge
     from dfmerge_studies.study.session import Session, open_study
+    from dfmerge_studies.tasks.own import add_metric
 
 __all__ = [
     "Comparison",
@@ -45,6 +46,7 @@ __all__ = [
     "RunError",
     "Session",
     "StudySpec",
+    "add_metric",
     "compare",
     "diagonal_fisher",
     "evaluate_model",
@@ -70,6 +72,7 @@ _HOMES = {
     "study.comparison": ("Comparison", "compare"),
     "study.in_memory": ("MergeResult", "optimize_merge"),
     "study.session": ("Session", "open_study"),
+    "tasks.own": ("add_metric",),
 }
 
 

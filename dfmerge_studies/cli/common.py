@@ -67,7 +67,7 @@ TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run code that comes with a checkpoint: a spec alone cannot say so.",
+        help="Run code that comes with a checkpoint, or that a spec names: a spec alone cannot say so.",
     ),
 ]
 

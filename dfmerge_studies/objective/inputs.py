@@ -20,6 +20,7 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.harness import read_questions
 from dfmerge_studies.tasks.harness_model import encode_questions
 from dfmerge_studies.tasks.metrics import Metric
+from dfmerge_studies.tasks.own import check_function
 from dfmerge_studies.tasks.sampling import divided_first_rows, divided_rows, draw_rows, seeded_generator
 from dfmerge_studies.tasks.settings import (
     AnyTask,
@@ -126,6 +127,7 @@ def check_classes(spec: StudySpec, task: str, split: Split, rows: Sequence[Row])
         InputError: naming the first such row, or a positive class that there is not.
     """
     settings, metric = spec.tasks[task], spec.metrics(split)[task]
+    check_function(metric)
     if (why := metric.unreadable(rows[0].choices)) is not None:
         raise InputError(
             f"{metric.name} cannot read the names of the classes: {why}",

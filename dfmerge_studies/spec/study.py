@@ -31,7 +31,8 @@ from dfmerge_studies.spec.known import KnownMethod
 from dfmerge_studies.spec.messages import Wrong, explain, odd_values
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.tasks.filters import Filter, Step
-from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metrics, agrees
+from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metric, Metrics, agrees, is_own
+from dfmerge_studies.tasks.own import named_metric
 from dfmerge_studies.tasks.settings import AnyTask, GenerationKwargs, TaskSettings, metric_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
@@ -182,11 +183,18 @@ class StudySpec(Settings):
             {
                 name: METRICS[AGREEMENT]
                 if agreement and not task.guard and agrees(split, task.doc_to_target)
-                else metric_of(task)
+                else self._metric(name)
                 for name, task in self.tasks.items()
             },
             {name: points for name, points in self.allowed.items() if self.tasks[name].guard},
         )
+
+    def _metric(self, task: str) -> Metric:
+        settings = self.tasks[task]
+        if not is_own(settings.metric):
+            return metric_of(settings)
+        where = self.where(f"tasks.{task}.metric")
+        return named_metric(settings.metric, str(self.root), trusted=self.trust_remote_code, where=where)
 
     def where(self, field: str) -> str:
         """File and field, for messages.

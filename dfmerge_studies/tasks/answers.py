@@ -15,7 +15,7 @@ from dfmerge_studies.tasks.generation import Writer, write_texts
 from dfmerge_studies.tasks.harness import judge
 from dfmerge_studies.tasks.harness_model import answer_questions, writer_of_questions
 from dfmerge_studies.tasks.label_sets import LabelSets, taken_sets
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Judged, Texts, predict
+from dfmerge_studies.tasks.metrics import Answers, Judged, Texts, predict
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.settings import (
     GenerateTask,
@@ -25,6 +25,7 @@ from dfmerge_studies.tasks.settings import (
     TaskSettings,
     TextTask,
     TokenTask,
+    metric_of,
 )
 from dfmerge_studies.tasks.tags import Tags, taken_tags
 from dfmerge_studies.tasks.written import Written
@@ -78,7 +79,7 @@ def given_answers(
     )
     if isinstance(task, RegressionTask):
         return [number for (number,) in found]
-    size = METRICS[task.metric].size
+    size = metric_of(task).size
     return (
         found
         if size is None

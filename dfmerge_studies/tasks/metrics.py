@@ -198,7 +198,8 @@ class Metric:
         name: as `metric` of a task names it; lm-evaluation-harness's and scikit-learn's name where they have one.
         tasks: types of task that it fits; what it is given is what `answers.judged` makes of those.
         of_rows: one number per input, where the score is their mean: any subset of the inputs then has a score.
-        of_all: the score of all inputs together, where it is no mean over them.
+        of_all: the score of all inputs together, where it is no mean over them; of code of one's own perhaps one number
+            per input after all.
         low: the worst score that there can be, or the best where `higher_is_better` is false.
         high: the other end.
         higher_is_better: which of two scores is the better one.
@@ -214,7 +215,7 @@ class Metric:
 
     name: str
     of_rows: Callable[[Any], Sequence[float]] | None = None
-    of_all: Callable[[Any], float] | None = None
+    of_all: Callable[[Any], float | Sequence[float]] | None = None
     tasks: frozenset[str] = CHOICES
     low: float = 0.0
     high: float = 1.0
@@ -256,11 +257,12 @@ class Metric:
             raise InputError("there are no examples to score", hint="Check the split and its limit")
         if isinstance(answers, Scored):
             return TaskScore(answers.score, self.name, len(answers.wanted), answers.rows)
-        if self.of_rows is not None:
-            rows = self.of_rows(answers)
-            return TaskScore(sum(rows) / len(rows), self.name, len(rows), rows)
-        assert self.of_all is not None
-        return TaskScore(float(self.of_all(answers)), self.name, len(answers.wanted))
+        score = self.of_rows or self.of_all
+        assert score is not None
+        found = score(answers)
+        if isinstance(found, (int, float)):
+            return TaskScore(float(found), self.name, len(answers.wanted))
+        return TaskScore(sum(found) / len(found), self.name, len(found), found)
 
     def worth(self, score: float) -> float:
         """A score such that higher is better; applied to that it gives the score again."""
@@ -320,7 +322,7 @@ class Metrics(Mapping[str, Metric]):
             names: by task.
             guards: as above.
         """
-        return cls({task: METRICS.get(name) or harness_metric(name) for task, name in names.items()}, guards)
+        return cls({task: _metric_named(name) for task, name in names.items()}, guards)
 
     def __getitem__(self, task: str) -> Metric:
         return self._by_task[task]
@@ -662,6 +664,33 @@ _HARNESS = {
         Metric("ter", high=math.inf, higher_is_better=False, percent=False),
     )
 }
+
+
+def own_metric(name: str, score: Callable[[Any], float | Sequence[float]] | None = None) -> Metric:
+    """What a score of somebody's own is.
+
+    Args:
+        name: of the function; a minus before it says that lower is better.
+        score: from answers to the score; None where only what is stored is looked at.
+    """
+    return Metric(
+        name,
+        of_all=score,
+        tasks=CHOICES | SETS | TAGS | NUMBERS | GENERATE,
+        low=-math.inf,
+        high=math.inf,
+        higher_is_better=not name.startswith("-"),
+        percent=False,
+    )
+
+
+def is_own(name: str) -> bool:
+    """Whether a metric's name is that of code: `package.module:function`."""
+    return ":" in name
+
+
+def _metric_named(name: str) -> Metric:
+    return METRICS.get(name) or (own_metric(name) if is_own(name) or name.startswith("-") else harness_metric(name))
 
 
 def harness_metric(name: str) -> Metric:

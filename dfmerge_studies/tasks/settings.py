@@ -10,16 +10,18 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.tasks.filters import Filter, checked_regex
-from dfmerge_studies.tasks.metrics import METRICS, Metric, harness_metric, task_metrics
-from dfmerge_studies.tasks.strict import Settings, one_of
+from dfmerge_studies.tasks.metrics import METRICS, Metric, harness_metric, is_own, own_metric, task_metrics
+from dfmerge_studies.tasks.strict import Also, Settings, one_of
 from dfmerge_studies.tasks.written import Ignored
 
 _PAIR = "second text of a pair: a column or a template"
 _SCORE = "what a score is"
+OWN = Also("package.module:function", r"-?[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def _metrics_of(type_: str) -> AfterValidator:
-    return one_of(f"metrics of type: {type_}", partial(task_metrics, type_))
+    own = OWN if type_ != "text" else None  # whose answers are no predictions
+    return one_of(f"metrics of type: {type_}", partial(task_metrics, type_), own)
 
 
 class _Task(Settings):
@@ -97,7 +99,7 @@ class _OwnTask(_Task):
 
     @model_validator(mode="after")
     def _positive_goes_with_its_metric(self) -> Self:
-        needed = METRICS[self.metric].positive
+        needed = not is_own(self.metric) and METRICS[self.metric].positive
         if needed and self.positive is None:
             raise ValueError(f"metric: {self.metric} needs 'positive', the class that counts: its index or its text")
         if not needed and self.positive is not None:
@@ -373,9 +375,11 @@ def choices_of(task: AnyTask) -> str | list[str] | None:
 
 
 def metric_of(task: AnyTask) -> Metric:
-    """What a task's score is.
+    """What a task's score is; of code that the spec names, without the code.
 
     Args:
         task: its settings.
     """
-    return harness_metric(task.metric) if isinstance(task, HarnessTask) else METRICS[task.metric]
+    if isinstance(task, HarnessTask):
+        return harness_metric(task.metric)
+    return own_metric(task.metric) if is_own(task.metric) else METRICS[task.metric]

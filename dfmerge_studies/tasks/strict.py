@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -40,26 +41,50 @@ class Settings(BaseModel):
 
 
 @dataclass(frozen=True)
+class Also:
+    """A form that a text may have besides the names that there are.
+
+    Attributes:
+        form: in words.
+        pattern: what such texts match as a whole.
+    """
+
+    form: str
+    pattern: str
+
+
+@dataclass(frozen=True)
 class _OneOf(AfterValidator):
     """A check that a JSON schema shows as the names that there are."""
 
     names: Callable[[], Iterable[str]]
+    also: Also | None = None
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {**handler(schema), "enum": [str(name) for name in self.names()]}
+        named = {**handler(schema), "enum": [str(name) for name in self.names()]}
+        if self.also is None:
+            return named
+        return {"anyOf": [named, {"type": "string", "pattern": f"^{self.also.pattern}$"}]}
 
 
-def one_of(what: str, names: Callable[[], Iterable[str]]) -> AfterValidator:
-    """A check of a text field: it names a row of a table, as the table is when the check is made."""
+def one_of(what: str, names: Callable[[], Iterable[str]], also: Also | None = None) -> AfterValidator:
+    """A check of a text field: it names a row of a table, as the table is when the check is made.
+
+    Args:
+        what: the rows are, for messages.
+        names: of them.
+        also: another form that the text may have.
+    """
 
     def check(name: str) -> str:
         known = list(names())
-        if name not in known:
+        if name not in known and not (also is not None and re.fullmatch(also.pattern, name)):
             near = did_you_mean(name, known)
-            raise ValueError(near[0].lower() + near[1:] if near else f"the {what} are {', '.join(known)}")
+            form = f", or {also.form}" if also is not None else ""
+            raise ValueError(near[0].lower() + near[1:] if near else f"the {what} are {', '.join(known)}{form}")
         return name
 
-    return _OneOf(check, names)
+    return _OneOf(check, names, also)
 
 
 def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, ...], bool, list[Any]]]:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.tasks.metrics import METRICS
-from dfmerge_studies.tasks.settings import GenerateTask
+from dfmerge_studies.tasks.settings import GenerateTask, metric_of
 from dfmerge_studies.tasks.templates import CSV_HINT, is_missing
 
 
@@ -27,7 +26,7 @@ def read_targets(values: Sequence[Any], task: GenerateTask, *, where: str, split
         InputError: a row has no target, or one that is no text, or that the metric cannot compare with.
     """
     rendered = task.doc_to_target is not None and any(sign in task.doc_to_target for sign in ("{{", "{%"))
-    metric = METRICS[task.metric]
+    metric = metric_of(task)
     found = []
     for index, value in enumerate(values):
         row = f"row {index} of the split {split!r}"
