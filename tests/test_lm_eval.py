@@ -208,6 +208,18 @@ def test_validate_says_where_lm_eval_would_score_another_split(tmp_path: Path) -
     assert note["what"].startswith("trials are scored on the split 'validation'; lm_eval scores 'test'")
 
 
+def test_validate_shows_what_the_harness_asks(tmp_path: Path) -> None:
+    project = harness_project(tmp_path / "p", choices=CASES["shots"][0], written=CASES["written"][0])
+    project.write(method="gta")
+    shown = {task: project.json("validate", project.file, "--show", task)["shown"] for task in ("choices", "written")}
+    assert shown["choices"]["prompt"].startswith("the river wa <unk><unk> yes<unk><unk>bread, salt ")  # two examples
+    assert [answer["text"] for answer in shown["choices"]["answers"]][:2] == [" yes", " a terrible place"]
+    assert [answer["right"] for answer in shown["choices"]["answers"]] == [True, False, False]
+    assert shown["written"]["answers"] == []
+    assert shown["written"]["wanted"] == "y<|endoftext|>"
+    assert shown["written"]["scored"] == "exact_match of tiny_written, as lm-evaluation-harness has it"
+
+
 def test_limit_takes_the_first_rows_and_leaves_the_others_to_the_choice_of_the_winner(tmp_path: Path) -> None:
     project = harness_project(tmp_path / "p", choices={"lm_eval": "tiny_choices", "limit": 5})
     problem = loaded(project)

@@ -28,10 +28,11 @@ from tests.processes import Forked, command, free_port
 from tests.project import Project, cli_environment, make_project, start_ranks
 from tests.ranks_child import ESTIMATORS, POINT, reseeded, weights, with_estimator
 from tests.test_generate_tasks import generating
+from tests.test_lm_eval import CASES, harness_project
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.timeout(1800)  # a dozen starts of torch, perhaps on a busy machine
-SIZES = {"t5": 13, "gpt2": 7, "bert": 1, "writes": 5}  # validation rows: odd numbers, and fewer than ranks
+SIZES = {"t5": 13, "gpt2": 7, "bert": 1, "writes": 5, "asks": 14}  # validation rows: odd numbers, and fewer than ranks
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")  # which finds a free port by itself
 
 
@@ -62,6 +63,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     for family, rows in SIZES.items():
         if family == "writes":
             generating(folder / family, "llama", rows=rows)
+        elif family == "asks":
+            cases = {name: {**CASES[name][0], "test_split": "test"} for name in ("shots", "written")}
+            asking = harness_project(folder / family, **cases)
+            asking.write(search={**asking.spec["search"], "trials": 4})
         else:
             make_project(folder / family, family, rows=rows, samples=5, trials=4)
     ranks = start_ranks(ranks_child.main, folder, list(SIZES), folder=folder)

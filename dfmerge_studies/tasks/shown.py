@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dfmerge_studies.tasks.answers import wanted_answers
+from dfmerge_studies.tasks.answers import wanted_answers, writer_along
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.settings import (
     AnyTask,
@@ -94,7 +94,9 @@ def shown_input(
     answers = [
         ShownAnswer(text(ids), pieces(ids), index == example.label) for index, ids in enumerate(example.choices)
     ] or _classes(task, example, classes)
-    if isinstance(task, GenerateTask):  # there is nothing to choose from
+    written = writer_along(task, tokenizer, [example]) is not None
+    target = answers[0].text if written and answers and isinstance(task, HarnessTask) else None
+    if written:  # there is nothing to choose from
         answers = []
     return Shown(
         task=name,
@@ -104,7 +106,7 @@ def shown_input(
         tokens=pieces(example.input_ids),
         truncated=example.truncated,
         answers=answers,
-        wanted=None if any(answer.right for answer in answers) else _wanted(task, example, answers, pieces),
+        wanted=target if any(each.right for each in answers) or target else _wanted(task, example, answers, pieces),
         scored=_scored(task, kind),
     )
 
