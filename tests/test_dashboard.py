@@ -119,7 +119,9 @@ def test_notes_say_what_the_study_merges_and_how_to_export_it(finished: Project)
         cells = [task, "accuracy, %", f"{100 * score:.1f}", f"{100 * experts[task]:.1f}", difference]
         assert f"| {' | '.join(cells)} |" in trial_note
     drop = max(best.user_attrs["drops"].values())
-    assert f"Constraint {'kept' if drop <= 1 else 'violated'}: largest drop {drop:.1f} points, allowed 1." in trial_note
+    assert (
+        f"Constraint {'kept' if drop <= 1 else 'violated'}: largest drop {drop:.1f} points, allowed 1 (" in trial_note
+    )
     assert "within 1 points of its own expert" in note
 
 

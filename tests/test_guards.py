@@ -25,7 +25,8 @@ from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
 from dfmerge_studies.trust_region import Goal, _next_point
 from tests.models import CHOICES, TEXTS, make_model
-from tests.project import Project, copied, make_project, sharpened
+from tests.processes import command
+from tests.project import Project, copied, make_project, sharpened, start_ranks
 
 
 def add_guards(project: Project, *, rows: int = 8, **fields: Any) -> Project:
@@ -375,3 +376,32 @@ def test_a_guard_of_classifiers_whose_base_has_no_head_is_refused(tmp_path):
     told = classifiers(tmp_path / "p", head=False).cli("run", "spec.yaml", check=2).stderr
     assert "tasks.own" in told
     assert "the base's own head, and the base has none" in told
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_the_guards_and_their_numbers_as_one_process_does(project):
+    alone = trials_of(project)
+    project.spec |= {"name": "ranks", "baselines": []}
+    project.write()
+    ranks = start_ranks(command, ["run", "spec.yaml", "--no-test"], folder=project.folder)
+    for rank in ranks:
+        output, errors = rank.communicate(timeout=500)
+        assert rank.wait() == 0, (output, errors)
+    together = trials_of(project)
+    for one, two in zip(alone[:2], together[:2], strict=True):  # startup points are those of the seed and the name
+        assert one.user_attrs[TASKS].keys() == two.user_attrs[TASKS].keys()
+    first, other = alone[0], together[0]  # 1/M
+    assert other.user_attrs[TASKS] == pytest.approx(first.user_attrs[TASKS], rel=1e-4)
+    assert other.user_attrs[DROPS] == pytest.approx(first.user_attrs[DROPS], abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_search_by_groups_that_starts_from_a_guarded_study_is_guarded(project):
+    source = trials_of(project)
+    project.spec |= {"name": "fine", "baselines": [], "storage": "sqlite:///colours.db"}
+    project.spec["search"] |= {"granularity": {"blocks": 2}, "warm_start": "colours", "trials": 4}
+    project.write()
+    result = project.json("run", "spec.yaml")
+    assert result["warm_start"]["points"][0]["trial"] in [trial.number for trial in source]
+    assert set(result["best"]["drops"]) == {"red", "blue", "plain", "safe"}
+    assert all(len(trial.constraints) == 4 for trial in trials_of(project))

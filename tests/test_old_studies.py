@@ -51,6 +51,7 @@ def test_studies_of_an_earlier_version_are_listed_and_shown(project: Project) ->
         "best_value": pytest.approx(5 / 12),
         "metric": "accuracy",
         "task_metrics": {"red": "accuracy", "blue": "accuracy"},
+        "guards": {},
     }
     status = project.json("status", "spec.yaml")
     assert status["best"]["coefficients"] == {"red": 0.0, "blue": 0.0}

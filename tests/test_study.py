@@ -60,7 +60,7 @@ def test_a_run_reaches_its_total_and_says_what_it_did(project):
     assert set(printed["rows"][-1]) >= {"validation", "test", "coefficients"}
     assert project.json("status", "spec.yaml")["best"] == best
     listed = project.json("list", "spec.yaml")
-    whose = {"metric": "accuracy", "task_metrics": {"red": "accuracy", "blue": "accuracy"}}
+    whose = {"metric": "accuracy", "task_metrics": {"red": "accuracy", "blue": "accuracy"}, "guards": {}}
     assert listed == [
         {
             "study": "colours",

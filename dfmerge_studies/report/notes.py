@@ -209,8 +209,8 @@ def _constraint(view: StudyView, trial: FrozenTrial) -> list[str]:
         return []
     worst = max(drops, key=lambda task: drops[task] - view.allowed[task])
     verdict = "kept" if violation(trial) == 0 else "violated"
-    against = " against the base" if worst in view.metrics("validation").guards else ""
-    text = f"{escape(worst)} loses {drops[worst]:.1f} points{against}, allowed {view.allowed[worst]:g}"
+    whose = f"{escape(worst)}{', against the base' if worst in view.metrics('validation').guards else ''}"
+    text = f"largest drop {drops[worst]:.1f} points, allowed {view.allowed[worst]:g} ({whose})"
     return [f"Constraint {verdict}: {text}.", ""]
 
 
