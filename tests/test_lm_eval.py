@@ -216,7 +216,7 @@ def test_validate_shows_what_the_harness_asks(tmp_path: Path) -> None:
     assert [answer["text"] for answer in shown["choices"]["answers"]][:2] == [" yes", " a terrible place"]
     assert [answer["right"] for answer in shown["choices"]["answers"]] == [True, False, False]
     assert shown["written"]["answers"] == []
-    assert shown["written"]["wanted"] == "y<|endoftext|>"
+    assert shown["written"]["wanted"] == " y<|endoftext|>"
     assert shown["written"]["scored"] == "exact_match of tiny_written, as lm-evaluation-harness has it"
 
 
