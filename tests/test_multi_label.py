@@ -212,3 +212,17 @@ def test_agreement_is_the_share_of_inputs_with_the_very_labels_of_the_expert(lab
 def test_what_does_not_fit_a_task_of_sets_is_refused(labelled: Project, fields: dict[str, Any], says: str) -> None:
     with_red(labelled, **fields)
     assert says in labelled.cli("validate", "spec.yaml", check=2).stderr
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_init_writes_such_a_task_from_the_head_of_the_expert(labelled: Project, columns: bool) -> None:
+    if not columns:
+        file = labelled.folder / "red.validation.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("\n".join(json.dumps({"input": row["input"], "labels": row["labels"]}) for row in rows))
+    files = ["--data", "red.validation.jsonl", "--data", "blue.validation.jsonl"]
+    labelled.cli("init", "base", "red", "blue", *files, "--out", "made.yaml")
+    text = (labelled.folder / "made.yaml").read_text()
+    assert "    type: multi-label-classification\n" in text
+    assert ("{{ [toxic, obscene, threat] }}" in text) == columns
+    assert labelled.json("validate", "made.yaml")["ok"]

@@ -261,3 +261,13 @@ def test_heads_and_choices_are_not_mixed(mixed: Project):
     mixed.write(tasks={**mixed.spec["tasks"], "red": {k: v for k, v in red.items() if k != "doc_to_text_pair"}})
     said = mixed.cli("validate", "spec.yaml", check=2).stderr
     assert "tasks of type choice and classification cannot be mixed: one model answers them all" in said
+
+
+def test_init_writes_such_a_task_from_the_head_of_the_expert(mixed: Project):
+    files = ["--data", "red.validation.jsonl", "--data", "blue.validation.jsonl"]
+    mixed.cli("init", "base", "red", "blue", *files, "--out", "made.yaml")
+    text = (mixed.folder / "made.yaml").read_text()
+    assert "    type: regression\n" in text
+    assert "    doc_to_target: score  # the right number\n" in text
+    assert "    type: classification\n" in text
+    assert mixed.json("validate", "made.yaml")["ok"]

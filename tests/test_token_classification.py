@@ -319,3 +319,14 @@ def test_templates_make_words_of_a_text(tagged: Project, tmp_path: Path) -> None
     (tagged.folder / "red.validation.jsonl").write_text("\n".join(map(json.dumps, texts)))
     with_red(tagged, doc_to_text="{{ text.split() }}", doc_to_target="{{ spelt.split() }}")
     assert tagged.json("evaluate", "spec.yaml", "--model", "red")["tasks"]["red"]["score"] == 1.0
+
+
+def test_init_writes_such_tasks_from_the_heads_of_the_experts(tagged: Project) -> None:
+    files = ["--data", "red.validation.jsonl", "--data", "blue.validation.jsonl"]
+    tagged.cli("init", "base", "red", "blue", *files, "--out", "made.yaml")
+    text = (tagged.folder / "made.yaml").read_text()
+    assert text.count("    type: token-classification\n") == 2
+    assert "    doc_to_text: tokens" in text
+    assert "    metric: entity_f1\n" in text
+    assert "    metric: word_accuracy\n" in text
+    assert tagged.json("validate", "made.yaml")["ok"]

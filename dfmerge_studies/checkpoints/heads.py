@@ -46,6 +46,23 @@ def problem_type(kind: str) -> str | None:
     return _HEADS[kind].problem
 
 
+def head_kind(checkpoint: Checkpoint, otherwise: str) -> str:
+    """The type of tasks that a head is for, as far as its configuration says.
+
+    Args:
+        checkpoint: a model with a head, or an adapter.
+        otherwise: what it is where nothing says more.
+    """
+    config = checkpoint.read_config()
+    labels = config.get("id2label")
+    named = [
+        kind for kind, head in _HEADS.items() if head.problem is not None and head.problem == config.get("problem_type")
+    ]
+    if otherwise == "classification" and not named and isinstance(labels, dict) and len(labels) == 1:
+        return "regression"
+    return named[0] if named and otherwise == "classification" else otherwise
+
+
 def class_names(checkpoint: Checkpoint, kind: str) -> tuple[str, ...]:
     """Names of a head's classes in its order, as `id2label` has them; nothing where there is no such field.
 

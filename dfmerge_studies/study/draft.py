@@ -15,12 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dfmerge_studies.checkpoints.heads import class_names
+from dfmerge_studies.checkpoints.heads import class_names, head_kind
 from dfmerge_studies.checkpoints.load import load_tokenizer
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.schema import SCHEMA
+from dfmerge_studies.study.draft_heads import head_lines, word_columns
+from dfmerge_studies.study.draft_text import yaml_flow, yaml_text
 from dfmerge_studies.tasks.files import documents, opened_split
 from dfmerge_studies.tasks.labels import known_names
 
@@ -101,7 +103,7 @@ def draft_spec(models: Sequence[str], data: Sequence[str], *, base: str | None, 
         "",
         f"name: {_study_name(tasks)}  # of the study in its storage",
         "",
-        f"base: {_text(_relative(base, folder))}  # what all experts were fine-tuned from",
+        f"base: {yaml_text(_relative(base, folder))}  # what all experts were fine-tuned from",
         "experts:",
         *(_expert(name, model, owners.get(name), folder) for name, model in zip(experts, folders, strict=True)),
         "",
@@ -221,12 +223,14 @@ def _letters(name: str) -> str:
 
 
 def _kind(base: Checkpoint, experts: Iterable[Checkpoint]) -> str:
-    """How the models answer: `classification`, `text-to-text` or `causal`."""
+    """How the models answer: `classification` (all heads on whole texts), `token-classification` or by language."""
     for expert in experts:
         architectures = expert.read_config().get("architectures") or []
         kind = expert.read_adapter_config().get("task_type") if expert.is_adapter else None
         if kind == "SEQ_CLS" or any("ForSequenceClassification" in str(name) for name in architectures):
             return "classification"
+        if kind == "TOKEN_CLS" or any("ForTokenClassification" in str(name) for name in architectures):
+            return "token-classification"
     return "text-to-text" if base.read_config().get("is_encoder_decoder") else "causal"
 
 
@@ -235,32 +239,39 @@ def _study_name(tasks: Mapping[str, _Task]) -> str:
 
 
 def _expert(name: str, model: str, task: str | None, folder: Path) -> str:
-    path = _text(_relative(model, folder))
+    path = yaml_text(_relative(model, folder))
     if task == name:
-        return f"  {_text(name)}: {path}  # its task has its name"
-    return f"  {_text(name)}: {{model: {path}, task: {'null' if task is None else _text(task)}}}"
+        return f"  {yaml_text(name)}: {path}  # its task has its name"
+    return f"  {yaml_text(name)}: {{model: {path}, task: {'null' if task is None else yaml_text(task)}}}"
 
 
 def _task_lines(name: str, task: _Task, kind: str, owner: Checkpoint | None, tokenizer: Any) -> list[str]:
     columns = list(task.rows[0]) if task.rows else []
     where = f"--data: {name}"
-    first, second = _text_columns(task.rows, columns, where)
-    label = _named(columns, _LABELS) or next((c for c in reversed(columns) if c not in (first, second)), None)
-    classifier = kind == "classification"
+    if kind == "token-classification":
+        first, label = word_columns(task.rows, where)
+        second = None
+    else:
+        first, second = _text_columns(task.rows, columns, where)
+        label = _named(columns, _LABELS) or next((c for c in reversed(columns) if c not in (first, second)), None)
+    classifier = kind in ("classification", "token-classification")
+    head = head_kind(owner, kind) if classifier and owner is not None else kind
     pair = second is not None and classifier
     text = first if second is None or pair else f"{{{{{first}}}}} {{{{{second}}}}}"
     written = _is_written(task.rows, columns, label, classifier)
     shown = json.dumps({column: _cut(task.rows[0][column]) for column in columns}, ensure_ascii=False)
     return [
-        f"  {_text(name)}:",
-        *(["    type: classification"] if classifier else ["    type: generate"] if written else []),
-        f"    dataset: {{path: {task.builder}, data_files: {_flow(task.files)}}}",
+        f"  {yaml_text(name)}:",
+        *([f"    type: {head}"] if classifier else ["    type: generate"] if written else []),
+        f"    dataset: {{path: {task.builder}, data_files: {yaml_flow(task.files)}}}",
         f"    # One row: {shown}",
-        f"    doc_to_text: {_text(text)}  # a column, or a Jinja2 template over the columns",
-        *([f"    doc_to_text_pair: {_text(second)}"] if pair and second is not None else []),
+        f"    doc_to_text: {yaml_text(text)}  # a column, or a Jinja2 template over the columns",
+        *([f"    doc_to_text_pair: {yaml_text(second)}"] if pair and second is not None else []),
         *(
             _written_lines(task.rows, label, tokenizer)
             if written and label is not None
+            else head_lines(head, task.rows, label, owner)
+            if classifier and owner is not None and head != "classification"
             else _chosen_lines(task.rows, columns, label, classifier, owner, where)
         ),
         *(["    training_split: training"] if "training" in task.files else []),
@@ -305,7 +316,7 @@ def _written_lines(rows: Sequence[Mapping[str, Any]], label: str, tokenizer: Any
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"])
     most = min(-(-longest // _ROUND) * _ROUND, tokenizer.model_max_length // 2)
     return [
-        f"    doc_to_target: {_text(label)}  # the accepted text, or a list of them",
+        f"    doc_to_target: {yaml_text(label)}  # the accepted text, or a list of them",
         f"    generation_kwargs: {{max_gen_toks: {most}}}  # the longest answer that was looked at, and some room",
         "    metric: exact_match  # or token_f1, rouge, numeric",
     ]
@@ -320,7 +331,7 @@ def _chosen_lines(
     where: str,
 ) -> list[str]:
     lines = _choice_lines(rows, columns, label, classifier, owner, where)
-    target = [f"    doc_to_target: {_text(label)}  # the right one, by its text or its index"] if label else []
+    target = [f"    doc_to_target: {yaml_text(label)}  # the right one, by its text or its index"] if label else []
     return lines + target
 
 
@@ -334,11 +345,11 @@ def _choice_lines(
 ) -> list[str]:
     names = list(known_names(class_names(owner, "classification"))) if classifier and owner is not None else []
     if names:
-        return [f"    doc_to_choice: {_flow(names)}  # the classes of the expert's head, in its order"]
+        return [f"    doc_to_choice: {yaml_flow(names)}  # the classes of the expert's head, in its order"]
     lists = [c for c in columns if all(isinstance(row[c], (list, tuple)) for row in rows)]
     chosen = None if classifier else _named(columns, _CHOICES) or next(iter(lists), None)
     if chosen is not None:
-        return [f"    doc_to_choice: {_text(chosen)}  # a column that holds a list"]
+        return [f"    doc_to_choice: {yaml_text(chosen)}  # a column that holds a list"]
     values = {row[label] for row in rows if isinstance(row[label], (str, int))} if label is not None else set()
     words = sorted(value for value in values if isinstance(value, str))
     if classifier and not words:
@@ -352,11 +363,12 @@ def _choice_lines(
             hint="Add a column `choices` with a list of texts",
         )
     note = "the labels of the data" + (", to be put into the order of the expert's head" if classifier else "")
-    return [f"    doc_to_choice: {_flow(words)}  # {note}"]
+    return [f"    doc_to_choice: {yaml_flow(words)}  # {note}"]
 
 
 def _length(rows: Sequence[Mapping[str, Any]], first: str, second: str | None, tokenizer: Any) -> int:
     """Tokens of the longest input that was looked at, rounded up; no more than the model takes."""
+    rows = [{**row, first: " ".join(row[first]) if isinstance(row[first], list) else row[first]} for row in rows]
     texts = [str(row[first]) if second is None else f"{row[first]} {row[second]}" for row in rows]
     longest = max(len(ids) for ids in tokenizer(texts)["input_ids"]) + (2 if second is not None else 0)
     return int(min(-(-longest // _ROUND) * _ROUND, tokenizer.model_max_length))
@@ -370,25 +382,3 @@ def _cut(value: Any) -> Any:
         if not isinstance(value, bytes)
         else "…"
     )
-
-
-def _text(value: str) -> str:
-    """A text as YAML, in quotes where it would read as something else."""
-    plain = re.fullmatch(r"[A-Za-z_./][\w./@-]*", value) and value.lower() not in (
-        "yes",
-        "no",
-        "on",
-        "off",
-        "true",
-        "false",
-        "null",
-        "y",
-        "n",
-    )
-    return value if plain else json.dumps(value, ensure_ascii=False)
-
-
-def _flow(value: Mapping[str, str] | Sequence[str]) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_text(name)}: {_text(inner)}" for name, inner in value.items()) + "}"
-    return "[" + ", ".join(map(_text, value)) + "]"
