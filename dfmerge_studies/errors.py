@@ -61,11 +61,22 @@ class RunError(DFMergeError):
     exit_code = 1
 
 
+# What has no type of its own: torch on a CPU, drivers, and libraries that fail to allocate what they work in. A handle
+# of cuBLAS or cuDNN that cannot be made is memory, too, in a process whose device has answered before.
+_LACKING = re.compile(
+    r"""
+    not\ enough\ memory | can't\ allocate\ memory | \bout\ of\ memory\b |
+    \b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_(STATUS_)?ALLOC_FAILED\b |
+    \bCU(BLAS|DNN)_STATUS_NOT_INITIALIZED\b | \bcudaErrorMemoryAllocation\b | \bCUDA_ERROR_OUT_OF_MEMORY\b
+    """,
+    re.VERBOSE,
+)
+
+
 def out_of_memory(error: BaseException) -> RunError | None:
     """The error to show where memory ran out, on any device; None for an error of another kind."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for torch's own without importing it
-    words = ("not enough memory", "can't allocate memory")  # torch on a CPU raises no type of its own
-    lacking = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    lacking = isinstance(error, RuntimeError) and _LACKING.search(str(error))
     if not kinds & {"MemoryError", "OutOfMemoryError"} and not lacking:
         return None
     return RunError("out of memory", hint="Lower importance.row_budget and token_budget, or use dtype: bfloat16")

@@ -253,6 +253,7 @@ def test_each_worker_gets_its_share_of_the_cores_and_a_gpu_of_its_own(monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads_each(1) == 1
     assert [device_of("auto", index, 2) for index in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [device_of("cuda", index, 2) for index in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert device_of("auto", 1, 1) == device_of("auto", 1, 0) == "auto"
     assert device_of("cuda:1", 0, 2) == "cuda:1"
 

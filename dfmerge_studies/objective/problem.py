@@ -356,7 +356,13 @@ def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(spec.device)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[device.type]
+    if device.type == "mps":
+        raise InputError(
+            "the device 'mps' has no float64, in which importance is checked",
+            where=spec.where("device"),
+            hint="Use device: cpu",
+        )
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}[device.type]
     if not there or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise InputError(
             f"the device {spec.device!r} is not available ({torch.cuda.device_count()} CUDA devices)",

@@ -78,7 +78,7 @@ class StudySpec(Settings):
     cache_limit: str | None = Field(
         "auto", description="size that the cache may reach, e.g. 20GB; oldest go first; null: no limit"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
     compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
         "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"

@@ -100,17 +100,17 @@ def threads_each(workers: int) -> int:
 
 
 def device_of(wanted: str, index: int, gpus: int) -> str:
-    """The device of one of several workers: its own GPU where there are several and the spec leaves it open.
+    """The device of one of several workers: its own GPU where there are several and the spec does not name one.
 
     Args:
         wanted: the spec's `device`.
         index: of the worker, from 0; with more workers than GPUs they share them in turn.
         gpus: CUDA devices of the machine.
 
-    >>> device_of("auto", 5, 4), device_of("auto", 5, 1), device_of("cpu", 5, 4)
-    ('cuda:1', 'auto', 'cpu')
+    >>> device_of("auto", 5, 4), device_of("cuda", 6, 4), device_of("auto", 5, 1), device_of("cuda:3", 5, 4)
+    ('cuda:1', 'cuda:2', 'auto', 'cuda:3')
     """
-    return f"cuda:{index % gpus}" if wanted == "auto" and gpus > 1 else wanted
+    return f"cuda:{index % gpus}" if wanted in ("auto", "cuda") and gpus > 1 else wanted
 
 
 @dataclass

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,20 +139,35 @@ def _own_losses(
     try:
         with torch.inference_mode():
             folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
+            score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
             batches = length_batches(mine, kind, token_budget)
-            tables = []  # on the device: to read one is to wait for it
+            tables: list[Tensor] = []  # on the device: to read one is to wait for it
             for batch in batches:
                 ranks.check()
-                tables.append(forward_losses(model, kind, [mine[i] for i in batch], pad_id=pad_id, folded=folded))
+                tables += _halved([mine[i] for i in batch], score)
                 if progress is not None:
                     progress(len(batch))
-            for batch, table in zip(batches, _read(tables), strict=True):
-                for i, losses in zip(batch, table, strict=True):
-                    results[i] = _checked(mine[i], losses)
+            rows = [losses for table in _read(tables) for losses in table]
+            for i, losses in zip(chain(*batches), rows, strict=True):
+                results[i] = _checked(mine[i], losses)
     finally:
         for module, training in modes:
             module.training = training
     return results
+
+
+def _halved(batch: Sequence[Encoded], score: Callable[[Sequence[Encoded]], Tensor]) -> list[Tensor]:
+    """Tables of a batch, or of its halves where it does not fit into memory; an input that does not is an error."""
+    try:
+        return [score(batch)]
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or out_of_memory(error) is None:
+            raise
+    # Only here, when the error is gone, is what its frames held free.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(batch) + 1) // 2
+    return _halved(batch[:half], score) + _halved(batch[half:], score)
 
 
 def _read(tables: Sequence[Tensor]) -> list[list[list[float]]]:
