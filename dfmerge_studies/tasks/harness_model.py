@@ -7,11 +7,12 @@ Of any other they are one sequence: the target behind its prompt, or the first w
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dfmerge_studies.errors import InputError
+from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
@@ -214,6 +215,7 @@ def answer_questions(
 
     Raises:
         InputError: the harness cannot ask the model.
+        RunError: a log-likelihood is not finite; the message names the row.
     """
 
     def compute(share: Sequence[int]) -> list[list[list[Any]]]:
@@ -257,9 +259,20 @@ def _answers(
         lm = _language_model(model, tokenizer, kind, loaded.settings, batch_size=size)
         for request, asked in by_type.items():
             found = getattr(lm, request)([instance for instance, _ in asked], disable_tqdm=True)
-            for (_, answers), answer in zip(asked, found, strict=True):
+            for (instance, answers), answer in zip(asked, found, strict=True):
+                _check_finite(answer, instance.doc_id)
                 answers.append(answer)
     return results
+
+
+def _check_finite(answer: Any, row: int) -> None:
+    number = answer[0] if isinstance(answer, tuple) else answer
+    if isinstance(number, float) and not math.isfinite(number):
+        raise RunError(
+            f"the model's log-likelihood is not finite: {number}",
+            where=f"row {row}",
+            hint="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
+        )
 
 
 def _language_model(model: Any, tokenizer: Any, kind: Kind, settings: HarnessTask, *, batch_size: int = 1) -> Any:

@@ -620,7 +620,7 @@ METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
         _accuracy,
-        # As lm-evaluation-harness has them: `acc_norm` divides by the signs of a choice, `acc_bytes` by its bytes.
+        # As lm-evaluation-harness has them: `acc_norm` divides by the characters of a choice, `acc_bytes` by its bytes.
         _of_sums,
         replace(_of_sums, name="acc_norm", size=lambda text: float(len(text))),
         replace(_of_sums, name="acc_bytes", size=lambda text: float(len(text.encode()))),
