@@ -231,6 +231,12 @@ def test_guards_that_cannot_be_are_refused_by_field(project, changes, words):
     assert all(word in told for word in words), told
 
 
+def test_validate_says_what_a_guard_may_lose(project):
+    told = project.cli("validate", "spec.yaml").stdout
+    assert "plain: 8 validation inputs, a guard, which may lose 30 points against the base" in told
+    assert "red: 12 validation inputs, 3 for Fisher" in told
+
+
 def test_a_bound_of_a_task_s_own_goes_before_that_of_the_search(project):
     spec = StudySpec.from_yaml(project.file, ["tasks.red.max_drop=2"])
     assert spec.allowed == {"red": 2, "blue": 60, "plain": 30, "safe": 60}

@@ -18,6 +18,7 @@ from dfmerge_studies.cli.terminal import problems_json
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
+    from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.validate import Estimate
     from dfmerge_studies.tasks.shown import Shown
 
@@ -146,7 +147,7 @@ def validate(
     for note in result.notes:
         common.warn(f"note: {note['where']}: {note['what']}")
     if found.spec is not None and result.estimate is not None and not json:
-        _show_estimate(found.spec.file.name, result.estimate, result.search)
+        _show_estimate(found.spec, result.estimate, result.search)
     if result.shown is not None and not json:
         _show_input(result.shown)
     if not result.ok:
@@ -168,11 +169,11 @@ def _show_input(shown: Shown) -> None:
     common.say(f"  scored: {shown.scored}")
 
 
-def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | None) -> None:
+def _show_estimate(spec: StudySpec, estimate: Estimate, search: Mapping[str, Any] | None) -> None:
     from dfmerge_studies.report.tables import search_text
 
     out = common.output()
-    out.print(f"{name} is valid")
+    out.print(f"{spec.file.name} is valid")
     out.print(
         f"  {estimate.parameters:,} parameters, {estimate.changed_parameters:,} changed by {estimate.experts} experts"
     )
@@ -181,10 +182,10 @@ def _show_estimate(name: str, estimate: Estimate, search: Mapping[str, Any] | No
         out.print(f"  a coefficient per expert for each of {len(estimate.groups)} groups: {parts}", markup=False)
     for task, count in estimate.validation_inputs.items():
         cut = estimate.truncated_inputs[task]
-        fisher = estimate.fisher_inputs[task]
-        out.print(
-            f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {fisher} for Fisher", markup=False
-        )
+        use = f"{estimate.fisher_inputs[task]} for Fisher"
+        if spec.tasks[task].guard:
+            use = f"a guard, which may lose {spec.allowed[task]:g} points against the base"
+        out.print(f"  {task}: {count} validation inputs{f', {cut} cut' if cut else ''}, {use}", markup=False)
     if search is not None:
         out.print(f"  search: {search_text(search)}")
     peak, free = estimate.peak_bytes / 1e9, estimate.available_bytes / 1e9
