@@ -51,6 +51,7 @@ from dfmerge_studies.tasks.sampling import divided_rows, seeded_generator
 from dfmerge_studies.tasks.scoring import forward_losses
 
 EXPERT_STEPS, MULTI_TASK_STEPS, MULTI_TASK_PATIENCE = 2500, 25000, 10
+_ELSEWHERE = ("regression", "multi-label-classification", "token-classification")  # types of tasks
 RECORD = "training.json"
 Head = dict[str, nn.Parameter]
 
@@ -331,6 +332,13 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     Raises:
         InputError: the spec, the data or the options do not fit.
     """
+    for task in tasks:
+        if (type_ := spec.tasks[task].type) in _ELSEWHERE:
+            raise InputError(
+                f"this script trains no heads for tasks of type {type_}",
+                where=spec.where(f"tasks.{task}"),
+                hint="Train the expert with transformers' Trainer, as its examples do",
+            )
     # Experts may be trained anew in their own place.
     out = model_target(spec.derive(experts={}, multi_task=None), out, force=options.force, mark=RECORD)
     accelerator = Accelerator(

@@ -141,6 +141,10 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         (("--task", "rad"), "Did you mean 'red'?"),
         (("--task", "red", "--set", "tasks.red.training_split=null"), "no training_split"),
         (("--task", "red", "--set", "tasks.red.training_split=night"), "no split 'night'"),
+        (
+            ("--task", "red", "--set", "tasks.red.type=regression", "--set", "tasks.red.metric=mse"),
+            "trains no heads for tasks of type regression",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
