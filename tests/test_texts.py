@@ -102,6 +102,29 @@ def test_a_causal_model_scores_every_word_piece_of_a_text_behind_what_stands_bef
     assert (example.text.bytes, example.text.words) == (len(TEXTS[0].encode()), len(TEXTS[0].split()))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_numbers_are_those_of_lm_evaluation_harness_on_the_same_texts(family):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = make_model(family), FAMILIES[family].tokenizer()
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=64)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)]
+    theirs = harness.loglikelihood_rolling(asked, disable_tqdm=True)
+    examples = [encode(family, text) for text in TEXTS]
+    ours = Texts(choice_losses(model, Kind.CAUSAL, examples, pad_id=0), [example.text for example in examples])
+    words = [len(re.split(r"\s+", text)) for text in TEXTS]
+    lengths = [len(text.encode()) for text in TEXTS]
+    wanted = {
+        "bits_per_byte": bits_per_byte(list(zip(theirs, lengths, strict=True))),
+        "byte_perplexity": weighted_perplexity(list(zip(theirs, lengths, strict=True))),
+        "word_perplexity": weighted_perplexity(list(zip(theirs, words, strict=True))),
+    }
+    assert {name: METRICS[name].score(ours) for name in wanted} == pytest.approx(wanted, rel=1e-5)
+
+
 def test_an_encoder_decoder_model_writes_the_text_after_reading_what_stands_before_it():
     model, tokenizer = make_model("t5"), FAMILIES["t5"].tokenizer()
     for before in ("", "tell me"):
