@@ -66,6 +66,20 @@ def test_what_is_counted_computes_what_the_cpu_computes(name: str) -> None:
     torch.testing.assert_close(torch.tensor(counted_losses), torch.tensor(losses), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["bert-base", "causal-135m"])
+def test_within_its_budget_an_importance_takes_as_many_launches_for_many_inputs_as_for_few(name: str) -> None:
+    work = work_of(shallow(name).narrow()[0], inputs=24, rows=1)
+    model, kind, names = work.base, work.kind, list(work.vectors[0].deltas)
+    task_fisher(model, kind, work.inputs[0][:2], pad_id=0, names=names)
+    move_(model)
+    launches = []
+    for inputs in (4, 24):
+        with counting() as counts:
+            task_fisher(model, kind, work.inputs[0][:inputs], pad_id=0, names=names, row_budget=1 << 20)
+        launches.append(counts.launches)
+    assert launches[1] <= 1.05 * launches[0]
+
+
 def test_reads_by_the_host_copies_and_kernels_are_counted_and_views_are_not() -> None:
     a = elsewhere({"a": torch.ones(3, 4)})["a"]
     with counting() as counts:

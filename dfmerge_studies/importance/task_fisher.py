@@ -41,6 +41,7 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
 from dfmerge_studies.tasks.generation import Writer, write_tokens
+from dfmerge_studies.tasks.scoring import device_of
 
 ROW_BUDGET = 8192
 
@@ -198,7 +199,9 @@ def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callab
     def run(chunk: list[int]) -> None:
         PASSES[job.kind](job, capture, chunk)
 
-    chunks = length_batches(job.examples, job.kind, row_budget, _rows_times_tokens)
+    # A backward pass per chunk and choice launches thousands of small kernels: an accelerator pads rather than that.
+    on_cpu = device_of(job.model).type == "cpu"
+    chunks = length_batches(job.examples, job.kind, row_budget, _rows_times_tokens, cut=on_cpu)
     each_batch(capture, chunks, run, done=lambda chunk: done(len(chunk)))
     return capture.finish()
 

@@ -52,17 +52,24 @@ def token_cost(example: Encoded, kind: Kind) -> int:
 
 
 def length_batches(
-    examples: Sequence[Encoded], kind: Kind, token_budget: int, cost: Callable[[Encoded, Kind], int] = token_cost
+    examples: Sequence[Encoded],
+    kind: Kind,
+    token_budget: int,
+    cost: Callable[[Encoded, Kind], int] = token_cost,
+    *,
+    cut: bool = True,
 ) -> list[list[int]]:
     """Positions of the examples, longest first, cut where the dearest input times the count exceeds the budget.
 
-    A batch of some size is also cut where inputs get much shorter, since padding is computed like tokens.
+    A batch of some size is also cut where inputs get much shorter, since padding is computed like tokens; unless `cut`
+    is false, where launching a pass costs more than computing padding.
 
     Args:
         examples: inputs in any order.
         kind: how the model answers.
         token_budget: tokens of one batch; an input that exceeds it alone gets a batch of its own.
         cost: tokens that one input puts into a batch.
+        cut: for the sake of padding.
     """
     order = sorted(range(len(examples)), key=lambda i: (-row_length(examples[i], kind), i))
     batches: list[list[int]] = []
@@ -70,7 +77,7 @@ def length_batches(
     for i in order:
         price = cost(examples[i], kind)
         dearest = max(dearest, price)
-        wasteful = bool(batches) and len(batches[-1]) >= SMALL_BATCH and price < SHRINKAGE * dearest
+        wasteful = cut and bool(batches) and len(batches[-1]) >= SMALL_BATCH and price < SHRINKAGE * dearest
         if not batches or wasteful or dearest * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
             dearest = price
