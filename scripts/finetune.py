@@ -44,9 +44,9 @@ from dfmerge_studies.objective.problem import Checkpoints, find_checkpoints
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
-from dfmerge_studies.tasks.metrics import predict
 from dfmerge_studies.tasks.sampling import divided_rows, seeded_generator
 from dfmerge_studies.tasks.scoring import forward_losses
 

@@ -10,9 +10,10 @@ import pytest
 from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers
+from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.data import load_rows
 from dfmerge_studies.tasks.evaluate import choice_losses
-from dfmerge_studies.tasks.metrics import METRICS, predict
+from dfmerge_studies.tasks.metrics import METRICS
 from tests.project import make_project
 
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from dfmerge_studies.importance.task_fisher import task_fisher
+from dfmerge_studies.tasks.choices import Answers
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of
-from dfmerge_studies.tasks.metrics import METRICS, Answers
+from dfmerge_studies.tasks.metrics import METRICS
 
 TASKS = ("trec", "subj", "cr")
 FLOOR = 1e-12  # the reference adds it to every entry

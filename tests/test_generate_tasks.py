@@ -143,7 +143,7 @@ def test_exact_match_passes_over_what_it_is_told_to_as_the_harness_does() -> Non
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metric": "accuracy"}, "accuracy does not fit a task of type: generate; those of type: generate are exact"),
+        ({"metric": "accuracy"}, "the metrics of type: generate are exact_match, token_f1"),
         ({"generation_kwargs": {"do_sample": True}}, "greedy"),
         ({"generation_kwargs": {"temperature": 0.7}}, "greedy"),
         ({"generation_kwargs": {"num_beams": 4}}, "'num_beams' is not supported"),

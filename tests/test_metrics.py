@@ -23,7 +23,8 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.probes import reselect, row_scores
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.study.value import objective_values
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Metric, Metrics, task_metrics
+from dfmerge_studies.tasks.choices import Answers
+from dfmerge_studies.tasks.metrics import METRICS, Metric, Metrics, task_metrics
 from tests.project import Project
 
 WANTED = [0, 1, 2, 1, 0, 2, 2, 1, 0, 0]
@@ -149,8 +150,8 @@ def with_metrics(project: Project, **metrics: dict[str, object]) -> dict[str, ob
     ("fields", "words"),
     [
         ({"metric": "macro_f"}, ["tasks.red", "'macro_f'", "did you mean 'macro_f1'?"]),
-        ({"metric": "bleu"}, ["tasks.red", "the metrics are accuracy, acc, ", "macro_f1, mcc, log_likelihood"]),
-        ({"metric": "agreement"}, ["tasks.red.metric", "the metrics are accuracy"]),
+        ({"metric": "bleu"}, ["tasks.red", "the metrics of type: choice are accuracy, acc, "]),
+        ({"metric": "agreement"}, ["tasks.red.metric", "the metrics of type: choice are accuracy"]),
         ({"metric": "f1"}, ["tasks.red", "needs 'positive'"]),
         ({"metric": "mcc", "positive": 1}, ["tasks.red", "mcc has no use for 'positive'"]),
         ({"metric": "f1", "positive": True}, ["tasks.red.positive", "found true", "a text in quotes"]),

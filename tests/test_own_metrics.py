@@ -13,8 +13,9 @@ from sklearn.metrics import accuracy_score
 
 from dfmerge_studies import StudySpec, add_metric, evaluate_model
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.tasks.choices import Answers
 from dfmerge_studies.tasks.label_sets import LabelSets
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Metrics
+from dfmerge_studies.tasks.metrics import METRICS, Metrics
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.own import check_function, named_metric
 from dfmerge_studies.tasks.tags import IGNORED, Tags

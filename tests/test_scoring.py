@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of, length_batches, token_cost
-from dfmerge_studies.tasks.metrics import predict
 from dfmerge_studies.tasks.scoring import forward_losses, probabilities
 from tests.models import FAMILIES, make_examples, make_model, randomise_
 from tests.test_fisher import loop_losses

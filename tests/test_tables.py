@@ -17,7 +17,8 @@ from dfmerge_studies.report.figures import FIGURES, Figure
 from dfmerge_studies.report.figures.base import Drawing, blank
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.session import stored_study
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Metric
+from dfmerge_studies.tasks.choices import Answers
+from dfmerge_studies.tasks.metrics import METRICS, Metric
 from dfmerge_studies.transforms import TRANSFORMS, Prepared, Streams, Transform
 from tests.project import Project, load_parameters
 from tests.test_study import completed

@@ -19,8 +19,9 @@ from dfmerge_studies.objective.importances import check_importance
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, length_batches
-from dfmerge_studies.tasks.metrics import METRICS, Texts, TextSize
+from dfmerge_studies.tasks.metrics import METRICS
 from dfmerge_studies.tasks.settings import TextTask
+from dfmerge_studies.tasks.texts import Texts, TextSize
 from dfmerge_studies.tasks.tokenise import encode_rows
 from dfmerge_studies.tasks.uncertainty import standard_error
 from tests.models import FAMILIES, TEXTS, make_model
@@ -240,8 +241,8 @@ def test_an_expectation_over_the_choices_of_a_text_is_refused(project):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"tasks.red.metric": "accuracy"}, ("tasks.red", "does not fit", "bits_per_byte")),
-        ({"tasks.blue.metric": "bits_per_byte"}, ("tasks.blue", "does not fit", "accuracy")),
+        ({"tasks.red.metric": "accuracy"}, ("tasks.red", "the metrics of type: text are bits_per_byte")),
+        ({"tasks.blue.metric": "bits_per_byte"}, ("tasks.blue", "the metrics of type: choice are accuracy")),
         ({"tasks.red.doc_to_target": None}, ("tasks.red.doc_to_target",)),
         ({"tasks.red.doc_to_choice": ["a", "b"]}, ("tasks.red.doc_to_choice", "unknown key")),
         ({"objective": "agreement"}, ("tasks.red.type", "task of type text has none")),

@@ -10,7 +10,8 @@ import pytest
 
 from dfmerge_studies.report.renderings import standings_section, standings_table
 from dfmerge_studies.report.standings import Scored, Standings, side_by_side
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Metrics, TaskScore
+from dfmerge_studies.tasks.choices import Answers
+from dfmerge_studies.tasks.metrics import METRICS, Metrics, TaskScore
 from dfmerge_studies.tasks.uncertainty import difference, mean_error, mean_rows, standard_error
 
 ACCURACY = METRICS["accuracy"]

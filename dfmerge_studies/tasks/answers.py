@@ -9,13 +9,14 @@ from torch import nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.choices import Answers, predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses, labels_of
 from dfmerge_studies.tasks.generation import Writer, write_texts
 from dfmerge_studies.tasks.harness import judge
 from dfmerge_studies.tasks.harness_model import answer_questions, writer_of_questions
 from dfmerge_studies.tasks.label_sets import LabelSets, taken_sets
-from dfmerge_studies.tasks.metrics import Answers, Judged, Texts, predict
+from dfmerge_studies.tasks.metrics import Judged
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.settings import (
     GenerateTask,
@@ -28,6 +29,7 @@ from dfmerge_studies.tasks.settings import (
     metric_of,
 )
 from dfmerge_studies.tasks.tags import Tags, taken_tags
+from dfmerge_studies.tasks.texts import Texts
 from dfmerge_studies.tasks.written import Written
 
 if TYPE_CHECKING:

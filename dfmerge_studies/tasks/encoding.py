@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from dfmerge_studies.tasks.metrics import TextSize
+from dfmerge_studies.tasks.texts import TextSize
 
 
 class Kind(StrEnum):

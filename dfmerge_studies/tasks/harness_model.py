@@ -18,8 +18,8 @@ from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.generation import Writer
 from dfmerge_studies.tasks.harness import CHOICES, TEXT, WRITTEN, Question, calling_harness
-from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.settings import HarnessTask
+from dfmerge_studies.tasks.texts import TextSize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,16 +1,11 @@
 """What a score is: the table of metrics, and the metrics of several tasks side by side.
 
-    losses[i][c]   loss of choice or class c of input i, as in `scoring`
-    wanted[i]      the right one of input i, by index; for agreement the one that the task's own expert takes
-    taken[i]       the one that the model takes: the one of lowest loss, the first of them when several are equal
-
 A new metric is a new row of `METRICS`; everything that shows, compares or constrains a score asks its row.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,10 +13,12 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.choices import Answers, balanced_accuracy, f1, macro_f1, mcc, no_positive, one_class
 from dfmerge_studies.tasks.label_sets import LabelSets, no_labels
 from dfmerge_studies.tasks.numbers import all_equal, pearson, spearman, squared_errors
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.tags import Tags, no_entities_in, no_entity
+from dfmerge_studies.tasks.texts import bits_per_byte, perplexity
 from dfmerge_studies.tasks.written import (
     ROUGE,
     Written,
@@ -44,15 +41,6 @@ GENERATE = frozenset({"generate"})  # those whose answer is a text
 AGREEMENT = "agreement"  # the metric of `objective: agreement`; no task can name it
 
 
-def predict(losses: Iterable[Sequence[float]]) -> list[int]:
-    """Index of the lowest loss of every input, the first of equal ones.
-
-    Args:
-        losses: per input, a loss per choice or class.
-    """
-    return [min(range(len(row)), key=row.__getitem__) for row in losses]
-
-
 class Judged(Protocol):
     """What a metric judges: something per input that a model gives, and what is wanted there."""
 
@@ -71,89 +59,6 @@ class Settled(Judged, Protocol):
     @property
     def right(self) -> Sequence[float]:
         """Per input, 1 where the model gives what it should, else 0; of several things, the share that is right."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextSize:
-    """What a text that is scored holds, as lm-evaluation-harness counts it.
-
-    Attributes:
-        tokens: word pieces, each with a probability.
-        bytes: of its UTF-8.
-        words: runs of other signs than blanks.
-    """
-
-    tokens: int
-    bytes: int
-    words: int
-
-    @classmethod
-    def of(cls, text: str, tokens: int) -> TextSize:
-        """The size of a text.
-
-        Args:
-            text: as it is scored.
-            tokens: its word pieces.
-        """
-        return cls(tokens, len(text.encode()), len(re.split(r"\s+", text)))
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a model makes of the inputs of one task that has choices or classes.
-
-    Attributes:
-        losses: per input, a loss per choice or class.
-        wanted: per input, the right one.
-        positive: the class that `f1` is about.
-    """
-
-    losses: Sequence[Sequence[float]]
-    wanted: Sequence[int]
-    positive: int | None = None
-
-    @cached_property
-    def taken(self) -> list[int]:
-        """Per input, the choice or class that the model takes."""
-        return predict(self.losses)
-
-    @property
-    def given(self) -> Sequence[Sequence[float]]:
-        """Per input, the losses."""
-        return self.losses
-
-    @property
-    def log_probabilities(self) -> list[float]:
-        """Per input, log p(wanted|x), where p is the softmax over the choices of minus their losses."""
-        return [-row[right] - _log_sum(row) for row, right in zip(self.losses, self.wanted, strict=True)]
-
-    @property
-    def right(self) -> list[bool]:
-        """Per input, whether the model takes the right one."""
-        return [one == other for one, other in zip(self.taken, self.wanted, strict=True)]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """How likely a model finds the texts of one task.
-
-    Attributes:
-        losses: per text, one loss: the mean over its word pieces.
-        wanted: per text, what it holds.
-    """
-
-    losses: Sequence[Sequence[float]]
-    wanted: Sequence[TextSize]
-
-    @property
-    def given(self) -> Sequence[Sequence[float]]:
-        """Per text, the loss."""
-        return self.losses
-
-    @property
-    def right(self) -> list[bool]:
-        """Nothing: a text is not answered."""
-        return []
 
 
 @dataclass(frozen=True)
@@ -532,86 +437,14 @@ def _log_probability(answers: Answers | LabelSets | Tags) -> list[float]:
     return answers.log_probabilities
 
 
-def _log_sum(losses: Sequence[float]) -> float:
-    """Log Σ exp(-l) without overflow."""
-    lowest = min(losses)
-    return math.log(sum(math.exp(lowest - loss) for loss in losses)) - lowest
-
-
-def _balanced_accuracy(answers: Answers) -> float:
-    """Mean recall over the classes that the labels have: `balanced_accuracy_score`, which would warn of others."""
-    from sklearn.metrics import recall_score
-
-    present = sorted(set(answers.wanted))
-    return float(recall_score(answers.wanted, answers.taken, labels=present, average="macro", zero_division=0.0))
-
-
-def _f1(answers: Answers) -> float:
-    from sklearn.metrics import f1_score
-
-    sides = ([each == answers.positive for each in side] for side in (answers.wanted, answers.taken))
-    return float(f1_score(*sides, zero_division=0.0))
-
-
-def _macro_f1(answers: Answers | LabelSets) -> float:
-    import numpy as np
-    from sklearn.metrics import f1_score
-
-    sides = (np.array(side) for side in (answers.wanted, answers.taken))
-    return float(f1_score(*sides, average="macro", zero_division=np.nan))  # what neither side has does not count
-
-
-def _mcc(answers: Answers) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(answers.wanted, answers.taken))
-
-
-def _nats_per(unit: str, texts: Texts) -> tuple[float, list[float]]:
-    """Nats for each byte or word of all texts together, R = Σ_i x_i / Σ_i b_i, and what each text makes of it.
-
-    A ratio of sums is no mean over texts, since they are of different lengths. The latter numbers, R + (x_i - R b_i)
-    n / Σ b, have R as their mean, and the spread that its standard error rests on (linearisation: Cochran 1977, chapter
-    6).
-    """
-    nats = [loss[0] * size.tokens for loss, size in zip(texts.losses, texts.wanted, strict=True)]
-    units = [float(getattr(size, unit)) for size in texts.wanted]
-    ratio, mean = sum(nats) / sum(units), sum(units) / len(units)
-    return ratio, [ratio + (x - ratio * b) / mean for x, b in zip(nats, units, strict=True)]
-
-
-def _bits_per_byte(texts: Texts) -> list[float]:
-    return [nats / math.log(2) for nats in _nats_per("bytes", texts)[1]]
-
-
-def _perplexity(unit: str) -> Callable[[Texts], list[float]]:
-    """Exp R, and of each text its first-order part: exp R (1 + r_i - R)."""
-
-    def perplexity(texts: Texts) -> list[float]:
-        ratio, rows = _nats_per(unit, texts)
-        whole = math.exp(min(ratio, _LARGEST))
-        return [whole * (1.0 + row - ratio) for row in rows]
-
-    return perplexity
-
-
-def _no_positive(answers: Answers) -> str | None:
-    return None if answers.positive in answers.wanted else f"no row is of the positive class {answers.positive}"
-
-
 def _nothing_for_rouge(answers: Written) -> str | None:
     return nothing_for_rouge(answers.wanted)
-
-
-def _one_class(answers: Answers) -> str | None:
-    return None if len(set(answers.wanted)) > 1 else "all rows are of one class"
 
 
 def _no_labels(answers: Answers | LabelSets) -> str | None:
     return no_labels(answers) if isinstance(answers, LabelSets) else None
 
 
-_LARGEST = 300.0  # nats a word: its exponential is a number, and no model that is of use comes near
 _accuracy = Metric("accuracy", of_rows=_right, tasks=CHOICES | SETS)
 _of_sums = Metric("acc", of_rows=_right, tasks=frozenset({"choice"}), size=lambda text: 1.0)
 _likelihood = Metric("log_likelihood", of_rows=_log_probability, low=-math.inf, high=0.0, percent=False)
@@ -625,17 +458,17 @@ METRICS: Mapping[str, Metric] = {
         replace(_of_sums, name="acc_norm", size=lambda text: float(len(text))),
         replace(_of_sums, name="acc_bytes", size=lambda text: float(len(text.encode()))),
         # Classes that neither labels nor answers have do not count in the three that follow: scikit-learn's rule.
-        Metric("balanced_accuracy", of_all=_balanced_accuracy, classes=True),
-        Metric("f1", of_all=_f1, classes=True, positive=True, pointless=_no_positive),
-        Metric("macro_f1", of_all=_macro_f1, classes=True, tasks=CHOICES | SETS, pointless=_no_labels),
-        Metric("mcc", of_all=_mcc, low=-1.0, classes=True, pointless=_one_class),
+        Metric("balanced_accuracy", of_all=balanced_accuracy, classes=True),
+        Metric("f1", of_all=f1, classes=True, positive=True, pointless=no_positive),
+        Metric("macro_f1", of_all=macro_f1, classes=True, tasks=CHOICES | SETS, pointless=_no_labels),
+        Metric("mcc", of_all=mcc, low=-1.0, classes=True, pointless=one_class),
         replace(_likelihood, tasks=CHOICES | SETS | TAGS),
         Metric("micro_f1", of_all=LabelSets.micro_f1, tasks=SETS, pointless=_no_labels),
         Metric("entity_f1", of_all=Tags.entity_f1, tasks=TAGS, pointless=no_entity, unreadable=no_entities_in),
         Metric("word_accuracy", of_all=Tags.word_accuracy, tasks=TAGS),
-        replace(_of_texts, of_rows=_bits_per_byte),
-        replace(_of_texts, name="byte_perplexity", of_rows=_perplexity("bytes"), low=1.0),
-        replace(_of_texts, name="word_perplexity", of_rows=_perplexity("words"), low=1.0),
+        replace(_of_texts, of_rows=bits_per_byte),
+        replace(_of_texts, name="byte_perplexity", of_rows=perplexity("bytes"), low=1.0),
+        replace(_of_texts, name="word_perplexity", of_rows=perplexity("words"), low=1.0),
         Metric("pearson", of_all=pearson, tasks=NUMBERS, low=-1.0, pointless=all_equal),
         Metric("spearman", of_all=spearman, tasks=NUMBERS, low=-1.0, pointless=all_equal),
         Metric("mse", of_rows=squared_errors, tasks=NUMBERS, high=math.inf, higher_is_better=False, percent=False),

@@ -18,8 +18,9 @@ from typing import Any, cast
 
 from dfmerge_studies.boundary import reading
 from dfmerge_studies.errors import InputError, RunError, did_you_mean
+from dfmerge_studies.tasks.choices import Answers
 from dfmerge_studies.tasks.label_sets import LabelSets
-from dfmerge_studies.tasks.metrics import METRICS, Answers, Metric, own_metric
+from dfmerge_studies.tasks.metrics import METRICS, Metric, own_metric
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.tags import IGNORED, Tags
 from dfmerge_studies.tasks.written import Written

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.metrics import TextSize
 from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
 from dfmerge_studies.tasks.settings import ChoiceTask, GenerateTask, OwnTask, PromptedTask, TextTask
+from dfmerge_studies.tasks.texts import TextSize
 from dfmerge_studies.tasks.words import encode_words
 
 if TYPE_CHECKING:
