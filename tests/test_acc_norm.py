@@ -52,7 +52,7 @@ def test_metrics_of_sums_are_of_choices(tmp_path: Path) -> None:
     project = make_project(tmp_path / "p", "bert", rows=6)
     project.spec["tasks"]["red"]["metric"] = "acc_norm"
     done = project.cli("validate", project.write(), check=2)
-    assert "acc_norm does not fit a task of type: classification" in done.stderr
+    assert "found 'acc_norm'; the metrics of type: classification are accuracy, balanced_accuracy" in done.stderr
 
 
 @pytest.mark.slow

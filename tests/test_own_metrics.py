@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -15,7 +16,7 @@ from dfmerge_studies import StudySpec, add_metric, evaluate_model
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.tasks.choices import Answers
 from dfmerge_studies.tasks.label_sets import LabelSets
-from dfmerge_studies.tasks.metrics import METRICS, Metrics
+from dfmerge_studies.tasks.metrics import METRICS, Metric, Metrics
 from dfmerge_studies.tasks.numbers import Numbers
 from dfmerge_studies.tasks.own import check_function, named_metric
 from dfmerge_studies.tasks.tags import IGNORED, Tags
@@ -23,6 +24,7 @@ from dfmerge_studies.tasks.written import Written
 from tests.project import Project
 
 CODE = """
+from collections.abc import Iterator
 from pathlib import Path
 Path(__file__).with_suffix(".ran").write_text("")
 TABLE = {}
@@ -97,6 +99,16 @@ def test_functions_of_libraries_are_called_by_their_own_names_of_the_two_sides(t
     assert found.score(ANSWERS) == accuracy_score([0, 0, 0], [0, 1, 0])
 
 
+@pytest.fixture
+def table() -> Iterator[dict[str, Metric]]:
+    """The table of metrics, which is as it was afterwards."""
+    rows = cast("dict[str, Metric]", METRICS)
+    before = dict(rows)
+    yield rows
+    rows.clear()
+    rows.update(before)
+
+
 @pytest.mark.parametrize(
     ("answers", "predictions", "references"),
     [
@@ -108,10 +120,8 @@ def test_functions_of_libraries_are_called_by_their_own_names_of_the_two_sides(t
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_each_type_of_task_hands_over_what_its_answers_are(answers, predictions, references, monkeypatch) -> None:
+def test_each_type_of_task_hands_over_what_its_answers_are(answers, predictions, references, table) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("dfmerge_studies.tasks.metrics.METRICS", dict(METRICS))
-    monkeypatch.setattr("dfmerge_studies.tasks.own.METRICS", table := dict(METRICS))
     add_metric("looking", lambda predictions, references: seen.update(p=predictions, r=references) or 1.0)
     table["looking"].score(answers)
     assert seen == {"p": predictions, "r": references}
@@ -160,10 +170,7 @@ def test_code_is_not_even_imported_without_the_user_s_word(module) -> None:
 # Python
 
 
-def test_python_hands_over_any_callable(project: Project, monkeypatch) -> None:
-    table = dict(METRICS)
-    for place in ("metrics", "own", "settings"):
-        monkeypatch.setattr(f"dfmerge_studies.tasks.{place}.METRICS", table)
+def test_python_hands_over_any_callable(project: Project, table) -> None:
     add_metric("share_right", lambda predictions, references: accuracy_score(references, predictions))
     spec = StudySpec.from_yaml(project.file, ["tasks.red.metric=share_right"])
     found = evaluate_model(spec, str(project.folder / "red"), "validation")
