@@ -224,6 +224,17 @@ STALE = (
 )
 
 
+def test_no_two_classes_of_the_package_have_one_name() -> None:
+    names = [
+        node.name
+        for module, tree in sources().items()
+        if module.startswith("dfmerge_studies.")
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 @pytest.mark.slow
 def test_a_document_that_names_what_is_not_there_is_found_out(tmp_path: Path) -> None:
     document = tmp_path / "document.md"

@@ -26,7 +26,7 @@ from dfmerge_studies.importance.cache import (
 )
 from dfmerge_studies.importance.cache.file import STRONG, read_metadata
 from dfmerge_studies.importance.cache.shelf import SMALL
-from dfmerge_studies.importance.cache.writer import Writer, size_of
+from dfmerge_studies.importance.cache.writer import CacheWriter, size_of
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan
@@ -168,7 +168,7 @@ def test_a_fisher_that_is_being_written_is_found_in_memory(tmp_path: Path) -> No
 
 def test_what_waits_is_bounded_and_no_trial_waits_for_a_slow_disk(tmp_path: Path) -> None:
     cache = SlowCache(tmp_path)
-    writer = Writer(cache, 2 * size_of(values()), lambda size, seconds: None)
+    writer = CacheWriter(cache, 2 * size_of(values()), lambda size, seconds: None)
     taken = [writer.put(key(number), values(number), wait=False) for number in range(4)]
     assert taken == [True, True, False, False]
     cache.go.set()
@@ -178,7 +178,7 @@ def test_what_waits_is_bounded_and_no_trial_waits_for_a_slow_disk(tmp_path: Path
 
 def test_a_writer_that_keeps_all_waits_for_room(tmp_path: Path) -> None:
     cache = SlowCache(tmp_path)
-    writer = Writer(cache, size_of(values()), lambda size, seconds: None)
+    writer = CacheWriter(cache, size_of(values()), lambda size, seconds: None)
     threading.Timer(0.2, cache.go.set).start()
     assert all(writer.put(key(number), values(number), wait=True) for number in range(4))
     writer.flush()

@@ -16,7 +16,7 @@ from sqlalchemy import event
 
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import (
-    Drawing,
+    DrawnStorage,
     TrialWrite,
     begin_trial,
     drawn_from,
@@ -171,7 +171,7 @@ def test_a_trial_is_drawn_from_what_was_read_and_no_trials_are_read_again(tmp_pa
     trial_id = id_of(begin_trial(study, {"place": 12}))
     trials = study.get_trials(deepcopy=False)
     with counted(study) as statements:
-        live = optuna.Trial(drawn_from(study, Drawing(study, trials)), trial_id)
+        live = optuna.Trial(drawn_from(study, DrawnStorage(study, trials)), trial_id)
         point = {name: live.suggest_float(name, 0.0, 1.0) for name in RANGES}
     assert not [each for each in statements if "study_id = ?" in each]  # Optuna's own note on the trial is all
     twin = _study(f"sqlite:///{tmp_path}/twin.db", "gp")
@@ -184,6 +184,6 @@ def test_a_name_that_meant_something_else_in_the_study_is_refused(tmp_path: Path
     study.add_trial(
         optuna.trial.create_trial(params={"expert0": 1}, distributions={"expert0": IntDistribution(0, 3)}, value=1.0)
     )
-    drawing = Drawing(study, study.get_trials())
+    drawing = DrawnStorage(study, study.get_trials())
     with pytest.raises(ValueError, match="distribution"):
         drawing.set_trial_param(1, "expert0", 0.5, FloatDistribution(0, 1))

@@ -18,7 +18,7 @@ from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
 from dfmerge_studies.storage import join_study, open_storage
 from dfmerge_studies.study.rows import rows_attribute
-from dfmerge_studies.study.stopping import EXPECTED, FOUND, IN_A_ROW, Noise, Rule, Watch
+from dfmerge_studies.study.stopping import EXPECTED, FOUND, IN_A_ROW, Noise, Rule, StopWatch
 from dfmerge_studies.study.totals import STOPPED, add_trials, state_total, stop_of, stored_total
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.claims import Stop
@@ -135,7 +135,7 @@ def stopped_study(url: str, *, target: int = 30, workers: int = 1, patience: int
     def one(_: int = 0) -> None:
         sampler = make_sampler("random", seed=0, study_name="s", space=SPACE)
         study = join_study(open_storage(url), "s", directions=["maximize"], sampler=sampler)
-        watch = Watch(study, rule(patience=patience), {"patience": patience})
+        watch = StopWatch(study, rule(patience=patience), {"patience": patience})
         state_total(study, target, lower=False)
         summary = work(
             study,
@@ -178,7 +178,7 @@ def test_what_is_added_comes_on_top_of_what_was_reached_whichever_comes_first(tm
     study = stopped_study(f"sqlite:///{tmp_path}/s.db", target=0)
     assert complete(study) == 11
     # Added while a worker that had seen enough was about to say so:
-    late = Watch(study, rule(patience=3), {})
+    late = StopWatch(study, rule(patience=3), {})
     study.set_user_attr(STOPPED, None)
     state_total(study, 30)
     stop = late.enough(study.get_trials())
@@ -190,7 +190,7 @@ def test_what_is_added_comes_on_top_of_what_was_reached_whichever_comes_first(tm
 
 def test_a_trial_that_was_at_work_when_another_worker_noted_the_stop_counts(tmp_path: Path) -> None:
     study = stopped_study(f"sqlite:///{tmp_path}/s.db")
-    last = Watch(study, rule(patience=3), {"patience": 3})
+    last = StopWatch(study, rule(patience=3), {"patience": 3})
     study.add_trial(create_trial(value=0.1, user_attrs={"place": 4, "tasks": {"a": 0.1}}))
     stop = last.enough(settled(study.get_trials()))
     assert stop is not None

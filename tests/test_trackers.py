@@ -141,7 +141,7 @@ class Failing:
 
 def test_a_tracker_that_fails_is_said_once_and_the_study_goes_on(project, monkeypatch):
     monkeypatch.setattr(Failing, "sent", [])
-    monkeypatch.setattr(tracking, "TRACKERS", {"failing": trackers.Kind(Failing, (), "a place")})
+    monkeypatch.setattr(tracking, "TRACKERS", {"failing": trackers.TrackerRow(Failing, (), "a place")})
     done = project.cli("run", "spec.yaml", "--tracker", "failing", "--trials", "5")
     assert done.stderr.count("the tracker failing failed") == 1
     assert "the server is gone" in done.stderr

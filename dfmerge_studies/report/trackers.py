@@ -232,7 +232,7 @@ class WandbTracker:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TrackerRow:
     """One row of the table.
 
     Attributes:
@@ -246,10 +246,10 @@ class Kind:
     place: str
 
 
-TRACKERS: Mapping[str, Kind] = {
-    "wandb": Kind(WandbTracker, ("wandb",), "a project"),
-    "mlflow": Kind(MLflowTracker, ("mlflow",), "a tracking URI or a folder"),
-    "tensorboard": Kind(TensorBoardTracker, ("tensorboard",), "a folder"),
+TRACKERS: Mapping[str, TrackerRow] = {
+    "wandb": TrackerRow(WandbTracker, ("wandb",), "a project"),
+    "mlflow": TrackerRow(MLflowTracker, ("mlflow",), "a tracking URI or a folder"),
+    "tensorboard": TrackerRow(TensorBoardTracker, ("tensorboard",), "a folder"),
 }
 
 

@@ -10,7 +10,7 @@ plain transactions two workers can take the same waiting trial.  No password eve
 """
 
 from dfmerge_studies.storage.copies import Known, write_study
-from dfmerge_studies.storage.drawing import Drawing, drawn_from
+from dfmerge_studies.storage.drawing import DrawnStorage, drawn_from
 from dfmerge_studies.storage.engines import check_url, open_storage
 from dfmerge_studies.storage.failures import (
     DATABASE_ERRORS,
@@ -39,7 +39,7 @@ from dfmerge_studies.storage.writes import TrialWrite, begin_trial, take_trial, 
 __all__ = [
     "DATABASE_ERRORS",
     "STORAGE_FAILURES",
-    "Drawing",
+    "DrawnStorage",
     "Known",
     "SQLiteWatch",
     "TrialWrite",

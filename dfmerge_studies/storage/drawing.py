@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dfmerge_studies.storage.handles import id_of, storage_of
 
 
-class Drawing:
+class DrawnStorage:
     """Stands before a storage: knows the trials, and takes parameters without writing them.
 
     Args:
@@ -57,7 +57,7 @@ class Drawing:
         self.params[name] = (value, distribution)
 
 
-def drawn_from(study: optuna.Study, drawing: Drawing) -> optuna.Study:
+def drawn_from(study: optuna.Study, drawing: DrawnStorage) -> optuna.Study:
     """The study, asked through `drawing`.
 
     Args:

@@ -56,7 +56,7 @@ _FEW_CLASSES = 8  # up to which labels are choices, however few rows there are
 
 
 @dataclass
-class _Task:
+class _DraftedTask:
     """What is known of a task."""
 
     files: dict[str, str] = field(default_factory=dict)  # by split
@@ -159,9 +159,9 @@ def _plain(text: str) -> str:
     return name if NAME.fullmatch(name) else name[:100]
 
 
-def _tasks(data: Sequence[str], folder: Path) -> dict[str, _Task]:
+def _tasks(data: Sequence[str], folder: Path) -> dict[str, _DraftedTask]:
     """Files by task and split."""
-    tasks: dict[str, _Task] = {}
+    tasks: dict[str, _DraftedTask] = {}
     for file in data:
         path = Path(file)
         builder = _BUILDERS.get(path.suffix.lower())
@@ -172,7 +172,7 @@ def _tasks(data: Sequence[str], folder: Path) -> dict[str, _Task]:
         splits = [_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS]
         rest = [word for word in words if word.lower() not in _SPLITS]
         name = _plain("-".join(rest) or path.resolve().parent.name)
-        task = tasks.setdefault(name, _Task(builder=builder))
+        task = tasks.setdefault(name, _DraftedTask(builder=builder))
         split = splits[0] if splits else "validation"
         if split in task.files or task.builder != builder:
             raise InputError(
@@ -198,7 +198,7 @@ def _relative(path: str, folder: Path) -> str:
     return Path(os.path.relpath(Path(path).resolve(), folder.resolve())).as_posix() if Path(path).exists() else path
 
 
-def _owners(experts: Mapping[str, Checkpoint], tasks: Mapping[str, _Task]) -> dict[str, str]:
+def _owners(experts: Mapping[str, Checkpoint], tasks: Mapping[str, _DraftedTask]) -> dict[str, str]:
     """The task of each expert, by their names."""
     if len(experts) == len(tasks) == 1:
         return dict(zip(experts, tasks, strict=True))
@@ -234,7 +234,7 @@ def _kind(base: Checkpoint, experts: Iterable[Checkpoint]) -> str:
     return "text-to-text" if base.read_config().get("is_encoder_decoder") else "causal"
 
 
-def _study_name(tasks: Mapping[str, _Task]) -> str:
+def _study_name(tasks: Mapping[str, _DraftedTask]) -> str:
     return "-and-".join(tasks)[:80].strip(".-")
 
 
@@ -245,7 +245,7 @@ def _expert(name: str, model: str, task: str | None, folder: Path) -> str:
     return f"  {yaml_text(name)}: {{model: {path}, task: {'null' if task is None else yaml_text(task)}}}"
 
 
-def _task_lines(name: str, task: _Task, kind: str, owner: Checkpoint | None, tokenizer: Any) -> list[str]:
+def _task_lines(name: str, task: _DraftedTask, kind: str, owner: Checkpoint | None, tokenizer: Any) -> list[str]:
     columns = list(task.rows[0]) if task.rows else []
     where = f"--data: {name}"
     if kind == "token-classification":

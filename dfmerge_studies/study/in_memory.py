@@ -50,7 +50,7 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance, warm_start
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
-from dfmerge_studies.study.stopping import Noise, Rule, Watch, reconsider
+from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
 from dfmerge_studies.study.totals import Asked, state_total, stored_total
 from dfmerge_studies.study.value import best_trial, directions, metric_names, rounded_seconds, trial_result, trial_value
 from dfmerge_studies.tasks.metrics import Metrics
@@ -317,7 +317,7 @@ class _Search(Generic[Model]):
         """Work until the study has its total."""
         method, settings = self.merger.method, self.settings
         rule = Rule.of(settings, Noise(self.objective, self.metrics, {})) if method.searches else None
-        watch = Watch(study, rule, settings.stops) if rule is not None else None
+        watch = StopWatch(study, rule, settings.stops) if rule is not None else None
         reconsider(study, rule)
         stopped = Asked.of(study).stopped is not None
         total = stored_total(study) if stopped else total_trials(method, settings)

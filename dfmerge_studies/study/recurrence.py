@@ -17,7 +17,7 @@ from dfmerge_studies.study.plan import Plan
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFishers:
     """What a whole study writes to the Fisher cache.
 
     Attributes:
@@ -66,7 +66,7 @@ class Recurrence:
             return max(1.0, self._plan.trials / self.steps)
         return float(any(abs(coefficient - value) < 1e-12 for value in self._named))
 
-    def written(self, size: int, policy: Literal["auto", "all"]) -> Written:
+    def written(self, size: int, policy: Literal["auto", "all"]) -> WrittenFishers:
         """What the study writes, if its trials are as many as the spec says.
 
         Args:
@@ -75,10 +75,10 @@ class Recurrence:
         """
         method, trials = self._plan.method, self._plan.trials
         if method.importance is Importance.UNIFORM or self._plan.spec.cache_place is None:
-            return Written(0, 0)
+            return WrittenFishers(0, 0)
         each = trials if self.steps is None else min(trials, self.steps)
         if policy == "auto" and self.steps is None:
             first = len(self._plan.points)
             bests = sum(1.0 / (number + 1) for number in range(first, trials))
             each = min(trials, first + round(bests))
-        return Written(each * len(self._experts), each * len(self._experts) * size)
+        return WrittenFishers(each * len(self._experts), each * len(self._experts) * size)

@@ -38,7 +38,7 @@ from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.selection import name_winner_
-from dfmerge_studies.study.stopping import Noise, Rule, Watch, reconsider
+from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
 from dfmerge_studies.study.totals import add_trials, owe, state_total, stored_total
 from dfmerge_studies.study.value import directions, metric_names
 from dfmerge_studies.study.warm_start import agreed, points_of, taken_over
@@ -109,7 +109,7 @@ class Session:
         """
         sweep_unfinished(self.spec)
         rule = self._rule()
-        watch = Watch(self.study, rule, self.spec.search.stops) if rule is not None else None
+        watch = StopWatch(self.study, rule, self.spec.search.stops) if rule is not None else None
         with storage_errors(self.plan.url):
             if target is None or not regardless:
                 reconsider(self.study, rule)

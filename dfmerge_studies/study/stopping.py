@@ -149,7 +149,7 @@ def _is_gain(trial: FrozenTrial, before: Sequence[FrozenTrial], noise: Sequence[
     )
 
 
-class Watch:
+class StopWatch:
     """Tells the workers of one study when it stops, and the study that it has.
 
     Args:

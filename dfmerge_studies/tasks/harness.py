@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean, first_line, out_of_memory
 from dfmerge_studies.tasks.data import Row
-from dfmerge_studies.tasks.metrics import Scored, harness_metric
+from dfmerge_studies.tasks.metrics import HarnessScore, harness_metric
 from dfmerge_studies.tasks.settings import HarnessTask
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ CHOICES, TEXT, WRITTEN = "multiple_choice", "loglikelihood_rolling", "generate_u
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedTask:
     """A task as the harness has loaded it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Question:
         requests: what is asked of a model; nothing before a tokenizer is known.
     """
 
-    loaded: Loaded = field(compare=False)
+    loaded: LoadedTask = field(compare=False)
     index: int
     document: Any = field(compare=False)
     requests: tuple[Request, ...] = ()
@@ -115,7 +115,7 @@ def read_questions(settings: HarnessTask, split: str | None, *, root: Path, wher
     wanted = split or task.get_config("validation_split") or usual
     if wanted != usual:
         _choose_split_(task, wanted, where)
-    loaded = Loaded(task, settings, where, wanted, usual)
+    loaded = LoadedTask(task, settings, where, wanted, usual)
     with calling_harness(where, "the documents cannot be read"):
         return [
             Row(index, str(_asked(loaded.task, document)), None, (), None, question=Question(loaded, index, document))
@@ -244,7 +244,7 @@ def _choose_split_(task: Any, wanted: str, where: str) -> None:
     task.set_config("test_split", wanted)
 
 
-def judge(settings: HarnessTask, given: Sequence[list[list[Any]]], questions: Sequence[Question]) -> Scored:
+def judge(settings: HarnessTask, given: Sequence[list[list[Any]]], questions: Sequence[Question]) -> HarnessScore:
     """What the harness makes of the answers to one task.
 
     Args:
@@ -280,7 +280,7 @@ def judge(settings: HarnessTask, given: Sequence[list[list[Any]]], questions: Se
     if not math.isfinite(score):
         raise RunError(f"{settings.metric} is {score}", where=loaded.where, hint="Use another of the task's metrics")
     rows = [float(value) for value in values] if aggregate is mean else None
-    return Scored(given, questions, score, rows)
+    return HarnessScore(given, questions, score, rows)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from dfmerge_studies.errors import DFMergeError, InputError, RunError, first_lin
 from dfmerge_studies.storage import (
     DATABASE_ERRORS,
     STORAGE_FAILURES,
-    Drawing,
+    DrawnStorage,
     TrialWrite,
     drawn_from,
     id_of,
@@ -301,7 +301,7 @@ class _Worker:
 
     def _suggest(self, trial: FrozenTrial, seen: Sequence[FrozenTrial]) -> dict[str, float]:
         trial_id = id_of(trial)
-        drawing = Drawing(self.study, seen)
+        drawing = DrawnStorage(self.study, seen)
         live = optuna.Trial(drawn_from(self.study, drawing), trial_id)
         ranges = self.space.distributions().items()
         coefficients = {name: live.suggest_float(name, each.low, each.high, step=each.step) for name, each in ranges}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dfmerge_studies.importance.cache.base import FisherCache
 from dfmerge_studies.importance.cache.key import FisherKey
-from dfmerge_studies.importance.cache.writer import Writer, size_of
+from dfmerge_studies.importance.cache.writer import CacheWriter, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ class Shelf:
         self.tally = Tally()
         self._together = together
         self._writing, self._reading = Speed(_WRITE), Speed(_READ)
-        self._writer: Writer | None = None
+        self._writer: CacheWriter | None = None
         self._trial: Trial | None = None
 
     def get(self, key: FisherKey) -> Mapping[str, Tensor] | None:
@@ -197,7 +197,7 @@ class Shelf:
             import psutil  # only where it is needed, as everywhere in the package
 
             room = min(_ROOM, psutil.virtual_memory().available // 8)
-            self._writer = Writer(self.cache, room, self._writing.add)
+            self._writer = CacheWriter(self.cache, room, self._writing.add)
         taken = self._writer.put(entry.key, entry.values, wait=self.policy == "all")
         self.tally.count(self.tally.kept if taken else self.tally.no_room, entry.size)
 

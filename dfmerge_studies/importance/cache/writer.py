@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Writer:
+class CacheWriter:
     """Writes entries of one cache from a thread.
 
     Args:

@@ -3,7 +3,7 @@
 A new metric is a new row of `table.METRICS`; everything that shows, compares or constrains a score asks its row.
 """
 
-from dfmerge_studies.tasks.metrics.row import AGREEMENT, MEAN, SAME, Judged, Metric, Scored, TaskScore
+from dfmerge_studies.tasks.metrics.row import AGREEMENT, MEAN, SAME, HarnessScore, Judged, Metric, TaskScore
 from dfmerge_studies.tasks.metrics.several import Guarded, Metrics, guarded, largest_drop
 from dfmerge_studies.tasks.metrics.table import METRICS, agrees, harness_metric, is_own, own_metric, task_metrics
 
@@ -13,10 +13,10 @@ __all__ = [
     "METRICS",
     "SAME",
     "Guarded",
+    "HarnessScore",
     "Judged",
     "Metric",
     "Metrics",
-    "Scored",
     "TaskScore",
     "agrees",
     "guarded",

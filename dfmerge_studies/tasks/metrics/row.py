@@ -41,7 +41,7 @@ class Settled(Judged, Protocol):
 
 
 @dataclass(frozen=True)
-class Scored:
+class HarnessScore:
     """Answers to one task that lm-evaluation-harness has judged.
 
     Attributes:
@@ -139,7 +139,7 @@ class Metric:
             raise ValueError(f"{len(answers.given)} answers to {len(answers.wanted)} inputs")
         if not answers.wanted:
             raise InputError("there are no examples to score", hint="Check the split and its limit")
-        if isinstance(answers, Scored):
+        if isinstance(answers, HarnessScore):
             return TaskScore(answers.score, self.name, len(answers.wanted), answers.rows)
         score = self.of_rows or self.of_all
         assert score is not None
