@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -146,7 +147,7 @@ def make_project(folder: Path, family: str = "t5", *, rows: int = 24, samples: i
 def copied(project: Project, folder: Path) -> Project:
     """A copy of a project, and of all that was made in it, at another place."""
     shutil.copytree(project.folder, folder)
-    return Project(folder, project.family, dict(project.spec))
+    return Project(folder, project.family, copy.deepcopy(project.spec))
 
 
 def perturbed(family: str, *, seed: int, labels: int = LABELS, size: float = 0.1) -> Any:

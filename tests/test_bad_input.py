@@ -252,7 +252,7 @@ LIGHT_CASES = [
         "run SPEC",
         "tasks",
         "cannot be mixed",
-        "Use one type",
+        "Use tasks of language models alone",
         spoil=lambda p: spec(tasks__blue__type="classification", tasks__blue__doc_to_choice=None)(p),
     ),
     case("unknown-task-type", "run SPEC", "tasks.red", "'ranking'", spoil=task(type="ranking")),

@@ -125,7 +125,7 @@ def load_resident(
     contents = Contents()
     loaded = load_model(base, model_class, dtype=dtype, headless=True, contents=contents)
     model, tokenizer = loaded.model, load_tokenizer(base)
-    others = _tokenizers(base, experts, tokenizer)
+    others = _tokenizers(base, experts, tokenizer, contents)
     union = Union.of(tokenizer, others) if unite else None
     if union is not None:
         union.grow_(model)
@@ -179,13 +179,17 @@ def load_resident(
 
 
 def _tokenizers(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase
+    base: Checkpoint, experts: Mapping[str, Checkpoint], tokenizer: PreTrainedTokenizerBase, contents: Contents
 ) -> dict[str, PreTrainedTokenizerBase]:
     """Those of experts that may read some text otherwise than the base's.
 
     Raises:
-        InputError: one plainly does.
+        InputError: one plainly does, or is of another architecture.
     """
+    for checkpoint in experts.values():
+        if not checkpoint.is_adapter:
+            _check_architecture(checkpoint, base)
+        contents.open(checkpoint)
     found = {name: load_tokenizer(checkpoint) for name, checkpoint in experts.items() if has_tokenizer(checkpoint)}
     return {
         name: own
@@ -214,7 +218,6 @@ def _load_expert(
         model = load_adapter(checkpoint, base, model_class, dtype=dtype, contents=contents)
         loaded = Loaded(model, frozenset(), frozenset())
     else:
-        _check_architecture(checkpoint, base)
         loaded = load_model(checkpoint, model_class, dtype=dtype, contents=contents)
         if odd := loaded.unexpected - tolerated:
             raise InputError(
