@@ -13,7 +13,8 @@ Buffers and integer tensors are no parameters here: they stay the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -138,3 +139,15 @@ def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
 def at_least_float32(tensor: Tensor) -> torch.dtype:
     """The type that sums over a tensor are kept in: its own, or float32 where that is narrower."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module has its own again, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

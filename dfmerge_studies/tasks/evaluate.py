@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError, RunError, out_of_memory
+from dfmerge_studies.params import evaluating
 from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import can_fold, forward_losses, precision_of
 
+T = TypeVar("T")
 TOKEN_BUDGET = 16384
 SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
 SCORED = 4  # tokens that a token of a text stands for in a batch, whose vocabulary takes more memory than its layers
@@ -117,15 +119,27 @@ def choice_losses(
     def compute(share: Sequence[int]) -> list[list[Any]]:
         return _own_losses(model, kind, examples, share, pad_id, token_budget, progress, ranks)
 
-    shares = ranks.shares([token_cost(example, kind) for example in examples])
-    found = ranks.agreed(lambda: compute(shares[ranks.rank]))
-    results: list[list[Any]] = [[] for _ in examples]
-    for share, part in zip(shares, found, strict=True):
+    return shared_out(ranks, [token_cost(example, kind) for example in examples], compute)
+
+
+def shared_out(ranks: Ranks, costs: Sequence[int], compute: Callable[[Sequence[int]], Sequence[T]]) -> list[T]:
+    """Something for every input, each computed by one of the ranks.
+
+    Args:
+        ranks: processes that share the inputs; every one of them gets all results.
+        costs: what each input costs.
+        compute: from the positions of a rank's inputs to their results.
+
+    Raises:
+        GroupError: the ranks do not have the same inputs.
+    """
+    shares = ranks.shares(costs)
+    found: dict[int, T] = {}
+    for share, part in zip(shares, ranks.agreed(lambda: compute(shares[ranks.rank])), strict=True):
         if len(share) != len(part):
             raise GroupError("the processes do not have the same number of inputs", hint="Give all the same data")
-        for i, losses in zip(share, part, strict=True):
-            results[i] = losses
-    return results
+        found.update(zip(share, part, strict=True))
+    return [found[i] for i in range(len(costs))]
 
 
 def _own_losses(
@@ -141,25 +155,19 @@ def _own_losses(
     """Losses of this rank's share, in its order."""
     mine = [examples[i] for i in share]
     results: list[list[Any]] = [[] for _ in mine]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
-            score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
-            batches = length_batches(mine, kind, token_budget)
-            tables: list[Tensor] = []  # on the device: to read one is to wait for it
-            for batch in batches:
-                ranks.check()
-                tables += _halved([mine[i] for i in batch], score)
-                if progress is not None:
-                    progress(len(batch))
-            rows = [losses for table in _read(tables) for losses in table]
-            for i, losses in zip(chain(*batches), rows, strict=True):
-                results[i] = _checked(mine[i], losses)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.inference_mode():
+        folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
+        score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
+        batches = length_batches(mine, kind, token_budget)
+        tables: list[Tensor] = []  # on the device: to read one is to wait for it
+        for batch in batches:
+            ranks.check()
+            tables += _halved([mine[i] for i in batch], score)
+            if progress is not None:
+                progress(len(batch))
+        rows = [losses for table in _read(tables) for losses in table]
+        for i, losses in zip(chain(*batches), rows, strict=True):
+            results[i] = _checked(mine[i], losses)
     return results
 
 

@@ -10,8 +10,7 @@ text does not depend on what shares its batch, but for rounding where two tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError
-from dfmerge_studies.ranks import SOLO, GroupError, Ranks
+from dfmerge_studies.params import evaluating
+from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, length_batches
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, length_batches, shared_out
 from dfmerge_studies.tasks.scoring import device_of, pad, pad_mask
 
 if TYPE_CHECKING:
@@ -95,22 +95,15 @@ def write_texts(
         InputError: the model is of a class that cannot generate.
         RunError: a logit is not a number; the message names the row.
     """
-    shares = ranks.shares([writer.cost(example, kind) for example in examples])
 
-    def compute() -> list[str]:
-        mine = [examples[i] for i in shares[ranks.rank]]
+    def compute(share: Sequence[int]) -> list[str]:
+        mine = [examples[i] for i in share]
         tokens = write_tokens(
             model, kind, mine, writer, pad_id=pad_id, token_budget=token_budget, progress=progress, ranks=ranks
         )
         return [writer.text(each) for each in tokens]
 
-    texts = [""] * len(examples)
-    for share, part in zip(shares, ranks.agreed(compute), strict=True):
-        if len(share) != len(part):
-            raise GroupError("the processes do not have the same number of inputs", hint="Give all the same data")
-        for i, text in zip(share, part, strict=True):
-            texts[i] = text
-    return texts
+    return shared_out(ranks, [writer.cost(example, kind) for example in examples], compute)
 
 
 def write_tokens(
@@ -130,7 +123,7 @@ def write_tokens(
     """
     found: list[tuple[int, ...]] = [()] * len(examples)
     prompts = [replace(example, choices=()) for example in examples]
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for batch in length_batches(prompts, kind, token_budget, writer.cost):
             ranks.check()
             for i, tokens in zip(batch, written(model, kind, [prompts[i] for i in batch], writer, pad_id), strict=True):
@@ -259,15 +252,3 @@ class _Watch:
         if self._step is not None:
             self._step(scores)
         return scores
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
