@@ -2,6 +2,7 @@
 
     python scripts/finetune.py SPEC --task paws --out models/t5-base-paws
     python scripts/finetune.py SPEC --multi-task --out models/t5-base-multitask
+    python scripts/finetune.py SPEC --task reviews --lora 16 --lr 5e-4 --out adapters/reviews    # a LoRA adapter
     accelerate launch scripts/finetune.py SPEC --task paws --out models/t5-base-paws      # on several GPUs
     torchrun --nproc_per_node 4 scripts/finetune.py SPEC --task paws --out …              # or in 4 processes of a CPU
 
@@ -11,9 +12,10 @@ evaluations without a better loss, and a step's rows are shared out equally amon
 
     loss(x)    mean negative log-likelihood of the right choice's tokens, or -log p(right class)
 
-What is written is a model directory: an expert as the spec's `experts` names it, or a model for `dfmerge evaluate`. Of
-a multi-task classifier the shared encoder is the model, and `heads/TASK.safetensors` has each task's head, as `dfmerge
-export` writes merged classifiers. `training.json` records the settings and the course of the losses.
+What is written is a model directory: an expert as the spec's `experts` names it, or a model for `dfmerge evaluate`.
+With `--lora` it holds the adapter alone, for models that answer with text. Of a multi-task classifier the shared
+encoder is the model, and `heads/TASK.safetensors` has each task's head, as `dfmerge export` writes merged classifiers.
+`training.json` records the settings and the course of the losses.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ import torch.distributed.nn.functional  # read before there is a process group, 
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # beside this script, its neighbours
 
 from dfmerge_studies.checkpoints.load import load_model, load_tokenizer
 from dfmerge_studies.checkpoints.resident import head_names
@@ -49,6 +53,7 @@ from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
 from dfmerge_studies.tasks.sampling import divided_rows, seeded_generator
 from dfmerge_studies.tasks.scoring import forward_losses
+from scripts.lora import ALL_LINEAR, LoRA, add_adapter, trainable, write_adapter
 
 EXPERT_STEPS, MULTI_TASK_STEPS, MULTI_TASK_PATIENCE = 2500, 25000, 10
 _ELSEWHERE = ("regression", "multi-label-classification", "token-classification")  # types of tasks
@@ -236,7 +241,7 @@ def train(trainee: Trainee, data: Data, accelerator: Accelerator, options: argpa
     Raises:
         RunError: a loss is not finite.
     """
-    parameters = list(trainee.parameters())
+    parameters = trainable(trainee)
     optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
     sources = {task: _endless(rows, options.seed, task) for task, rows in data.training.items()}
@@ -354,6 +359,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
     classification = found.has_heads
     classes = {task: _class_names(spec, task) for task in tasks} if classification else {}
     trainee = load_trainee(found, tasks, classes)
+    adapter = add_adapter(trainee.model, options.adapter, found) if options.adapter else None
     data = load_data(
         spec, tasks, trainee.model, load_tokenizer(found.base), found.kinds[tasks[0]], options.validation_rows
     )
@@ -364,13 +370,17 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
         "base": spec.base,
         "tasks": list(tasks),
         "settings": {name: getattr(options, name) for name in settings},
+        "lora": asdict(options.adapter) if options.adapter else None,
         "processes": accelerator.num_processes,
         "best_step": course.step,
         "validation_loss": course.loss,
         "history": course.history,
     }
-    if accelerator.is_main_process:
-        _save(trainee, found, classes, out, json.dumps(record, indent=2) + "\n", force=options.force)
+    text = json.dumps(record, indent=2) + "\n"
+    if accelerator.is_main_process and adapter is not None:
+        write_adapter(adapter, load_tokenizer(found.base), out, text, mark=RECORD, force=options.force)
+    elif accelerator.is_main_process:
+        _save(trainee, found, classes, out, text, force=options.force)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return record
@@ -394,6 +404,11 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
     parser.add_argument("--batch-size", type=int, default=64, help="rows per update, over all processes")
     parser.add_argument("--micro-batch", type=int, help="rows in memory at once per process (default: all)")
     parser.add_argument("--lr", type=float, default=1e-4, help="constant learning rate of AdamW")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train a LoRA adapter of this rank, not the model")
+    parser.add_argument("--lora-alpha", type=int, help="its scale is alpha / rank (default: twice the rank)")
+    parser.add_argument(
+        "--lora-targets", nargs="+", default=[ALL_LINEAR], metavar="NAME", help="its linear layers (default: all)"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--evaluate-every", type=int, default=100, metavar="STEPS", help="validation loss is taken")
     parser.add_argument(
@@ -407,9 +422,19 @@ def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace
         options.steps = MULTI_TASK_STEPS if options.multi_task else EXPERT_STEPS
     if options.patience is None and options.multi_task:
         options.patience = MULTI_TASK_PATIENCE
-    for name in ("steps", "batch_size", "micro_batch", "evaluate_every", "patience", "validation_rows"):
+    for name in (
+        "steps",
+        "batch_size",
+        "micro_batch",
+        "evaluate_every",
+        "patience",
+        "validation_rows",
+        "lora",
+        "lora_alpha",
+    ):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    options.adapter = LoRA(options.lora, options.lora_alpha, options.lora_targets) if options.lora else None
     return options
 
 

@@ -204,13 +204,14 @@ def searched_points(work: Path) -> list[dict[str, float]]:
     return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
-def markdown(table: dict[str, Any]) -> list[str]:
+def markdown(table: dict[str, Any], tasks: Sequence[str] = tuple(TASKS)) -> list[str]:
     """A comparison as a Markdown table in points of 100; the best of a column bold, the second in italics.
 
     Args:
         table: what `compare --json` prints.
+        tasks: the columns, but for the mean.
     """
-    columns = [*TASKS, "mean"]
+    columns = [*tasks, "mean"]
     lines = [
         "| | " + " | ".join(columns) + " | std | largest drop | trials | s |",
         "|---|" + "---:|" * (len(columns) + 4),

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+from dfmerge_studies import StudySpec
 from scripts import finetune
+from scripts.lora import LoRA, add_adapter
 from tests.models import TEXTS
 from tests.project import Project, load_parameters, make_project, start_ranks
 from tests.test_generate_tasks import generating
@@ -71,6 +73,43 @@ def test_an_expert_that_is_trained_on_targets_writes_them(tmp_path: Path) -> Non
     assert record["history"][-1]["accuracy"] == {}  # nothing is written for an evaluation: its loss says enough
     scores = project.json("evaluate", project.file, "--model", "new-red", "--split", "validation")["tasks"]
     assert scores["red"]["score"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_lora_expert_learns_its_task_and_what_is_written_is_the_adapter_alone(tmp_path: Path, family: str) -> None:
+    project = trainable(tmp_path, family)
+    targets = {"llama": ("q_proj", "up_proj"), "t5": ("q", "wi")}[family]
+    record = train(project, "--task", "red", "--steps", "40", "--lora", "4", "--lora-targets", *targets)
+    assert record["lora"] == {"rank": 4, "alpha": None, "targets": list(targets)}
+    assert record["validation_loss"] < 0.9 * record["history"][0]["validation"]
+    folder = tmp_path / "new-red"
+    assert not list(folder.glob("model*.safetensors"))
+    names = load_file(folder / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == set(targets)
+    assert {max(min(t.shape) for t in names.values())} == {4}
+    best = record["history"][[e["validation"] for e in record["history"]].index(record["validation_loss"])]
+    scores = project.json("evaluate", project.file, "--model", "new-red", "--split", "validation")["tasks"]
+    assert scores["red"]["score"] == best["accuracy"]["red"]
+
+
+def test_training_an_adapter_leaves_the_base_as_it_is(tmp_path: Path) -> None:
+    project = trainable(tmp_path, "llama")
+    found = finetune.find_checkpoints(StudySpec.from_yaml(project.file).derive(experts={}))
+    trainee = finetune.load_trainee(found, ["red"], {})
+    before = {name: p.clone() for name, p in trainee.model.named_parameters()}
+    adapter = add_adapter(trainee.model, LoRA(2, alpha=6), found)
+    assert {name.rpartition(".lora_")[0] != "" for name, p in trainee.named_parameters() if p.requires_grad} == {True}
+    base = {n.replace(".base_layer", ""): p for n, p in trainee.model.named_parameters() if ".lora_" not in n}
+    assert base.keys() == before.keys()
+    assert all(torch.equal(base[name], before[name]) for name in before)
+    config = adapter.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (2, 6, str(tmp_path / "base"))
+    linear = {name for name, module in trainee.model.named_modules() if name.endswith(".base_layer")}
+    assert {name.split(".")[-2] for name in linear} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
 
 
 @pytest.mark.slow
@@ -145,6 +184,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
             ("--task", "red", "--set", "tasks.red.type=regression", "--set", "tasks.red.metric=mse"),
             "trains no heads for tasks of type regression",
         ),
+        (("--task", "red", "--lora", "4"), "trains LoRA experts of models that answer with text"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -155,4 +195,17 @@ def test_what_does_not_fit_is_refused_in_one_line(
         train(project, *arguments)
     assert stop.value.code == 2
     assert part in capsys.readouterr().err
+    assert not (tmp_path / "new-red").exists()
+
+
+def test_layers_that_an_adapter_cannot_find_are_told_with_those_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = trainable(tmp_path, "llama")
+    with pytest.raises(SystemExit) as stop:
+        train(project, "--task", "red", "--lora", "4", "--lora-targets", "q", "v")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--lora-targets" in said
+    assert "down_proj, gate_proj, k_proj" in said
     assert not (tmp_path / "new-red").exists()

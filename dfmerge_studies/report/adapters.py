@@ -13,7 +13,7 @@ from dfmerge_studies.checkpoints.adapters import TASK_TYPES
 from dfmerge_studies.checkpoints.low_rank import LowRank, energy, low_rank, save_adapter
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.objective.problem import Problem
-from dfmerge_studies.report.origins import is_local
+from dfmerge_studies.report.origins import adapter_base
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,13 @@ def _kept(parts: Mapping[str, LowRank]) -> AdapterExport:
 def _base_name(problem: Problem) -> str:
     """How the adapter names its base: as the Hub, or else as the experts do where that is a folder here too."""
     base = problem.checkpoints.base
-    if not is_local(base) and not base.reference.startswith("package:"):
-        return base.reference.partition("@")[0]
+    ours = adapter_base(base)
     named = {expert.adapter_base for expert in problem.checkpoints.experts.values()}
     name = named.pop() if len(named) == 1 else ""
-    there = Path(name).is_absolute() and Path(name).is_dir() and Path(name).samefile(base.path)
-    return name if there else str(base.path)
+    there = (
+        ours == str(base.path) and Path(name).is_absolute() and Path(name).is_dir() and Path(name).samefile(base.path)
+    )
+    return name if there else ours
 
 
 def _modules(head: Mapping[str, Tensor], prefix: str) -> list[str]:

@@ -61,6 +61,17 @@ def is_local(checkpoint: Checkpoint) -> bool:
     return not reference.startswith("package:") and not _is_snapshot(checkpoint.path)
 
 
+def adapter_base(checkpoint: Checkpoint) -> str:
+    """What an adapter's configuration names as its base: the Hub's id, or a folder of this machine.
+
+    Args:
+        checkpoint: the base.
+    """
+    if is_local(checkpoint) or checkpoint.reference.startswith("package:"):
+        return str(checkpoint.path)
+    return checkpoint.reference.partition("@")[0]
+
+
 def _is_snapshot(path: Path) -> bool:
     """Whether a folder is one that huggingface_hub keeps a repository's files in."""
     return path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
