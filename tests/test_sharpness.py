@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -187,6 +188,16 @@ def test_a_multi_task_model_in_mixed_precision_learns_and_its_settings_are_recor
     expected = {"kind": "fsam", "rho": 0.05, "keep_ratio": 0.3, "mask_every": 100, "mask_rows": 32}
     assert json.loads((tmp_path / "both" / "training.json").read_text())["settings"]["sharpness_aware"] == expected
     assert all(torch.isfinite(value).all() for value in load_parameters(tmp_path / "both", AutoModel).values())
+
+
+def test_of_a_lora_expert_the_factors_alone_are_perturbed(tmp_path: Path) -> None:
+    project = trainable(tmp_path, "llama")
+    lora = ("--task", "red", "--steps", "2", "--lora", "2", "--lora-targets", "q_proj")
+    train(project, *lora, out="plain")
+    train(project, *lora, "--sharpness-aware", "fsam", "--rho", "1", out="fsam")
+    plain, fsam = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "fsam"))
+    assert plain.keys() == fsam.keys()
+    assert not same(plain, fsam)
 
 
 @pytest.mark.parametrize(
