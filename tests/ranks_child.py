@@ -61,13 +61,14 @@ class LoadOther:
 
 @dataclass(frozen=True)
 class RunOut:
-    """Lets the next forward pass of this rank run into a limit of the process's memory, really."""
+    """Lets forward passes of this rank run into a limit of the process's memory, really, down to that of one input."""
 
     def __call__(self, memory: dict[str, Any]) -> None:
         former = resource.getrlimit(resource.RLIMIT_AS)
 
-        def hog(*_: Any) -> None:
-            handle.remove()
+        def hog(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+            if len(inputs["decoder_input_ids"]) == 1:  # more than that would be halved
+                handle.remove()
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, former[1]))
             try:
@@ -75,7 +76,7 @@ class RunOut:
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, former)
 
-        handle = memory["problem"].resident.model.register_forward_pre_hook(hog)
+        handle = memory["problem"].resident.model.register_forward_pre_hook(hog, with_kwargs=True)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ def measured(folder: Path, family: str, group: Group) -> dict[str, Any]:
     """Fishers by every estimator into files, and the trials of a study."""
     spec = StudySpec.from_yaml(folder / family / "spec.yaml")
     out: dict[str, Any] = {"weights": []}
+    loaded = load_problem(with_estimator(spec, ESTIMATORS[0]), ranks=group)
     for estimator in ESTIMATORS:
-        problem = load_problem(with_estimator(spec, estimator), ranks=group)
+        problem = derive_problem(loaded, with_estimator(spec, estimator))
         values, _ = Merger(problem, METHODS["df-merge"], None).importance(0, 0.7)
         kept = {name: value.contiguous() for name, value in values.items()}
         save_file(kept, folder / family / f"{estimator}.safetensors")

@@ -95,6 +95,31 @@ def test_where_folding_would_be_wrong_it_is_found_out(build: Callable[[], PreTra
     assert any(abs(folded[i, c] - expected[i][c]) > 1e-3 for i in range(len(examples)) for c in range(len(expected[i])))
 
 
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_a_model_is_asked_once_whether_folding_is_right_and_in_16_bits_each_time(
+    dtype: torch.dtype, passes: int
+) -> None:
+    model, examples, done = make_model("t5", dtype), make_examples("t5")[:1], []
+    model.decoder.register_forward_hook(lambda *_: done.append(1))
+    first = choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+    assert len(done) == 3  # apart, folded, and then what is asked for
+    assert choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0) == first
+    assert len(done) == 3 + passes
+
+
+def test_a_model_whose_losses_are_not_finite_is_asked_again_whether_folding_is_right() -> None:
+    model, examples = make_model("t5"), make_examples("t5")
+    scale = model.get_parameter("decoder.final_layer_norm.weight")
+    kept = scale.detach().clone()
+    with torch.no_grad():
+        scale.fill_(float("nan"))
+        with pytest.raises(RunError):
+            choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+        scale.copy_(kept)
+    expected = choice_losses(make_model("t5"), Kind.TEXT_TO_TEXT, examples, pad_id=0)
+    assert choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0) == expected
+
+
 def test_probabilities_are_zero_for_absent_choices_and_sum_to_one() -> None:
     p = probabilities(torch.tensor([[1.0, 2.0, math.inf], [3.0, 3.0, 3.0]]))
     assert p.sum(1).tolist() == pytest.approx([1, 1])
