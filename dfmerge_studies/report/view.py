@@ -18,7 +18,7 @@ from dfmerge_studies.points import fine_name
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.scores import stored_results, stored_scores
+from dfmerge_studies.study.scores import results_in, scores_in
 from dfmerge_studies.study.value import objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
@@ -37,12 +37,14 @@ class StudyView:
         fingerprint: what it is about, as `provenance` stored it.
         spec: the spec that created it, passwords masked.
         trials: completed trials in the order of their places.
+        attributes: all that the study says of itself.
     """
 
     study: optuna.Study
     fingerprint: Mapping[str, Any]
     spec: Mapping[str, Any]
     trials: list[FrozenTrial]
+    attributes: Mapping[str, Any]
 
     @classmethod
     def of(cls, study: optuna.Study) -> StudyView:
@@ -54,9 +56,9 @@ class StudyView:
         fingerprint = provenance.stored_fingerprint(study)
         if fingerprint is None:
             raise InputError(f"the study {study.study_name!r} was not made by this program")
-        return cls(
-            study, fingerprint, provenance.without_secrets(study.user_attrs.get(provenance.SPEC, {})), results(study)
-        )
+        attributes = study.user_attrs
+        spec = provenance.without_secrets(attributes.get(provenance.SPEC, {}))
+        return cls(study, fingerprint, spec, results(study), attributes)
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ class StudyView:
     @cached_property
     def objective(self) -> ObjectiveSettings:
         """What makes one trial better than another."""
-        return provenance.stored_spec_objective(self.study)
+        return provenance.objective_of(self.fingerprint)
 
     @cached_property
     def best(self) -> FrozenTrial | None:
@@ -120,7 +122,7 @@ class StudyView:
 
     def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task."""
-        return provenance.stored_metrics(self.study, split)
+        return provenance.metrics_of(self.fingerprint, self.spec, split)
 
     @property
     def allowed(self) -> dict[str, float]:
@@ -205,7 +207,7 @@ class StudyView:
             row: "base" or "experts".
             split: of the tasks' data.
         """
-        return stored_scores(self.study, row, split)
+        return scores_in(self.attributes, row, split)
 
     def results(self, row: str | FrozenTrial, split: Split) -> dict[str, TaskScore] | None:
         """Scores that the study keeps, with the rows that they rest on as far as it keeps these.
@@ -214,11 +216,11 @@ class StudyView:
             row: "base", "experts", or a completed trial.
             split: of the tasks' data.
         """
-        return stored_results(self.study, row, split)
+        return results_in(self.attributes, row, split)
 
     def trial_scores(self, trial: FrozenTrial, split: Split) -> dict[str, float] | None:
         """Scores of a completed trial; on test only where they have been computed."""
-        return dict(trial.user_attrs[TASKS]) if split == "validation" else stored_scores(self.study, trial, split)
+        return dict(trial.user_attrs[TASKS]) if split == "validation" else scores_in(self.attributes, trial, split)
 
     @property
     def dimensions(self) -> dict[str, str]:

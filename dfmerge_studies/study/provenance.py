@@ -367,7 +367,11 @@ def stored_fingerprint(study: optuna.Study) -> dict[str, Any] | None:
 
 def stored_spec_objective(study: optuna.Study) -> ObjectiveSettings:
     """The objective that a stored study was made with."""
-    fingerprint = stored_fingerprint(study) or {}
+    return objective_of(stored_fingerprint(study) or {})
+
+
+def objective_of(fingerprint: Mapping[str, Any]) -> ObjectiveSettings:
+    """The objective that a fingerprint states."""
     return ObjectiveSettings.model_validate(fingerprint.get("objective", {}))
 
 
@@ -378,10 +382,14 @@ def stored_metrics(study: optuna.Study, split: Split) -> Metrics:
         study: one that this program made.
         split: of the tasks' data.
     """
-    fingerprint, spec = stored_fingerprint(study) or {}, study.user_attrs.get(SPEC, {})
+    return metrics_of(stored_fingerprint(study) or {}, study.user_attrs.get(SPEC, {}), split)
+
+
+def metrics_of(fingerprint: Mapping[str, Any], spec: Mapping[str, Any], split: Split) -> Metrics:
+    """`stored_metrics`, from a study's fingerprint and the spec that created it."""
     guards = fingerprint.get(GUARDS, {})
     names = {task: fingerprint.get("metrics", {}).get(task, "accuracy") for task in fingerprint.get("tasks", ())}
-    if stored_spec_objective(study).kind == AGREEMENT:
+    if objective_of(fingerprint).kind == AGREEMENT:
         targets = {task: spec.get("tasks", {}).get(task, {}).get("doc_to_target") for task in names}
         names = {
             task: AGREEMENT if task not in guards and agrees(split, targets[task]) else name

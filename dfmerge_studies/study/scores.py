@@ -77,7 +77,7 @@ class KeptScores:
         known = self.problem.reference_scores
 
         scores = self.kept(row, split, lambda: known[row, split] if (row, split) in known else compute())
-        if (row, split) not in known and (kept := stored_results(self.study, row, split)) is not None:
+        if (row, split) not in known and (kept := results_in(self.study.user_attrs, row, split)) is not None:
             known[row, split] = kept
         return scores
 
@@ -101,23 +101,28 @@ def stored_scores(study: optuna.Study, row: str | FrozenTrial, split: Split) -> 
         row: "base", "experts", that of another model, or a completed trial.
         split: of the tasks' data.
     """
-    kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
+    return scores_in(study.user_attrs, row, split)
+
+
+def scores_in(attributes: Mapping[str, Any], row: str | FrozenTrial, split: Split) -> dict[str, float] | None:
+    """`stored_scores`, from the attributes of a study."""
+    kept = attributes.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
     return dict(kept["scores"]) if kept is not None else None
 
 
-def stored_results(study: optuna.Study, row: str | FrozenTrial, split: Split) -> dict[str, TaskScore] | None:
+def results_in(attributes: Mapping[str, Any], row: str | FrozenTrial, split: Split) -> dict[str, TaskScore] | None:
     """Scores that a study keeps with the rows that they rest on, as far as it keeps these too.
 
     Args:
-        study: from its storage.
+        attributes: of the study.
         row: "base", "experts", that of another model, or a completed trial.
         split: of the tasks' data.
     """
     kept: Mapping[str, Any] | None
     if isinstance(row, FrozenTrial) and split == "validation":
-        kept = {"scores": row.user_attrs[TASKS], "n": _numbers(study, split), ROWS: row.user_attrs.get(ROWS, {})}
+        kept = {"scores": row.user_attrs[TASKS], "n": _numbers(attributes, split), ROWS: row.user_attrs.get(ROWS, {})}
     else:
-        kept = study.user_attrs.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
+        kept = attributes.get(f"{_SCORES}:{row if isinstance(row, str) else trial_row(row)}:{split}")
     if kept is None:
         return None
     rows, numbers = unpacked(kept.get(ROWS, {})), kept.get("n", {})
@@ -130,21 +135,22 @@ def stored_results(study: optuna.Study, row: str | FrozenTrial, split: Split) ->
 def results_by_split(
     study: optuna.Study, row: str | FrozenTrial, splits: Iterable[Split]
 ) -> dict[Split, dict[str, TaskScore]]:
-    """`stored_results` of those of some splits that a study keeps.
+    """`results_in` of those of some splits that a study keeps.
 
     Args:
         study: from its storage.
         row: as there.
         splits: of the tasks' data.
     """
-    found = {split: stored_results(study, row, split) for split in splits}
+    attributes = study.user_attrs
+    found = {split: results_in(attributes, row, split) for split in splits}
     return {split: results for split, results in found.items() if results is not None}
 
 
-def _numbers(study: optuna.Study, split: Split) -> dict[str, int]:
+def _numbers(attributes: Mapping[str, Any], split: Split) -> dict[str, int]:
     """How many rows of each task are scored, as far as the study says it of some model."""
     found: dict[str, int] = {}
-    for name, kept in study.user_attrs.items():
+    for name, kept in attributes.items():
         if name.startswith(f"{_SCORES}:") and name.endswith(f":{split}"):
             found.update(kept.get("n", {}))
     return found
