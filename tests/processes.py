@@ -2,7 +2,7 @@
 
 Starting Python with torch, transformers and optuna anew costs several seconds of a core, and the suite starts some
 two hundred processes. What happens in the first seconds of a real start is tested by those tests that use
-`subprocess`.
+`subprocess`; and by those of `run --workers` in a test's own process (`Project.cli`), or with `anew`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from multiprocessing import forkserver
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import forkserver, process
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +37,19 @@ def command(arguments: list[str]) -> None:
     main(arguments)
 
 
+def command_with_forked_workers(arguments: list[str]) -> None:
+    """The same, and workers that it starts are processes like this one."""
+    from dfmerge_studies.study import pool
+
+    vars(pool)["subprocess"] = SimpleNamespace(Popen=Worker, PIPE=subprocess.PIPE)
+    command(arguments)
+
+
 def context() -> Any:
     """The multiprocessing context whose processes are forked from the prepared one."""
     found = multiprocessing.get_context("forkserver")
+    if forkserver._forkserver._forkserver_address is not None:  # type: ignore[attr-defined]
+        return found
     found.set_forkserver_preload(list(_IMPORTED))
     with contextlib.chdir(ROOT):  # where the modules of the tests are
         forkserver.ensure_running()
@@ -68,6 +79,7 @@ class Forked:
         environment: all of the environment.
         filters: warnings that are errors or ignored, as `warnings.simplefilter` takes them.
         leader: whether it begins a session, and so a process group, of its own.
+        told: whether it has a standard input that is written to, `stdin`.
     """
 
     def __init__(
@@ -78,13 +90,18 @@ class Forked:
         environment: Mapping[str, str] | None = None,
         filters: Iterable[tuple[Any, type[Warning]]] = (),
         leader: bool = False,
+        told: bool = False,
     ) -> None:
         pipes = [os.pipe(), os.pipe()]
-        ends = [Connection(write, readable=False) for _, write in pipes]
+        ends = {number: Connection(write, readable=False) for number, (_, write) in enumerate(pipes, start=1)}
+        if told:
+            read, write = os.pipe()
+            ends[0] = Connection(read, writable=False)
+            self.stdin = os.fdopen(write, "w", encoding="utf-8")
         settings = (str(folder), dict(os.environ if environment is None else environment), tuple(filters), leader)
         self._process = context().Process(target=_begin, args=(ends, settings, target, arguments), daemon=True)
         self._process.start()
-        for end in ends:
+        for end in ends.values():
             end.close()
         self.args = arguments
         self.pid: int = self._process.pid
@@ -130,14 +147,29 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _begin(ends: list[Connection], settings: Any, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+class Worker(Forked):
+    """What `run --workers` starts, as `subprocess.Popen` would."""
+
+    def __init__(self, words: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
+        arguments = list(words[words.index("dfmerge_studies") + 1 :])
+        super().__init__(command, arguments, folder=Path.cwd(), environment=env, told=True)
+        process._children.discard(self._process)  # type: ignore[attr-defined]  # a thread waits for it
+
+
+def _begin(
+    ends: Mapping[int, Connection], settings: Any, target: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     """In the new process: take its place in the world, then do its work."""
     folder, environment, filters, leader = settings
+    process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may start others, and from
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]  # where it comes from itself
     if leader:
         os.setsid()
-    for number, end in enumerate(ends, start=1):
+    for number, end in ends.items():
         os.dup2(end.fileno(), number)
         end.close()
+    if 0 in ends:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     unbuffered = "PYTHONUNBUFFERED" in environment
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1 if unbuffered else -1)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import alembic.util
 import pytest
 import torch
 import yaml
@@ -22,9 +24,11 @@ from transformers import AutoModel
 from dfmerge_studies.cli.app import main
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
-from tests.processes import Forked, command, free_port
+from tests.processes import Forked, command, command_with_forked_workers, free_port
 
 EXPERTS = ("red", "blue")
+# Optuna has thirty migrations compiled whenever it opens a database; once a process is enough.
+alembic.util.load_python_file = functools.cache(alembic.util.load_python_file)
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,11 @@ class Project:
                     code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         return _checked(Done(code, out.getvalue(), err.getvalue()), check)
 
-    def start(self, *arguments: str | Path, leader: bool = False, **environment: str) -> Forked:
-        """Start the command line in the folder, in a process of its own."""
+    def start(self, *arguments: str | Path, leader: bool = False, anew: bool = False, **environment: str) -> Forked:
+        """Start the command line in the folder, in a process of its own; its workers are forked, too, or start anew."""
         words = list(map(str, arguments))
-        return Forked(command, words, folder=self.folder, environment=cli_environment(**environment), leader=leader)
+        target = command if anew else command_with_forked_workers
+        return Forked(target, words, folder=self.folder, environment=cli_environment(**environment), leader=leader)
 
     def process(self, *arguments: str | Path, check: int | None = 0, **environment: str) -> Done:
         """Run the command line in the folder to its end, in a process of its own."""
