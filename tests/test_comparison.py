@@ -118,7 +118,7 @@ def test_compare_prints_every_method_over_seeds_in_every_form(project):
     assert on_validation["rows"][-1]["studies"][0]["tasks"] == best["tasks"]
 
 
-SHORT = {"trials": 4, "startup_trials": 2}
+SHORT = {"trials": 3, "startup_trials": 2}
 
 
 @pytest.fixture(scope="module")
@@ -135,22 +135,22 @@ def test_a_comparison_that_is_cut_goes_on_and_repeats_nothing(project, uncut, ho
     project.write(search=SHORT)
     asked = ["compare", "spec.yaml", "--methods", "df-merge,gta,averaging", "--seeds", "2", "--json"]
     process = project.start(*asked)
-    assert any("colours.gta: 2/4" in line for line in process.stderr)
+    assert any("colours.gta: 2/3" in line for line in process.stderr)
     process.send_signal({"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[how])
     process.communicate(timeout=120)
     assert process.returncode == {"kill": -signal.SIGKILL, "interrupt": 130}[how]
     before = trials_of(project)
-    assert len(before["colours"]) == 4
+    assert len(before["colours"]) == 3
     assert "colours.averaging" not in before
     resumed = json.loads(project.cli(*asked).stdout)
     after = trials_of(project)
     assert all(after[name][: len(trials)] == trials for name, trials in before.items())
     assert {name: len(trials) for name, trials in after.items()} == {
-        "colours": 4,
-        "colours.gta": 4,
+        "colours": 3,
+        "colours.gta": 3,
         "colours.averaging": 1,
-        "colours.df-merge.seed1": 4,
-        "colours.gta.seed1": 4,
+        "colours.df-merge.seed1": 3,
+        "colours.gta.seed1": 3,
         "colours.averaging.seed1": 1,
     }
     for ours, theirs in zip(resumed["rows"], uncut["rows"], strict=True):

@@ -113,11 +113,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
             table.writerows(rows)
 
 
-FILES = [
-    ("t5-base.yaml", "t5"),
-    pytest.param("t5-large.yaml", "t5", marks=pytest.mark.slow),  # asks what t5-base.yaml asks
-    ("bert-base-glue.yaml", "bert"),
-]
+FILES = [("t5-base.yaml", "t5"), ("bert-base-glue.yaml", "bert")]  # t5-large.yaml asks what t5-base.yaml asks
 
 
 @pytest.mark.slow
@@ -132,7 +128,7 @@ def test_every_paper_study_runs_on_data_with_the_public_columns(tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "family"), FILES[::2])
+@pytest.mark.parametrize(("file", "family"), FILES)
 def test_the_experts_of_a_paper_study_can_be_trained_from_it(tmp_path: Path, file: str, family: str) -> None:
     project = local(tmp_path, file, family)
     for what in (["--task", next(iter(project.spec["tasks"]))], ["--multi-task"]):
@@ -174,9 +170,9 @@ def test_prompts_and_right_choices_are_those_of_the_rows(tmp_path: Path) -> None
 
 def test_large_and_base_ask_the_same() -> None:
     base, large = (StudySpec.from_yaml(PAPER / f"t5-{size}.yaml") for size in ("base", "large"))
-    assert base.tasks == large.tasks
     assert list(base.experts) == list(large.experts) == list(base.tasks)
-    assert base.search == large.search
+    models = {"name", "base", "experts"}
+    assert base.model_dump(exclude=models) == large.model_dump(exclude=models)
 
 
 def test_old_public_bert_checkpoints_take_part_as_experts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.objective.problem import Problem, load_problem
 from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Ranks, launched
 from dfmerge_studies.spec import StudySpec
@@ -75,15 +76,25 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return folder, json.loads((folder / "result.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def problem_of(two: tuple[Path, dict[str, Any]]) -> Callable[[str], Problem]:
+    """A function from a family to what one process alone loads for its Fishers."""
+
+    def load(family: str) -> Problem:
+        return load_problem(with_estimator(StudySpec.from_yaml(two[0] / family / "spec.yaml"), ESTIMATORS[0]))
+
+    return functools.cache(load)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_fishers_of_two_ranks_are_those_of_one_process(
-    two: tuple[Path, dict[str, Any]], family: str, estimator: str
+    two: tuple[Path, dict[str, Any]], problem_of: Callable[[str], Problem], family: str, estimator: str
 ) -> None:
     folder = two[0] / family
-    spec = StudySpec.from_yaml(folder / "spec.yaml")
-    problem = load_problem(with_estimator(spec, estimator))
+    loaded = problem_of(family)
+    problem = derive_problem(loaded, with_estimator(loaded.spec, estimator))
     values, _ = Merger(problem, METHODS["df-merge"], None).importance(0, 0.7)
     found = load_file(folder / f"{estimator}.safetensors")
     assert found.keys() == values.keys()
@@ -270,7 +281,7 @@ def test_sigterm_to_the_launcher_hands_the_trial_back_and_accelerate_on_two_mach
 def test_a_rank_that_hangs_ends_the_run_after_the_time_limit(uninterrupted: tuple[Path, list[Any]]) -> None:
     folder, _ = uninterrupted
     spec = fresh(folder, "hung.db")
-    leader, other = start_ranks(command, ["run", "hung.db.yaml"], folder=folder, DFMERGE_RANK_TIMEOUT="10")
+    leader, other = start_ranks(command, ["run", "hung.db.yaml"], folder=folder, DFMERGE_RANK_TIMEOUT="5")
     try:
         code, errors = after_first_trial(leader, lambda: other.send_signal(signal.SIGSTOP))
     finally:

@@ -92,12 +92,12 @@ def test_every_trial_carries_scores_timings_and_cache_hits(finished):
     assert "torch" in study.user_attrs["dfmerge:versions"]
 
 
-LONGER = {"trials": 8, "startup_trials": 3}
+LONGER = {"trials": 6, "startup_trials": 3}
 
 
 @pytest.fixture(scope="module")
 def whole(make_copy: Callable[..., Project], tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A project whose study of eight trials ran without a cut."""
+    """A project whose study of six trials ran without a cut."""
     project = make_copy("t5", tmp_path_factory.mktemp("whole"))
     project.write(search=LONGER)
     project.json("run", "spec.yaml", "--no-test")
@@ -105,12 +105,12 @@ def whole(make_copy: Callable[..., Project], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "terminate", "interrupt"])
-def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, project, how):
+@pytest.mark.parametrize(("how", "stops"), [("kill", (2, 4)), ("terminate", (4,)), ("interrupt", (2,))])
+def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, project, how, stops):
     cut = project
     cut.write(search=LONGER)
     chance = random.Random(how)
-    for stop in (2, 5):
+    for stop in stops:
         process = start(cut)
         wait_for_trials(cut, process, stop)
         time.sleep(chance.uniform(0.0, 0.15))
@@ -119,8 +119,8 @@ def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, projec
         assert process.returncode == (-signal.SIGKILL if how == "kill" else 130)
         before = completed(cut)
         assert len(before) >= stop
-    resumed = cut.json("run", "spec.yaml")
-    assert resumed["trials"]["complete"] == 8
+    resumed = cut.json("run", "spec.yaml", "--no-test")
+    assert resumed["trials"]["complete"] == 6
     assert completed(cut)[: len(before)] == before
     assert completed(cut) == completed(whole)
 
