@@ -72,13 +72,11 @@ def _causal_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _bert_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {piece: i for i, piece in enumerate([*special, *_word_pieces(VOCABULARY - len(special))])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(
-        TEXTS, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    )
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -92,6 +90,19 @@ def _bert_tokenizer() -> PreTrainedTokenizerFast:
         mask_token="[MASK]",
         model_max_length=40,
     )
+
+
+def _word_pieces(size: int) -> list[str]:
+    """Signs, words, and the two pieces of longer words of `TEXTS`, the same in every process, as trained ones are not.
+
+    The library's trainer of word pieces goes through words in an order that differs from run to run.
+    """
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = {word for text in TEXTS for word, _ in splitter.pre_tokenize_str(text.lower())}
+    signs = {sign for word in words for sign in word}
+    inner = {f"##{sign}" for sign in signs} | {f"##{word[4:]}" for word in words if len(word) > 4}
+    pieces = sorted(signs | inner | {word[:4] for word in words})
+    return [*pieces, *(f"[unused{i}]" for i in range(size - len(pieces)))]
 
 
 def _roberta_tokenizer() -> PreTrainedTokenizerFast:
