@@ -17,6 +17,7 @@ from dfmerge_studies import StudySpec, optimize_merge
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.report.notes import publish, trial_note
 from dfmerge_studies.report.view import StudyView
+from dfmerge_studies.study.comparison import check_split
 from dfmerge_studies.study.provenance import stated_fingerprint, stored_metrics
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.tasks.metrics import Metrics, guarded
@@ -169,6 +170,26 @@ def test_a_page_a_card_notes_and_a_comparison_know_the_guards(project):
     assert "plain" not in rows["averaging"]["ranks"]
     for form in ("csv", "latex"):
         assert "plain" in project.cli("compare", "spec.yaml", "--methods", "averaging,df-merge", f"--{form}").stdout
+
+
+def test_a_guard_without_a_test_split_is_not_measured_there_and_keeps_no_other_task_from_it(project) -> None:
+    del project.spec["tasks"]["plain"]["test_split"]
+    project.write()
+    found = project.json("run", "spec.yaml")
+    for row in found["rows"]:
+        if row["name"] != "each task's own expert":
+            assert list(row["test"]["tasks"]) == ["red", "blue", "safe"]
+    assert found["verdict"]["split"] == "test"
+    assert set(found["verdict"]["guards"]) == {"plain", "safe"}
+    plain, safe = (next(n for n in found["verdict"]["notes"] if f"guard {name}" in n) for name in ("plain", "safe"))
+    assert "bits_per_byte on validation, " in plain
+    assert "accuracy, " in safe
+    table = project.cli("run", "spec.yaml").stdout.partition("colours: test ")[2].splitlines()
+    base = next(line.split("unmerged")[1].split() for line in table if "base, unmerged" in line)
+    assert base[2] == "-"  # of red, blue, plain, safe, mean
+    scored = project.json("evaluate", "spec.yaml", "--model", "red", "--split", "test")
+    assert list(scored["tasks"]) == ["red", "blue", "safe"]
+    assert check_split(StudySpec.from_yaml(project.file), None) == ("validation", "test")
 
 
 def test_merge_and_evaluate_say_whether_the_guards_are_kept(project):

@@ -185,8 +185,7 @@ def _check_kept(*sessions: Session) -> None:
 
 
 def _splits(spec: StudySpec, test: bool) -> list[Split]:
-    with_test = test and all(task.test_split is not None for task in spec.tasks.values())
-    return ["validation", "test"] if with_test else ["validation"]
+    return ["validation", "test"] if test and not spec.untested else ["validation"]
 
 
 def _tables(session: Session, baselines: list[Session], splits: list[Split]) -> dict[Split, Standings]:

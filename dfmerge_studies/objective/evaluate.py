@@ -102,11 +102,11 @@ def base_on_guards(
         progress: told how far it is.
         ranks: processes that share the inputs.
     """
-    guards = spec.metrics(split).guards
+    guards = [task for task in spec.tasks_on(split) if spec.tasks[task].guard]
     if not guards:
         return {}
     base = str(find_checkpoints(spec).base.path)
-    return evaluate_model(spec, base, split, tasks=list(guards), progress=progress, ranks=ranks)
+    return evaluate_model(spec, base, split, tasks=guards, progress=progress, ranks=ranks)
 
 
 def _evaluate(
@@ -137,9 +137,10 @@ def _evaluate(
     of_experts = classes_of_heads(spec, found.base, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
-    for task, settings in spec.tasks.items():
+    for task in spec.tasks_on(split):
         if wanted is not None and task not in wanted:
             continue
+        settings = spec.tasks[task]
         kind = found.kinds[task]
         examples = encode_split(spec, task, split, model, tokenizer, kind, classes)
         check_labels(spec, task, examples, heads)

@@ -166,7 +166,7 @@ class Problem:
                     ]
                     for e in self.examples(name, split)
                 )
-                for name in self.tasks
+                for name in self.spec.tasks_on(split)
             }
         return self.known_digests[split]
 
@@ -189,8 +189,8 @@ class Problem:
         return splits[split]
 
     def tasks_of(self, split: Split) -> list[str]:
-        """Tasks that are scored on a split: all of them, but of held-out rows those that have some."""
-        return [name for name in self.tasks if split != "holdout" or self.examples(name, split)]
+        """Tasks that are scored on a split: those that have it, of held-out rows those that have some."""
+        return [name for name in self.spec.tasks_on(split) if split != "holdout" or self.examples(name, split)]
 
     def hold_out_(self, share: float) -> None:
         """Let the split "holdout" be rows of the validation split that the search does not see.
@@ -267,7 +267,7 @@ def load_problem(
     def load() -> Problem:
         problem = _load_problem(spec, indices, progress, ranks)
         for split in splits:
-            for task in spec.tasks:
+            for task in spec.tasks_on(split):
                 problem.examples(task, split)
         _check_alike(problem, splits)
         return problem

@@ -18,7 +18,7 @@ from dfmerge_studies.methods import Coefficients
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.value import task_weights, trial_value
 from dfmerge_studies.tasks.metrics import Guarded, Metrics, TaskScore, guarded, largest_drop
-from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.tasks.splits import SPLITS, Split
 from dfmerge_studies.tasks.uncertainty import Difference, difference, standard_error
 
 FEW = 2.5  # points of standard error from which on a task's rows are few
@@ -117,10 +117,9 @@ def verdict_of(view: StudyView) -> Verdict | None:
     where = "test" if split == "test" else "validation, which chose it"
     parts = [_kept_text(merge, experts, metrics, kept, where), _drop_text(drop), _against_text(found, metrics)]
     text = "; ".join(part for part in parts if part)
-    base = view.results("base", split) or {}
-    guards = guarded(_plain(merge), _plain(base), metrics)
+    guards, guard_notes = _guards(view, split)
     notes = [
-        *_guard_notes(guards, merge, base, metrics),
+        *guard_notes,
         *_expert_notes(view, split),
         *_row_notes(view),
         *_edge_notes(view),
@@ -203,15 +202,27 @@ def _names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _guard_notes(guards: Mapping[str, Guarded], merge: Scores, base: Scores, metrics: Metrics) -> list[str]:
-    """What the merge has lost or kept of what no expert stands for."""
+def _guards(view: StudyView, split: Split) -> tuple[dict[str, Guarded], list[str]]:
+    """What the merge has lost or kept of what no expert stands for; on validation where a guard has no test split."""
+    guards: dict[str, Guarded] = {}
+    notes: list[str] = []
+    for where in dict.fromkeys((split, *SPLITS)):
+        merge, base, metrics = _results(view, where), view.results("base", where) or {}, view.metrics(where)
+        found = guarded(_plain(merge), _plain(base), metrics)
+        new = {task: each for task, each in found.items() if task not in guards}
+        guards |= new
+        notes += _guard_notes(new, merge, base, metrics, "" if where == split else f" on {where}")
+    return guards, notes
+
+
+def _guard_notes(guards: Mapping[str, Guarded], merge: Scores, base: Scores, metrics: Metrics, where: str) -> list[str]:
     notes = []
     for task, found in guards.items():
         metric = metrics[task]
         moved = "as good as" if abs(found.drop) < 0.05 else f"{abs(found.drop):.1f} points {_way(found.drop)}"
         state = "kept" if found.kept else "NOT kept"
         notes.append(
-            f"the guard {task} is {state}: {metric.shown(merge[task].score)} {metric.name}, {moved} the base's "
+            f"the guard {task} is {state}: {metric.shown(merge[task].score)} {metric.name}{where}, {moved} the base's "
             f"{metric.shown(base[task].score)}, where {found.allowed:g} points worse is allowed"
         )
     return notes

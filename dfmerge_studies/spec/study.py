@@ -158,6 +158,19 @@ class StudySpec(Settings):
         return [name for name, task in self.tasks.items() if not task.guard]
 
     @property
+    def untested(self) -> list[str]:
+        """Tasks that keep the test split from being scored: those of the objective that have none."""
+        return [name for name in self.aims if self.tasks[name].test_split is None]
+
+    def tasks_on(self, split: Split) -> list[str]:
+        """Tasks that have a split: all of them, but guards may lack a test split.
+
+        Args:
+            split: of the tasks' data.
+        """
+        return [name for name, task in self.tasks.items() if split != "test" or task.test_split or not task.guard]
+
+    @property
     def allowed(self) -> dict[str, float]:
         """Points that each task may lose, of those that have a bound: against its expert, a guard against the base."""
         own = {n: self.search.max_drop if task.max_drop is None else task.max_drop for n, task in self.tasks.items()}

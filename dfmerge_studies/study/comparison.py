@@ -296,12 +296,11 @@ def check_split(spec: StudySpec, split: str | None) -> tuple[Split, ...]:
         InputError: another word, or a task without a test split.
     """
     wanted = as_split(split, "--split") if split is not None else None
-    without = [name for name, task in spec.tasks.items() if task.test_split is None]
-    if wanted == "test" and without:
+    if wanted == "test" and spec.untested:
         raise InputError(
-            "no test_split", where=spec.where(f"tasks.{without[0]}"), hint="Name one, or use --split validation"
+            "no test_split", where=spec.where(f"tasks.{spec.untested[0]}"), hint="Name one, or use --split validation"
         )
-    return ("validation",) if wanted == "validation" or without else ("validation", "test")
+    return ("validation",) if wanted == "validation" or spec.untested else ("validation", "test")
 
 
 def _references(spec: StudySpec, session: Session, splits: Sequence[Split]) -> Iterator[tuple[str, Scores]]:

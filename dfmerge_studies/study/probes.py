@@ -131,7 +131,7 @@ def reselect(
     reason = why_not_reselect(session.spec.allowed, session.spec.objective.kind, len(trials), metrics)
     if reason is not None:
         raise InputError(reason, where="--figures", hint="Leave the figure `ratio` out")
-    split: Split = "test" if all(task.test_split is not None for task in session.spec.tasks.values()) else "validation"
+    split: Split = "validation" if session.spec.untested else "test"
     rows = {}
     for position, trial in enumerate(trials, start=1):
         progress("rows of each trial", position, len(trials))

@@ -262,7 +262,7 @@ class Session:
             row: "base", "experts", or a trial.
             split: of the tasks' data.
         """
-        if split == "test" and any(task.test_split is None for task in self.spec.tasks.values()):
+        if split == "test" and self.spec.untested:
             return {}
         stored = self.scores.stored(row if isinstance(row, str) else trial_row(row), split)
         return {split: stored} if stored is not None else {}
@@ -319,7 +319,7 @@ def open_study(
     else:
         problem = derive_problem(problem, spec, indices=indices)
     for split in splits:
-        for task in spec.tasks:
+        for task in spec.tasks_on(split):
             problem.examples(task, split)
     fingerprint = provenance.whole_fingerprint(spec, problem)
     if stored is not None:
