@@ -26,6 +26,7 @@ from tests.project import Project
 CODE = """
 from collections.abc import Iterator
 from pathlib import Path
+import numpy, torch
 Path(__file__).with_suffix(".ran").write_text("")
 TABLE = {}
 
@@ -61,6 +62,18 @@ def infinite(predictions, references):
 
 def fails(predictions, references):
     return references["a"]
+
+def array(predictions, references):
+    return numpy.array(right(predictions, references))
+
+def tensor(predictions, references):
+    return torch.tensor(right(predictions, references))
+
+def flags(predictions, references):
+    return numpy.array(predictions) == numpy.array(references)
+
+def ends(predictions, references):
+    raise SystemExit(2)
 """
 TRUST = "--trust-remote-code"
 
@@ -86,12 +99,12 @@ ANSWERS = Answers([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], [0, 0, 0])
 # Scores
 
 
-@pytest.mark.parametrize("function", ["right", "mirrored", "Table.right", "each"])
+@pytest.mark.parametrize("function", ["right", "mirrored", "Table.right", "each", "array", "tensor", "flags"])
 def test_a_function_gets_predictions_and_references_and_gives_the_score(module, function: str) -> None:
     result = metric(module, function).result(ANSWERS)
     assert result.score == pytest.approx(2 / 3)
     assert result.n == 3
-    assert result.rows == ([1.0, 0.0, 1.0] if function == "each" else None)
+    assert result.rows == ([1.0, 0.0, 1.0] if function in ("each", "flags") else None)
 
 
 def test_functions_of_libraries_are_called_by_their_own_names_of_the_two_sides(tmp_path: Path) -> None:
@@ -146,6 +159,7 @@ def test_a_minus_says_that_less_is_better_also_where_only_the_name_is_known(modu
         ("few", InputError, "returned 1 numbers for 3 inputs"),
         ("infinite", RunError, "returned nan, not a finite number"),
         ("fails", InputError, "fails: "),
+        ("ends", InputError, "fails: it ends the program (SystemExit: 2)"),
     ],
 )
 def test_what_is_no_metric_is_told_by_the_field_that_names_it(module, function: str, kind, says: str) -> None:
@@ -158,6 +172,12 @@ def test_what_is_no_metric_is_told_by_the_field_that_names_it(module, function: 
 def test_a_module_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the module 'nowhere\.at_all' cannot be imported: No module named 'nowhere'"):
         check_function(named_metric("nowhere.at_all:f", str(tmp_path), trusted=True, where="w"))
+
+
+def test_a_file_beside_the_spec_that_another_module_of_its_name_hides_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "colorsys.py").write_text("def score(predictions, references): return 1.0")
+    with pytest.raises(InputError, match=r"the module 'colorsys' is .*, not colorsys\.py beside the spec. Rename"):
+        check_function(named_metric("colorsys:score", str(tmp_path), trusted=True, where="w"))
 
 
 def test_code_is_not_even_imported_without_the_user_s_word(module) -> None:

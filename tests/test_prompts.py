@@ -19,7 +19,8 @@ from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
 from dfmerge_studies.tasks.prompts import Example, turns_of
-from dfmerge_studies.tasks.settings import ChoiceTask
+from dfmerge_studies.tasks.settings import ChoiceTask, MultiLabelTask
+from dfmerge_studies.tasks.shown import shown_input
 from dfmerge_studies.tasks.tokenise import encode_rows, prompted
 from tests.models import FAMILIES, TEXTS
 from tests.project import Project, make_project
@@ -360,6 +361,34 @@ def test_validate_shows_a_prompt_with_its_special_tokens_the_choices_and_what_is
     assert "  * ' yes'  = " in printed
     done = chats.cli("validate", chats.file, "--show", "rde", check=2)
     assert "--show: unknown task 'rde'" in done.stderr
+
+
+DATA = {"dataset": {"path": "json"}, "doc_to_text": "q", "doc_to_target": "l"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [
+        ("accuracy", "by their mean log-likelihood after"),
+        ("acc", "by the sum of their log-likelihoods after"),
+        ("acc_norm", "by the sum of their log-likelihoods, divided by the characters of its text, after"),
+        ("acc_bytes", "by the sum of their log-likelihoods, divided by the bytes of its text, after"),
+    ],
+)
+def test_what_is_scored_is_said_as_the_metric_takes_it(metric: str, says: str) -> None:
+    task = ChoiceTask.model_validate({**DATA, "doc_to_choice": ["a", "b"], "metric": metric})
+    example = Encoded(0, (5, 6), ((7,), (8,)), 1, None, False)
+    assert says in shown_input("red", task, Kind.CAUSAL, example, FAMILIES["gpt2"].tokenizer()).scored
+
+
+def test_an_input_without_labels_is_shown_to_have_none() -> None:
+    task = MultiLabelTask.model_validate({**DATA, "type": "multi-label-classification"})
+    tokenizer = FAMILIES["bert"].tokenizer()
+    for bits, wanted in (((0, 0), "none of them"), ((0, 1), None)):
+        example = Encoded(0, (5, 6), (), bits, None, False)
+        shown = shown_input("red", task, Kind.CLASSIFICATION, example, tokenizer, ["toxic", "threat"])
+        assert [answer.right for answer in shown.answers] == [bool(bit) for bit in bits]
+        assert shown.wanted == wanted
 
 
 @pytest.mark.slow

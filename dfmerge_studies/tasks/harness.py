@@ -17,15 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean, first_line, out_of_memory
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.metrics import HarnessScore, harness_metric
 from dfmerge_studies.tasks.settings import HarnessTask
-
-if TYPE_CHECKING:
-    pass
 
 Request = tuple[str, tuple[Any, ...]]
 CHOICES, TEXT, WRITTEN = "multiple_choice", "loglikelihood_rolling", "generate_until"  # output types of tasks

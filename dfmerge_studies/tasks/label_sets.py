@@ -88,7 +88,8 @@ def read_label_sets(
         Per row, a bit for every label; and a remark where they could be read otherwise too.
 
     Raises:
-        InputError: a row has no list, or a label that is not among the names; or nothing says how many there are.
+        InputError: a row has no list, a label that is not among the names, or a bit for each of another number of
+            labels; or nothing says how many there are.
     """
     lists = [_listed(value, row, where, split) for row, value in enumerate(values)]
     if number is None:
@@ -97,6 +98,7 @@ def read_label_sets(
         )
     if all(len(labels) == number and all(_is_bit(label) for label in labels) for labels in lists):
         return [tuple(int(label) for label in labels) for labels in lists], None
+    _refuse_bits(lists, number, where, split)
     flat = [(row, label) for row, labels in enumerate(lists) for label in labels]
     options = tuple(choices) or tuple(map(str, range(number)))
     found, remark = read_labels(
@@ -129,6 +131,17 @@ def _listed(value: Any, row: int, where: str, split: str) -> list[Any]:
             "makes one of several columns, such as '{{ [toxic, obscene] }}'",
         )
     return labels
+
+
+def _refuse_bits(lists: Sequence[Sequence[Any]], number: int, where: str, split: str) -> None:
+    """Refuse what looks like a bit for each of another number of labels: no index stands in a row twice."""
+    for row, labels in enumerate(lists):
+        if all(map(_is_bit, labels)) and len(set(labels)) < len(labels) != number:
+            raise InputError(
+                f"row {row} of the split {split!r}: {labels} has {len(labels)} numbers, 0 or 1, for {number} labels",
+                where=where,
+                hint="Give a 0 or 1 for every label in every row, or the labels that a row has, each once",
+            )
 
 
 def _is_bit(label: Any) -> bool:

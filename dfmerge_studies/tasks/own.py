@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 from dfmerge_studies.boundary import reading
@@ -111,8 +112,9 @@ def add_metric(name: str, function: Function) -> None:
 def _imported(name: str, root: str, where: str) -> Function:
     module, _, path = name.removeprefix("-").partition(":")
     hint = "Write package.module:function, of an installed package or of a file beside the spec"
-    with reading(where, f"the module {module!r} cannot be imported", hint), _importing_from(root):
+    with _running(where, f"the module {module!r} cannot be imported", hint), _importing_from(root):
         found: Any = importlib.import_module(module)
+    _check_place(found, module, Path(root), where)
     for part in path.split("."):
         if not hasattr(found, part):
             raise InputError(
@@ -124,6 +126,28 @@ def _imported(name: str, root: str, where: str) -> Function:
     if not callable(found):
         raise InputError(f"{name!r} is {type(found).__name__}, not a function", where=where, hint=hint)
     return cast("Function", found)
+
+
+@contextmanager
+def _running(where: str, what: str, hint: str) -> Iterator[None]:
+    """As `reading`, of code that may also end the program, as scripts do that read their arguments when imported."""
+    with reading(where, what, hint):
+        try:
+            yield
+        except SystemExit as error:
+            raise RuntimeError(f"it ends the program (SystemExit: {error.code})") from error
+
+
+def _check_place(module: Any, name: str, root: Path, where: str) -> None:
+    """Refuse a module of the name of a file beside the spec that is not that file, which is what a reader expects."""
+    top, place = name.partition(".")[0], getattr(module, "__file__", None)
+    beside = next((each for each in (root / f"{top}.py", root / top / "__init__.py") if each.is_file()), None)
+    if beside is not None and place is not None and not Path(place).resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"the module {name!r} is {place}, not {beside.relative_to(root)} beside the spec",
+            where=where,
+            hint="Rename the one beside the spec: what is installed or imported already goes first",
+        )
 
 
 @contextmanager
@@ -166,9 +190,11 @@ def _arguments(function: Function, predictions: list[Any], references: list[Any]
 def _score(function: Function, answers: Any, name: str, where: str) -> float | list[float]:
     predictions, references = _sides(answers)
     hint = "It is called as function(predictions=[...], references=[...]) and returns a number, or one for each input"
-    with reading(where, f"the metric {name} fails", hint):
+    with _running(where, f"the metric {name} fails", hint):
         found = function(**_arguments(function, predictions, references))
-    several = hasattr(found, "__len__") and not isinstance(found, (str, bytes, Mapping))
+    several = (
+        hasattr(found, "__len__") and getattr(found, "ndim", 1) > 0 and not isinstance(found, (str, bytes, Mapping))
+    )
     try:
         numbers = [float(each) for each in (found if several else [found])]
     except (TypeError, ValueError):

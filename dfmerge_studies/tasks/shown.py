@@ -23,6 +23,13 @@ from dfmerge_studies.tasks.settings import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# How metrics of choices take a choice, where it is not by the mean over its tokens.
+_SUMS = {
+    "acc": "the sum of their log-likelihoods",
+    "acc_norm": "the sum of their log-likelihoods, divided by the characters of its text,",
+    "acc_bytes": "the sum of their log-likelihoods, divided by the bytes of its text,",
+}
+
 
 @dataclass(frozen=True)
 class ShownAnswer:
@@ -138,6 +145,8 @@ def _wanted(
         firsts = pieces([example.input_ids[place] for place in example.words])
         tags = [answers[tag].text if 0 <= tag < len(answers) else str(tag) for tag in example.label]
         return "  ".join(f"{first} {tag}" for first, tag in zip(firsts, tags, strict=True))
+    if isinstance(task, MultiLabelTask) and answers:
+        return "none of them"  # those that are right are marked
     (wanted,) = wanted_answers(task, [example])
     return _words(wanted)
 
@@ -150,7 +159,8 @@ def _scored(task: AnyTask, kind: Kind) -> str:
     """What the score is made of."""
     if isinstance(task, ChoiceTask):
         end = ", end of sequence included" if kind is Kind.TEXT_TO_TEXT else ""
-        return f"the tokens of each choice{end}, by their mean log-likelihood after the prompt; the highest is taken"
+        how = _SUMS.get(task.metric, "their mean log-likelihood")
+        return f"the tokens of each choice{end}, by {how} after the prompt; the highest is taken"
     if isinstance(task, HarnessTask):
         return f"{task.metric} of {task.lm_eval}, as lm-evaluation-harness has it"
     if isinstance(task, TextTask):
