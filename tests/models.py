@@ -100,8 +100,8 @@ def _word_pieces(size: int) -> list[str]:
     splitter = pre_tokenizers.BertPreTokenizer()
     words = {word for text in TEXTS for word, _ in splitter.pre_tokenize_str(text.lower())}
     signs = {sign for word in words for sign in word}
-    inner = {f"##{sign}" for sign in signs} | {f"##{word[4:]}" for word in words if len(word) > 4}
-    pieces = sorted(signs | inner | {word[:4] for word in words})
+    inner = {f"##{sign}" for sign in signs} | {f"##{word[6:]}" for word in words if len(word) > 6}
+    pieces = sorted(signs | inner | {word[:6] for word in words})
     return [*pieces, *(f"[unused{i}]" for i in range(size - len(pieces)))]
 
 
