@@ -31,7 +31,9 @@ from botorch.models import SingleTaskGP
 from botorch.optim.optimize import optimize_acqf
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.settings import validate_input_scaling
+from gpytorch.likelihoods import FixedNoiseGaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
+from gpytorch.priors import LogNormalPrior
 from gpytorch.utils.warnings import GPInputWarning, NumericalWarning
 from torch import Tensor
 
@@ -44,6 +46,7 @@ HALF_WIDTH = 0.4  # of a new region, in the unit cube
 SMALLEST = 0.05  # a region smaller than that has ended
 PATIENCE = 4  # trials without gain after which a region is halved
 DRAWS = 64  # of the processes, per evaluation of the acquisition
+_LEAST, _MOST = 1e-6, 1e4  # variances of known errors, of values with deviation 1: of a whole score, of one unknown
 _FEW = 8  # dimensions up to which processes are fitted to the end; beyond that it takes most of a suggestion's time
 _STEPS = 40  # of the optimiser that fits them beyond that
 _BATCH = 256  # points that are compared at once
@@ -183,16 +186,29 @@ class History:
     """What a proposal is made from.
 
     Attributes:
-        x: completed points in the unit cube (n, d), n >= 2.
+        x: known points in the unit cube (n, d), n >= 2.
         s: their task scores (n, T), larger is better.
         pending: points that run elsewhere (m, d), or None.
         thresholds: a (T,), -inf for tasks without; None without any.
+        errors: standard errors (n, T) of scores that were estimated on a part of the rows; 0 of those on all of them,
+            inf where nothing is known. None where all scores are whole.
     """
 
     x: Tensor
     s: Tensor
     pending: Tensor | None = None
     thresholds: Tensor | None = None
+    errors: Tensor | None = None
+
+    @property
+    def is_whole(self) -> Tensor:
+        """Of which points all scores are on all rows (n,)."""
+        return torch.ones(len(self.x), dtype=torch.bool) if self.errors is None else (self.errors == 0).all(1)
+
+    @property
+    def whole(self) -> Tensor:
+        """The scores of those points."""
+        return self.s[self.is_whole]
 
 
 @dataclass(frozen=True)
@@ -273,10 +289,11 @@ def _acquisition(history: History, worth: Utility, seed: int) -> tuple[Acquisiti
     """The log of the expected improvement of the utility, and the processes that it rests on."""
     x, s = history.x, history.s
     mean, deviation = _scale(s)
-    model = fitted(x, (s - mean) / deviation)
+    errors = None if history.errors is None else history.errors / deviation
+    model = fitted(x, (s - mean) / deviation, errors)
     shared: dict[str, Any] = {
         "model": model,
-        "X_baseline": x,
+        "X_baseline": x[history.is_whole],
         "sampler": SobolQMCNormalSampler(torch.Size([DRAWS]), seed=seed),
         "constraints": _limits(history.thresholds, mean, deviation),
         "X_pending": history.pending,
@@ -301,14 +318,28 @@ def _limits(thresholds: Tensor | None, mean: Tensor, deviation: Tensor) -> list[
     return [limit(task) for task in range(len(mean)) if math.isfinite(thresholds[task])] or None
 
 
-def fitted(x: Tensor, y: Tensor) -> SingleTaskGP:
+def fitted(x: Tensor, y: Tensor, errors: Tensor | None = None) -> SingleTaskGP:
     """A Gaussian process per column, with a noise of its own, fitted by marginal likelihood.
 
     Args:
         x: points (n, d).
         y: values (n, T), mean 0 and deviation 1.
+        errors: known standard errors of the values (n, T), whose squares come on top of the fitted noise; inf where a
+            value is not known at all.
     """
-    model = SingleTaskGP(x, y, outcome_transform=None)
+    if errors is None:
+        model = SingleTaskGP(x, y, outcome_transform=None)
+    else:
+        known = errors.square().clamp(_LEAST, _MOST)
+        noise = FixedNoiseGaussianLikelihood(
+            known.T.squeeze(0) if y.shape[1] == 1 else known.T,
+            learn_additional_noise=True,
+            batch_shape=torch.Size([] if y.shape[1] == 1 else [y.shape[1]]),
+        )
+        noise.second_noise_covar.register_prior(
+            "noise_prior", LogNormalPrior(-4.0, 1.0), lambda own: own.noise, lambda own, value: own._set_noise(value)
+        )  # that of BoTorch's own likelihood
+        model = SingleTaskGP(x, y, train_Yvar=known, likelihood=noise, outcome_transform=None)
     likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
     if x.shape[1] <= _FEW:
         fit_gpytorch_mll(likelihood)

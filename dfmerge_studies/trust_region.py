@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.joint import JointSampler
-from dfmerge_studies.trials.marks import DROPS, TASKS, place_of
+from dfmerge_studies.trials.marks import DROPS, RACED, TASKS, place_of
 from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.space import Space
 
@@ -87,15 +87,25 @@ class TrustRegionSampler(JointSampler):
         """
         trials = study.get_trials(deepcopy=False)
         names = self._space.names
-        whole = [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get(TASKS) and _has(t, names)]
-        whole.sort(key=place_of)
-        if len(whole) < self._startup_trials:
+        known = [t for t in trials if (_is_scored(t) or _is_estimated(t)) and _has(t, names)]
+        known.sort(key=place_of)
+        if len(known) < self._startup_trials or not any(map(_is_scored, known)):
             return {}
         running = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number and _has(t, names)]
         point, self.expected = _next_point(
-            whole, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed
+            known, running, self._space, self._goal, startup=self._startup_trials, seed=self._seed
         )
         return point
+
+
+def _is_scored(trial: FrozenTrial) -> bool:
+    """Whether a trial has a score of every task on all rows."""
+    return trial.state == TrialState.COMPLETE and bool(trial.user_attrs.get(TASKS))
+
+
+def _is_estimated(trial: FrozenTrial) -> bool:
+    """Whether a trial was stopped on a part of its rows."""
+    return trial.state == TrialState.PRUNED and bool(trial.user_attrs.get(RACED, {}).get(TASKS))
 
 
 def _has(trial: FrozenTrial, names: Sequence[str]) -> bool:
@@ -103,7 +113,7 @@ def _has(trial: FrozenTrial, names: Sequence[str]) -> bool:
 
 
 def _next_point(
-    complete: Sequence[FrozenTrial],
+    known: Sequence[FrozenTrial],
     running: Sequence[FrozenTrial],
     space: Space,
     goal: Goal,
@@ -114,7 +124,7 @@ def _next_point(
     """The proposal after a history of trials, and what is expected of it.
 
     Args:
-        complete: in the order of their places.
+        known: complete ones and those stopped on a part of their rows, in the order of their places.
         running: those whose points are known.
         space: what is searched.
         goal: what task scores are worth together.
@@ -126,20 +136,25 @@ def _next_point(
     from dfmerge_studies import surrogate
     from dfmerge_studies.lattice import Steps
 
+    complete = [trial for trial in known if _is_scored(trial)]
     tasks = list(complete[0].user_attrs[TASKS])
+    s, errors = _scores(known, tasks, goal)
     history = surrogate.History(
-        torch.tensor([_unit(trial, space) for trial in complete], dtype=torch.float64),
-        torch.tensor([[goal.worth(trial, task) for task in tasks] for trial in complete], dtype=torch.float64),
+        torch.tensor([_unit(trial, space) for trial in known], dtype=torch.float64),
+        s,
         torch.tensor(sorted(_unit(trial, space) for trial in running), dtype=torch.float64) if running else None,
         _thresholds(complete[-1], tasks, goal),
+        errors,
     )
     aims = [place for place, task in enumerate(tasks) if task not in goal.guards]
     if goal.kind == "pareto":
-        worth, region = surrogate.of_some(surrogate.scalarisation(history.s[:, aims], seed), aims), surrogate.WHOLE
+        worth, region = surrogate.of_some(surrogate.scalarisation(history.whole[:, aims], seed), aims), surrogate.WHOLE
     else:
         weights = None if goal.weights is None else [goal.weights.get(tasks[place], 0.0) for place in aims]
         worth = surrogate.of_some(surrogate.utility(goal.kind, weights), aims)
-        merits = list(zip([-violation(trial) for trial in complete], worth(history.s).tolist(), strict=True))
+        # A trial that was stopped is below every whole one, and among its like where its estimate puts it.
+        missed = [-violation(trial) if _is_scored(trial) else -math.inf for trial in known]
+        merits = list(zip(missed, worth(history.s).tolist(), strict=True))
         region = surrogate.region_after([tuple(row) for row in history.x.tolist()], merits, startup)
     width = space.high - space.low
     steps = Steps(0.0, space.step / width, 1 + round(width / space.step)) if space.step else None
@@ -162,6 +177,28 @@ def _next_point(
             },
         }
     return _point(found.point.tolist(), space), expected
+
+
+def _scores(trials: Sequence[FrozenTrial], tasks: Sequence[str], goal: Goal) -> tuple[Tensor, Tensor | None]:
+    """What every task's score is worth in every trial (n, T), and the standard errors of those that are estimates.
+
+    Of a task that a stopped trial was not scored on (a guard, say) nothing is known: the mean of the others stands
+    there, with an infinite error.
+    """
+    import torch
+
+    nothing = [math.nan, math.inf]
+    rows = [
+        [[float(trial.user_attrs[TASKS][task]), 0.0] for task in tasks]
+        if _is_scored(trial)
+        else [trial.user_attrs[RACED][TASKS].get(task, nothing) for task in tasks]
+        for trial in trials
+    ]
+    found = torch.tensor(rows, dtype=torch.float64)
+    signs = torch.tensor([math.copysign(1.0, goal.point(task)) for task in tasks], dtype=torch.float64)
+    s, errors = found[..., 0] * signs, found[..., 1]
+    s = torch.where(s.isnan(), s.nanmean(0), s)
+    return s, errors if bool((errors > 0).any()) else None
 
 
 def _point(unit: Sequence[float], space: Space) -> dict[str, float]:

@@ -121,6 +121,10 @@ class TrialBars:
             shown = self._studies[name]
             text = f"{name}: {done}/{shown.total}  trial {event.number} {shown.shown(event.values)}  {best}"
             self.message(text, who)
+        elif event.kind == "pruned" and not self.watched:
+            shown = self._studies[name]
+            text = f"trial {event.number} stopped early, about {shown.shown(event.values)}"
+            self.message(f"{name}: {done}/{shown.total}  {text}  {best}", who)
 
     def _stopped(self, name: str, event: Event) -> None:
         """Say once, whichever worker tells it, that a study has stopped; its bar ends there."""
@@ -160,17 +164,18 @@ class TrialBars:
         self._bars.update(self._phases[who], description=label, completed=done, total=total, visible=True)
 
     def _refresh(self, name: str) -> tuple[int, str]:
-        """Look at a study once: how many trials are complete, and the best of them."""
+        """Look at a study once: how many trials have ended, and the best of those that are complete."""
         from dfmerge_studies.study.totals import stored_total
         from dfmerge_studies.study.value import best_trial
-        from dfmerge_studies.trials.reading import results_of
+        from dfmerge_studies.trials.reading import counts_of, ended, results_of
 
         shown = self._studies[name]
-        completed = results_of(shown.study.get_trials(deepcopy=False))
-        if len(completed) >= shown.total:  # somebody may have raised it meanwhile
+        trials = shown.study.get_trials(deepcopy=False)
+        completed, done = results_of(trials), ended(counts_of(trials))
+        if done >= shown.total:  # somebody may have raised it meanwhile
             shown.total = max(shown.total, stored_total(shown.study))
         best = best_trial(completed, shown.spec.objective)
         metric = shown.spec.metrics("validation").short
         text = f"best {shown.shown(best.values)} {metric} (trial {best.number})" if best is not None else ""
-        self._bars.update(shown.bar, completed=len(completed), total=shown.total, best=text)
-        return len(completed), text
+        self._bars.update(shown.bar, completed=done, total=shown.total, best=text)
+        return done, text

@@ -73,13 +73,13 @@ class Wanted:
         """Whether a study and its baselines have all their trials, so that no worker is needed."""
         from dfmerge_studies.study.plan import Plan
         from dfmerge_studies.study.variants import baseline_specs
-        from dfmerge_studies.trials.reading import counts
+        from dfmerge_studies.trials.reading import counts, ended
 
         for each in (plan, *map(Plan.of, baseline_specs(plan.spec))):
             study = each.study_if_any()
             if study is None or not each.is_settled(study):
                 return False
-            if counts(study)["complete"] < each.goal(study, self.total if each is plan else None):
+            if ended(counts(study)) < each.goal(study, self.total if each is plan else None):
                 return False
         return True
 

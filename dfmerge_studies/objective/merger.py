@@ -34,18 +34,21 @@ from dfmerge_studies.objective.importances import Importances, Uses, asked_once
 from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.protection import Directions, damp_, directions_
+from dfmerge_studies.objective.raced import Raced, race
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
 from dfmerge_studies.progress import Progress, counted, silent
+from dfmerge_studies.racing import Rival
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, wanted_answers
-from dfmerge_studies.tasks.metrics import Judged, TaskScore
+from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.transforms import TRANSFORMS, Prepared, start_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -58,6 +61,10 @@ def memory_errors() -> Iterator[None]:
         if lacking is None:
             raise
         raise lacking from error
+
+
+def _some(values: Sequence[T], rows: Sequence[int] | None) -> Sequence[T]:
+    return values if rows is None else [values[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Outcome:
         seconds: wall-clock time per phase: fisher, merge, evaluate.
         computed: Fishers that were computed.
         cached: Fishers that came from the cache.
+        raced: how it went against the incumbent, None without one; of a merge that was stopped there is no score.
     """
 
     tasks: dict[str, float] = field(default_factory=dict)
@@ -110,6 +118,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     computed: int = 0
     cached: int = 0
+    raced: Raced | None = None
 
 
 class Merger:
@@ -141,11 +150,12 @@ class Merger:
         self.importances = Importances(problem, method, cache, uses)
 
     @_everywhere
-    def run(self, point: Point | Mapping[str, float]) -> Outcome:
+    def run(self, point: Point | Mapping[str, float], rival: Rival | None = None) -> Outcome:
         """Merge at a point and score every task's validation inputs.
 
         Args:
             point: coefficients and parameters of the method; or the coefficients alone, by expert.
+            rival: the incumbent, if scoring stops as soon as the merge cannot win against it.
 
         Raises:
             RunError: something is not finite, or memory ran out.
@@ -153,11 +163,12 @@ class Merger:
         self.ask_experts_("validation")
         merged = self.merge_(point)
         start = time.perf_counter()
-        found = self.results("validation")
+        raced = None if rival is None else race(self, rival)
+        found = self.results("validation") if raced is None else raced.results
         tasks = {task: result.score for task, result in found.items()}
         rows = {task: list(result.rows) for task, result in found.items() if result.rows is not None}
         seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
-        return replace(merged, tasks=tasks, rows=rows, seconds=seconds)
+        return replace(merged, tasks=tasks, rows=rows, seconds=seconds, raced=raced)
 
     @_everywhere
     @memory_errors()
@@ -292,15 +303,25 @@ class Merger:
             task: name of the task.
             split: of the tasks' data.
         """
-        return self.problem.spec.metrics(split)[task].result(self._answers(task, split))
+        return self.judged(task, split, self.given(task, split))
 
-    def _answers(self, task: str, split: Split) -> Judged:
-        spec, given = self.problem.spec, self.given(task, split)
-        settings = spec.tasks[task]
-        if spec.metrics(split)[task].labels:
-            wanted = wanted_answers(settings, self.problem.examples(task, split))
-            return judged(settings, given, wanted, *named_classes(spec, task, self.problem.classes))
-        return judged(settings, given, self.problem.expert_answers[task, split])
+    def judged(self, task: str, split: Split, given: Sequence[Any], rows: Sequence[int] | None = None) -> TaskScore:
+        """Score of answers to one task, by the metric of task and split.
+
+        Args:
+            task: name of the task.
+            split: of the tasks' data.
+            given: the answers, as `given` has them.
+            rows: positions of the inputs that they answer; all by default.
+        """
+        spec, settings = self.problem.spec, self.problem.spec.tasks[task]
+        metric = spec.metrics(split)[task]
+        if metric.labels:
+            wanted = wanted_answers(settings, _some(self.problem.examples(task, split), rows))
+            answers = judged(settings, given, wanted, *named_classes(spec, task, self.problem.classes))
+        else:
+            answers = judged(settings, given, _some(self.problem.expert_answers[task, split], rows))
+        return metric.result(answers)
 
     @_everywhere
     def ask_experts_(self, split: Split) -> None:
@@ -320,17 +341,18 @@ class Merger:
 
     @_everywhere
     @memory_errors()
-    def given(self, task: str, split: Split) -> Sequence[Any]:
+    def given(self, task: str, split: Split, rows: Sequence[int] | None = None) -> Sequence[Any]:
         """What the model as it stands gives for every input of one task, as in `tasks.answers`.
 
         Args:
             task: name of the task.
             split: of the tasks' data.
+            rows: positions of the inputs to answer; all by default.
 
         Raises:
             RunError: a loss is not finite.
         """
-        examples = self.problem.examples(task, split)
+        examples = _some(self.problem.examples(task, split), rows)
         self.problem.resident.use_head_(task)
         with computing(self.problem.spec, self.problem.resident.device):
             return given_answers(

@@ -19,6 +19,7 @@ from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
 from dfmerge_studies.report.expectations import expectation_text, gain_left, gain_text
 from dfmerge_studies.report.figures import plotly_figures
+from dfmerge_studies.report.races import pruned_text, races_of, races_text
 from dfmerge_studies.report.renderings import beside_experts
 from dfmerge_studies.report.standings import Scored, side_by_side
 from dfmerge_studies.report.tables import bounds_text, selection_text, sentence
@@ -49,12 +50,15 @@ def publish(study: optuna.Study) -> bool:
     if stored_fingerprint(study) is None:
         return False
     view = StudyView.of(study)
-    done = [len(view.trials), view.best.number if view.best is not None else None]
+    done = [len(view.trials) + len(view.pruned), view.best.number if view.best is not None else None]
     if study.user_attrs.get(_PUBLISHED) == done:
         return False
     _write_note(study, study_note(view))
     for rank, trial in enumerate(_best_trials(view), start=1):
         _write_note(optuna.Trial(study, id_of(trial)), trial_note(view, trial, rank))
+    for trial in view.pruned:
+        text = escape(pruned_text(trial, view.metrics("validation")))
+        _write_note(optuna.Trial(study, id_of(trial)), f"{text}\n\n{_SIGNED}")
     for name, figure in plotly_figures(study).items():
         if name not in _BUILT_IN:
             figure.update_layout(height=None, width=None, autosize=True)  # the dashboard's panels have their own size
@@ -70,7 +74,7 @@ def study_note(view: StudyView) -> str:
         f"## {escape(view.name)}",
         "",
         f"Merges {len(view.experts)} fine-tuned models into one with **{escape(view.method)}**; "
-        f"{len(view.trials)} completed trials{_feasible(view)}.{_first_tried(view)}",
+        f"{len(view.trials)} completed trials{_feasible(view)}.{_raced(view)}{_first_tried(view)}",
         "",
         *_table(
             ["expert", "model", "task"],
@@ -94,6 +98,11 @@ def study_note(view: StudyView) -> str:
             *_way_to_the_model(view),
         ]
     return "\n".join([*lines, _SIGNED])
+
+
+def _raced(view: StudyView) -> str:
+    races = races_of([*view.trials, *view.pruned])
+    return f" {escape(sentence(races_text(races)))}" if races is not None else ""
 
 
 def _verdict(view: StudyView) -> list[str]:

@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from dfmerge_studies.errors import InputError, RunError, first_line
 from dfmerge_studies.report.figures.base import Drawing, Missing, canvas
+from dfmerge_studies.report.races import races_of, races_text
 from dfmerge_studies.report.renderings import standings_section
 from dfmerge_studies.report.sections import Section, merged_table
 from dfmerge_studies.report.standings import standings
@@ -83,6 +84,8 @@ def study_page(view: StudyView, command: str) -> Page:
     else:
         value = f"{view.value_text(view.best)} {view.unit}".rstrip()
         summary += f". The best is trial {view.best.number}, with {value} {view.measure} on validation."
+        if (races := races_of([*view.trials, *view.pruned])) is not None:
+            summary += f" {sentence(races_text(races))}"
         if view.selection is not None:
             text = selection_text(view.selection.described(), view.metrics("validation"))
             summary += f" {sentence(text)}"

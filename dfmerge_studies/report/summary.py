@@ -11,6 +11,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.points import GROUPS
 from dfmerge_studies.report.expectations import gain_left
 from dfmerge_studies.report.pace import pace, workers_alive
+from dfmerge_studies.report.races import races_of
 from dfmerge_studies.report.verdict import verdict_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import study_names
@@ -20,7 +21,7 @@ from dfmerge_studies.study.totals import stop_of, stored_total
 from dfmerge_studies.study.value import trial_value
 from dfmerge_studies.study.winner import Selection, selection_of, winner_of
 from dfmerge_studies.trials.marks import COEFFICIENTS, DROPS, FISHERS, SECONDS, TASKS
-from dfmerge_studies.trials.reading import counts, counts_of, results_of, violation
+from dfmerge_studies.trials.reading import counts, counts_of, ended, results_of, violation
 
 
 def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
     best = winner_of(study, spec.objective, completed)
     target = stored_total(study) or plan.total()
     metrics = spec.metrics("validation")
-    alive = workers_alive(trials, complete=len(completed) >= target)
+    alive = workers_alive(trials, complete=ended(counted) >= target)
     return {
         "study": study.study_name,
         "verdict": _verdict(study, len(completed), former),
@@ -46,6 +47,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
         "warm_start": study.user_attrs.get(provenance.WARM_START),
         "trials": {"target": target, **counted},
         "stopped": stop_of(study),
+        "racing": races_of(trials),
         "expected_gain": gain_left(trials),
         "metric": metrics.text,
         "task_metrics": metrics.names,

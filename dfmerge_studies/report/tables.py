@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dfmerge_studies.methods import STRENGTH, label, method_named
 from dfmerge_studies.report.expectations import gain_text
+from dfmerge_studies.report.races import races_text
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.tasks.metrics import Metrics
 
@@ -107,8 +108,12 @@ def progress_text(summary: Mapping[str, Any]) -> str:
     """
     trials, stopped = summary["trials"], summary["stopped"]
     if stopped is None:
-        return f"{trials['complete']} of {trials['target']} trials complete"
-    return f"{trials['complete']} trials complete, {stop_text(stopped)}"
+        return f"{trials['complete']} of {trials['target']} trials complete{_pruned(trials)}"
+    return f"{trials['complete']} trials complete{_pruned(trials)}, {stop_text(stopped)}"
+
+
+def _pruned(trials: Mapping[str, int]) -> str:
+    return f", {trials['pruned']} pruned" if trials["pruned"] else ""
 
 
 def stop_text(stopped: Mapping[str, Any]) -> str:
@@ -138,6 +143,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("trials", f"{trials['complete']} of {trials['target']} complete{', ' + others if others else ''}")
     if summary["stopped"] is not None:
         table.add_row("", stop_text(summary["stopped"]))
+    if summary["racing"] is not None:
+        table.add_row("racing", races_text(summary["racing"]))
     if summary["search"] is not None:
         table.add_row("search", search_text(summary["search"]))
     if summary["warm_start"] is not None:
@@ -208,7 +215,7 @@ def status_line(summary: Mapping[str, Any]) -> str:
     """
     trials, best = summary["trials"], summary["best"]
     parts = [f"{trials['complete']} of {trials['target']} complete"]
-    parts += [f"{trials[state]} {state}" for state in ("running", "waiting", "failed") if trials[state]]
+    parts += [f"{trials[state]} {state}" for state in ("running", "waiting", "failed", "pruned") if trials[state]]
     parts += [stop_text(summary["stopped"])] if summary["stopped"] is not None else []
     parts += [f"{len(summary['workers_alive'])} workers"] if summary["workers_alive"] else []
     if best is not None:

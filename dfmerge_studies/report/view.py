@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from dfmerge_studies.study.winner import Selection, selection_of, winner_of
 from dfmerge_studies.tasks.metrics import Metrics, TaskScore
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
-from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.reading import pruned_of, results_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StudyView:
         spec: the spec that created it, passwords masked.
         trials: completed trials in the order of their places.
         attributes: all that the study says of itself.
+        pruned: trials that were stopped on a part of their rows, which have no score.
     """
 
     study: optuna.Study
@@ -45,6 +46,7 @@ class StudyView:
     spec: Mapping[str, Any]
     trials: list[FrozenTrial]
     attributes: Mapping[str, Any]
+    pruned: Sequence[FrozenTrial] = ()
 
     @classmethod
     def of(cls, study: optuna.Study) -> StudyView:
@@ -56,9 +58,9 @@ class StudyView:
         fingerprint = provenance.stored_fingerprint(study)
         if fingerprint is None:
             raise InputError(f"the study {study.study_name!r} was not made by this program")
-        attributes = study.user_attrs
+        attributes, trials = study.user_attrs, study.get_trials(deepcopy=False)
         spec = provenance.without_secrets(attributes.get(provenance.SPEC, {}))
-        return cls(study, fingerprint, spec, results(study), attributes)
+        return cls(study, fingerprint, spec, results_of(trials), attributes, pruned_of(trials))
 
     @property
     def name(self) -> str:

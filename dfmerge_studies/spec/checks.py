@@ -10,7 +10,8 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.names import NAME
 from dfmerge_studies.spec.reading import shortened
 from dfmerge_studies.tasks.encoding import HEADED, Kind
-from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS
+from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, row_by_row
+from dfmerge_studies.tasks.settings import metric_of
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_nothing_to_split(spec),
         *_unknown_tasks(spec),
         *_unknown_protected(spec),
+        *_rows_lacking(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
     unfit = list(odd_parameters(spec))
@@ -148,6 +150,17 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
         of_experts = ", ".join(name for name, row in METHODS.items() if row.searches)
         what = f"the method {spec.method!r} has no coefficient per expert to make finer"
         yield "search.granularity", what, f"Leave it out, use one of {of_experts}, or search: per-expert"
+
+
+def _rows_lacking(spec: StudySpec) -> Iterator[Finding]:
+    """Tasks of the objective that cannot be raced: a part of their rows has no score, or no row has a best one."""
+    if spec.search.race is None or spec.objective.kind == AGREEMENT:
+        return
+    for name in spec.aims:
+        task = spec.tasks[name]
+        if not row_by_row(metric_of(task)):
+            what = f"search.racing needs metrics that are means over rows with a best score, and {task.metric} is none"
+            yield f"tasks.{name}.metric", what, "Use such a metric, for example accuracy, or leave racing out"
 
 
 def _unknown_tasks(spec: StudySpec) -> Iterator[Finding]:

@@ -122,6 +122,12 @@ class Granularity(Settings):
         return value
 
 
+class Racing(Settings):
+    """Trials that cannot win are stopped on a part of their rows."""
+
+    error: float = Field(0.1, gt=0, le=0.5, description="bound on the rate at which a trial that would win is stopped")
+
+
 class SearchSettings(Settings):
     """How coefficients are proposed."""
 
@@ -170,6 +176,11 @@ class SearchSettings(Settings):
     stop: Literal["none", "gain"] = Field(
         "none", description="gain: stop when the Gaussian process expects no gain above the noise any more"
     )
+    racing: bool | Racing = Field(
+        False,
+        description="stop a trial as soon as rows that the best trial was scored on too say that it cannot win: true, "
+        "or {error: 0.05}",
+    )
     max_drop: float | None = Field(
         None,
         ge=0,
@@ -201,6 +212,25 @@ class SearchSettings(Settings):
         if isinstance(value, float) and not 0 < value < 1:
             raise ValueError("a fraction must lie in (0, 1); write a count as an integer")
         return value
+
+    @field_validator("racing")
+    @classmethod
+    def _races_have_an_error(cls, value: bool | Racing) -> bool | Racing:
+        return Racing.model_validate({}) if value is True else value
+
+    @property
+    def race(self) -> Racing | None:
+        """How trials are raced, None where they are not."""
+        return self.racing if isinstance(self.racing, Racing) else None
+
+    @model_validator(mode="after")
+    def _raced_trials_teach_the_model(self) -> SearchSettings:
+        if self.race is not None and (self.sampler == "gp" or self.acquisition == "ucb"):
+            raise ValueError(
+                "racing needs sampler: auto or random; gp and ucb learn nothing from trials that were stopped, and "
+                "would propose their points again"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ucb_has_a_model(self) -> SearchSettings:

@@ -22,6 +22,7 @@ from dfmerge_studies.spec.fields import (
     ImportanceSettings,
     ObjectiveSettings,
     ProtectSettings,
+    Racing,
     SearchSettings,
     WarmStart,
     parse_size,
@@ -377,6 +378,12 @@ class StudySpec(Settings):
             raise ValueError("stop: gain has one objective; use patience with objective: pareto")
         return self
 
+    @model_validator(mode="after")
+    def _races_have_one_objective(self) -> StudySpec:
+        if self.search.race is not None and self.objective.kind == "pareto":
+            raise ValueError("racing has one objective: with pareto a trial that is worse in one task may be kept")
+        return self
+
     @field_validator("device")
     @classmethod
     def _device_has_a_known_form(cls, value: str) -> str:
@@ -416,7 +423,7 @@ _FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
     "experts": [ExpertSettings],
     "tasks": [*get_args(AnyTask), GenerationKwargs, Filter, Step],
     "importance": [ImportanceSettings],
-    "search": [SearchSettings, WarmStart, Granularity],
+    "search": [SearchSettings, WarmStart, Granularity, Racing],
     "objective": [ObjectiveSettings],
     "protect": [ProtectSettings],
 }

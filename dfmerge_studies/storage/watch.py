@@ -198,7 +198,7 @@ def watch_of(study: optuna.Study) -> Watch | None:
 
 
 def holds(file: Path, study: str, numbers: Collection[int]) -> bool:
-    """Whether an SQLite file has completed trials."""
+    """Whether an SQLite file has the results of trials."""
     try:
         with _newcomer(file) as database:
             return set(numbers) <= _completed(database, study)
@@ -239,7 +239,7 @@ def _newcomer(path: Path) -> Iterator[sqlite3.Connection]:
 def _completed(database: sqlite3.Connection, study: str) -> set[int]:
     asked = (
         "SELECT trials.number FROM trials JOIN studies ON studies.study_id = trials.study_id "
-        "WHERE studies.study_name = ? AND trials.state = 'COMPLETE'"
+        "WHERE studies.study_name = ? AND trials.state IN ('COMPLETE', 'PRUNED')"
     )
     return {number for (number,) in database.execute(asked, (study,))}
 

@@ -35,13 +35,22 @@ class TrialWrite:
         attributes: user attributes by name; JSON values; what is there is replaced.
         params: internal value and distribution of parameters that the trial does not have yet, by name.
         constraints: by name; one that is there is left alone.
-        values: objectives, which complete the trial; None: it goes on running.
+        values: objectives, which end the trial; None: it goes on running.
+        pruned: whether they are estimates from a part of the rows, so that it ends as pruned and not as complete.
+        intermediate: estimates of the objective on the way, by step.
     """
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
     constraints: Mapping[str, float] = field(default_factory=dict)
     values: Sequence[float] | None = None
+    pruned: bool = False
+    intermediate: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def state(self) -> TrialState:
+        """The state in which `values` end the trial."""
+        return TrialState.PRUNED if self.pruned else TrialState.COMPLETE
 
 
 def begin_trial(study: optuna.Study, attributes: Mapping[str, Any]) -> FrozenTrial:
@@ -152,11 +161,14 @@ def _write_at_once(database: RDBStorage, trial_id: int, write: TrialWrite) -> No
         if write.constraints:
             rows = _attributes(trial_id, {_constraint_key(name): value for name, value in write.constraints.items()})
             session.execute(insert(models.TrialSystemAttributeModel).values(rows).on_conflict_do_nothing())
+        if write.intermediate:
+            rows = _intermediate(trial_id, write.intermediate)
+            session.execute(insert(models.TrialIntermediateValueModel).values(rows).on_conflict_do_nothing())
         if write.values is not None:
             put = insert(models.TrialValueModel).values(_values(trial_id, write.values))
             changed = {"value": put.excluded.value, "value_type": put.excluded.value_type}
             session.execute(put.on_conflict_do_update(index_elements=["trial_id", "objective"], set_=changed))
-            trial.state = TrialState.COMPLETE
+            trial.state = write.state
             trial.datetime_complete = datetime.now()
 
 
@@ -177,8 +189,10 @@ def _write_one_by_one(study: optuna.Study, storage: BaseStorage, trial_id: int, 
         for name, constraint in write.constraints.items():
             if name not in stored:
                 live.set_constraint(name, constraint)
+    for step, value in write.intermediate.items():
+        storage.set_trial_intermediate_value(trial_id, step, value)
     if write.values is not None:
-        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, write.values)
+        storage.set_trial_state_values(trial_id, write.state, write.values)
 
 
 def _constraint_key(name: str) -> str:
@@ -207,4 +221,12 @@ def _values(trial_id: int, values: Sequence[float]) -> list[dict[str, Any]]:
     for objective, each in enumerate(values):
         value, kind = models.TrialValueModel.value_to_stored_repr(each)
         rows.append({"trial_id": trial_id, "objective": objective, "value": value, "value_type": kind})
+    return rows
+
+
+def _intermediate(trial_id: int, intermediate: Mapping[int, float]) -> list[dict[str, Any]]:
+    rows = []
+    for step, each in intermediate.items():
+        value, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(each)
+        rows.append({"trial_id": trial_id, "step": step, "intermediate_value": value, "intermediate_value_type": kind})
     return rows

@@ -23,7 +23,7 @@ from dfmerge_studies.tasks.splits import Split, as_split
 from dfmerge_studies.trials.keeping import Keeper, StorageLost, check_all
 from dfmerge_studies.trials.loop import Summary
 from dfmerge_studies.trials.marks import COEFFICIENTS, FISHERS, SECONDS, place_of
-from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.reading import counts, ended, results
 
 if TYPE_CHECKING:
     from dfmerge_studies.objective.problem import Problem
@@ -313,7 +313,7 @@ def _references(spec: StudySpec, session: Session, splits: Sequence[Split]) -> I
 def _finish(session: Session, planned: Planned, trials: int | None, work: Work) -> bool:
     """Run what is missing of a study; whether it was interrupted."""
     total = session.total(trials)
-    return len(results(session.study)) < total and work(session, total, planned).interrupted
+    return ended(counts(session.study)) < total and work(session, total, planned).interrupted
 
 
 def _entry(session: Session, planned: Planned, splits: Sequence[Split]) -> ComparedStudy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from optuna.trial import FrozenTrial
@@ -12,6 +13,7 @@ from dfmerge_studies.points import Point, fine_name
 from dfmerge_studies.spec import TRACED
 from dfmerge_studies.study.proposals import inside
 from dfmerge_studies.study.provenance import TRACED_POINT
+from dfmerge_studies.study.races import Races
 from dfmerge_studies.study.rows import rows_attribute
 from dfmerge_studies.study.value import rounded_seconds, standing, trial_result
 from dfmerge_studies.trials.marks import FISHERS, SECONDS
@@ -33,6 +35,7 @@ class Trials:
     def __init__(self, session: Session, references: Mapping[str, float]) -> None:
         self._session = session
         self._references = references
+        self._races = Races(session)
         self._best = max(map(self._standing, results(session.study)), default=None)
 
     def _standing(self, trial: FrozenTrial | TrialResult) -> tuple[float, ...]:
@@ -48,12 +51,24 @@ class Trials:
         point = session.method.point(values, session.problem.experts, session.plan.groups)
         return point.on_step(session.spec.search.step)
 
-    def __call__(self, point: Mapping[str, float]) -> TrialResult:
-        """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept."""
+    def __call__(self, point: Mapping[str, float], place: int) -> TrialResult:
+        """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept.
+
+        Args:
+            point: what was proposed.
+            place: of the trial; where trials are raced, it is against the best of those before it.
+        """
         session, spec = self._session, self._session.spec
-        at = self._asked(point)
+        at, incumbent = self._asked(point), self._races.incumbent(place)
         with session.merger.importances.shelf.trial() as fishers:
-            outcome = session.merger.run(at)
+            outcome = session.merger.run(at, self._races.rival(incumbent))
+            attributes = {
+                SECONDS: rounded_seconds(outcome.seconds),
+                FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
+                **self._races.attribute(incumbent, outcome.raced),
+            }
+            if outcome.raced is not None and outcome.raced.stopped is not None:
+                return self._races.pruned(at, outcome.raced, attributes)
             result = trial_result(
                 at,
                 outcome.tasks,
@@ -61,12 +76,9 @@ class Trials:
                 objective=spec.objective,
                 references=self._references,
                 allowed=spec.allowed,
-                attributes={
-                    SECONDS: rounded_seconds(outcome.seconds),
-                    FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
-                    **rows_attribute(outcome.rows),
-                },
+                attributes={**attributes, **rows_attribute(outcome.rows)},
             )
+            result = replace(result, intermediate=self._races.intermediate(outcome.raced))
             reached = self._standing(result)
             if self._best is None or reached > self._best:
                 self._best = reached

@@ -58,7 +58,7 @@ from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.marks import COEFFICIENTS, SECONDS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
-from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.reading import ended, results
 from dfmerge_studies.trials.results import Event, TrialResult, ignore
 
 logger = logging.getLogger(__name__)
@@ -183,6 +183,9 @@ def optimize_merge(
     if settings.holdout is not None:
         hint = "Score the best trials on other rows yourself: they are in the study"
         raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)
+    if settings.race is not None:
+        what = "`score` gives numbers of whole models: rows that a trial could be stopped on are not known"
+        raise InputError(what, where="racing", hint="Leave it out")
     if TRACED in settings.enqueue:
         raise InputError("random tokens need the models of a spec", where="enqueue", hint=f"Leave {TRACED!r} out")
     if method is not None and settings.coefficients == "per-expert":
@@ -335,7 +338,7 @@ class _Search(Generic[Model]):
             enough=watch.enough if watch is not None else None,
         )
         if watch is not None and summary.stopped is not None:
-            watch.keep(summary.stopped, summary.counts["complete"])
+            watch.keep(summary.stopped, ended(summary.counts))
         if summary.interrupted:
             logger.warning("%s: interrupted after %d trials", self.name, summary.counts["complete"])
         return summary

@@ -233,7 +233,7 @@ class Pool:
                 self._said.put((member, process, "log", {"text": line.rstrip()}))
 
     def _heard(self, member: _Member, process: subprocess.Popen[str], kind: NoticeKind, content: Any) -> None:
-        if kind == "trial" and content["event"] == "completed":
+        if kind == "trial" and content["event"] in ("completed", "pruned"):
             member.restarts = 0
         if kind == "error":
             self._errors.append(content)

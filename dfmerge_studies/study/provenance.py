@@ -56,6 +56,7 @@ _LIBRARIES = (
 
 GRANULARITY, _GROUPS = "search.granularity", "groups of parameters"  # of a fingerprint
 
+RACING = "search.racing"  # of a fingerprint: how trials that cannot win are stopped
 GUARDS = "guards"  # of a fingerprint: points that each may lose against the base
 TOKENIZER = "tokenizer"  # of a fingerprint: whose tokens the merge has
 MAX_DROP = "max_drop"  # of a fingerprint: points of the tasks that have a bound of their own
@@ -65,6 +66,7 @@ _FORMERLY: Mapping[str, Any] = {
     "importance.normalise": "none",
     "importance.power": 1.0,
     GRANULARITY: "model",
+    RACING: None,
     "positive": {},
     GUARDS: {},
     TOKENIZER: "base",
@@ -108,6 +110,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
         "search.startup_trials": search.startup_trials,
+        **({RACING: search.race.model_dump()} if search.race is not None and spec.row.coefficients.chosen else {}),
         **({GRANULARITY: granularity} if (granularity := _granularity(spec)) is not None else {}),
         "search.bounds": list(search.bounds),
         "search.step": search.step,

@@ -50,7 +50,7 @@ from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
-from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.reading import counts, ended, pruned_of, results
 from dfmerge_studies.trials.results import Event
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Session:
                 summary = work(
                     self.study,
                     self.plan.space,
-                    lambda point, place: trial(point),
+                    trial,
                     target=total,
                     outbox=outbox_folder(self.spec.workdir, self.plan.url, self.spec.name),
                     on_event=on_event,
@@ -138,7 +138,7 @@ class Session:
             finally:
                 self.merger.importances.shelf.flush()
             if watch is not None and summary.stopped is not None:
-                watch.keep(summary.stopped, summary.counts["complete"])
+                watch.keep(summary.stopped, ended(summary.counts))
                 on_event(Event("stopped", summary.stopped.after, summary.stopped.after, message=summary.stopped.why))
             if name_winner and not summary.interrupted:
                 name_winner_(self)
@@ -273,8 +273,8 @@ class Session:
         return KeptScores(self.study, self.problem)
 
     def _check_total(self, total: int) -> None:
-        if total < (complete := len(results(self.study))):
-            logger.warning("the study already has %d completed trials, more than the total of %d", complete, total)
+        if total < (done := ended(counts(self.study))):
+            logger.warning("the study already has %d completed trials, more than the total of %d", done, total)
 
 
 def open_study(
@@ -386,5 +386,8 @@ def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> Froz
     for trial in completed:
         if trial.number == number:
             return trial
+    if any(trial.number == number for trial in pruned_of(study.get_trials(deepcopy=False))):
+        what = f"trial {number} was stopped on a part of its rows, so it has no score of its own"
+        raise InputError(what, where="--trial", hint="`dfmerge merge` takes its coefficients")
     known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
     raise InputError(f"no completed trial {number}", where="--trial", hint=f"Completed trials: {known}")

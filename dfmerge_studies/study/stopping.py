@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
 from dfmerge_studies.study.rows import trial_rows
@@ -29,7 +29,7 @@ from dfmerge_studies.study.value import best_trial, task_weights
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.claims import Stop
 from dfmerge_studies.trials.marks import PROPOSAL, TASKS
-from dfmerge_studies.trials.reading import settled, violation
+from dfmerge_studies.trials.reading import results_of, settled, violation
 
 FOUND = 0.25  # of the standard error, that a gain must be larger than
 EXPECTED = 0.1  # of the standard error, that an expected gain must be larger than
@@ -102,7 +102,7 @@ class Rule:
         """Where the search stops, or would have stopped: after the first trial after which the rule holds.
 
         Args:
-            trials: completed, in the order of their places.
+            trials: completed or pruned, in the order of their places.
             first: how many of them to look at first, at least 1; so many were asked for whatever the rule says.
         """
         for count in range(first, len(trials) + 1):
@@ -115,8 +115,9 @@ class Rule:
         if self.patience is None or len(trials) < self.startup + self.patience:
             return None
         before, since = trials[: -self.patience], trials[-self.patience :]
-        best = best_trial(before, self.noise.objective)
-        assert best is not None
+        best = best_trial(results_of(before), self.noise.objective)
+        if best is None:
+            return None
         noise = [FOUND * error for error in self.noise.of(best)]
         if any(_is_gain(trial, before, noise) for trial in since):
             return None
@@ -126,8 +127,9 @@ class Rule:
         if not self.gain or len(trials) < IN_A_ROW:
             return None
         expected = [trial.user_attrs.get(PROPOSAL, {}).get("gain") for trial in trials[-IN_A_ROW:]]
-        best = best_trial(trials, self.noise.objective)
-        assert best is not None
+        best = best_trial(results_of(trials), self.noise.objective)
+        if best is None:
+            return None
         (error,) = self.noise.of(best)
         if any(gain is None or gain > EXPECTED * error for gain in expected):
             return None
@@ -135,10 +137,13 @@ class Rule:
 
 
 def _is_gain(trial: FrozenTrial, before: Sequence[FrozenTrial], noise: Sequence[float]) -> bool:
-    """Whether a trial is better than all before it, by more than the noise in some value that counts.
+    """Whether a trial is better than all before it, by more than the noise in some value that counts; no pruned one is.
 
     A trial that breaks constraints less is better than one that breaks them more, whatever its values.
     """
+    if trial.state != TrialState.COMPLETE:
+        return False
+    before = results_of(before)
     least = min(violation(other) for other in before)
     if violation(trial) != least:
         return violation(trial) < least

@@ -19,7 +19,7 @@ from typing import Any
 
 import optuna
 
-from dfmerge_studies.trials.reading import counts
+from dfmerge_studies.trials.reading import counts, ended
 
 TARGET = "dfmerge:target"
 ADDED = "dfmerge:added:"
@@ -141,5 +141,5 @@ def add_trials(study: optuna.Study, more: int, *, at_least: int) -> None:
     if Asked.of(study).stopped is None:
         state_total(study, at_least, lower=False)
     name = uuid.uuid4().hex
-    study.set_user_attr(FROM + name, counts(study)["complete"])
+    study.set_user_attr(FROM + name, ended(counts(study)))
     study.set_user_attr(ADDED + name, more)

@@ -42,11 +42,11 @@ class Variant:
 NO_SEARCH = "df-merge-no-search"
 _OTHERS = (
     Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
-    Variant("df-merge-gp", "df-merge", {"search": {"sampler": "gp"}}),
+    Variant("df-merge-gp", "df-merge", {"search": {"sampler": "gp", "racing": False}}),
     Variant(
         "df-merge-ucb",
         "df-merge",
-        {"search": {"sampler": "gp", "acquisition": "ucb"}},
+        {"search": {"sampler": "gp", "acquisition": "ucb", "racing": False}},
         needs=("botorch", "optuna_integration"),
     ),
     Variant("df-merge-agreement", "df-merge", {"objective": {"kind": "agreement", "weights": None}}),

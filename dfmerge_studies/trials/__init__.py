@@ -8,6 +8,7 @@ What Optuna stores of a trial is its state and attributes; `marks.py` names ours
     drawing     RUNNING    `owner` and `place`, from its first moment; the sampler has not proposed yet
     running     RUNNING    `drawn`: all coefficients are stored
     complete    COMPLETE   a result
+    pruned      PRUNED     an estimate from a part of the rows: counts towards the total, and is never the winner
     failed      FAIL       `error`, or more `crashes` than MAX_RETRIES: keeps its place, is not repeated
     vacated     FAIL       none of these: a retry stands for it, or is owed (its place and point wait)
     dropped     FAIL       `dropped`: its place or point was not needed
@@ -19,6 +20,7 @@ What Optuna stores of a trial is its state and attributes; `marks.py` names ours
     claim: a new trial at the first free place   -                 drawing    claims.Claims
     the sampler proposes, in turn                drawing           running    turns.Turns, loop
     tell: a result                               running           complete   results.tell
+    tell: it cannot win, by a part of its rows   running           pruned     results.tell
     no result: RunError, no memory, not finite   running           failed     loop, results.fail
     a signal, or another exception               running           vacated    queue.put_back
     others were as quick, or the grid is empty   drawing           dropped    claims.Claims, loop

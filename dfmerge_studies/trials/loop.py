@@ -42,7 +42,7 @@ from dfmerge_studies.trials.marks import DISCARDED, DRAWN, ERROR, INTERRUPTED, O
 from dfmerge_studies.trials.outbox import Outbox
 from dfmerge_studies.trials.owner import working
 from dfmerge_studies.trials.queue import put_back
-from dfmerge_studies.trials.reading import counts
+from dfmerge_studies.trials.reading import counts, ended
 from dfmerge_studies.trials.recovery import recover
 from dfmerge_studies.trials.results import (
     Event,
@@ -71,7 +71,7 @@ class Summary:
     """How a call of `work` ended.
 
     Attributes:
-        completed: trials that this call completed, results found in the outbox included.
+        completed: trials that this call ended with a result, of all rows or pruned, those found in the outbox included.
         failed: trials that failed for good in this call.
         interrupted: whether a signal ended it before the total was reached.
         exhausted: whether the sampler had no more points.
@@ -144,7 +144,7 @@ def work(
                         raise
         now = counts(study)
         stopped = worker.claims.stopped
-        missing = now["complete"] + now["pruned"] < worker.claims.target and not worker.exhausted
+        missing = ended(now) < worker.claims.target and not worker.exhausted
         early = interrupts.requested and missing and (stopped is None or now["running"] > 0)
         return Summary(worker.completed, worker.failed, early, worker.exhausted, now, None if early else stopped)
 
@@ -297,7 +297,7 @@ class _Worker:
         self.keeper.told(trial.number, kept)
         self.completed += 1
         self.failures.clear()
-        self._event("completed", trial, coefficients, result.values)
+        self._event("pruned" if result.pruned else "completed", trial, coefficients, result.values)
 
     def _suggest(self, trial: FrozenTrial, seen: Sequence[FrozenTrial]) -> dict[str, float]:
         trial_id = id_of(trial)
@@ -325,7 +325,7 @@ class _Worker:
             )
         refuse_reserved(result)
         json.dumps(dict(result.attributes))
-        if constraints is not None and len(result.constraints) != constraints:
+        if constraints is not None and not result.pruned and len(result.constraints) != constraints:
             raise RunError(f"the trial has {len(result.constraints)} constraints, earlier ones {constraints}")
 
     def _failed(self, trial: FrozenTrial, coefficients: Mapping[str, float], error: Exception) -> None:

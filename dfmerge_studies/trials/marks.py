@@ -22,6 +22,10 @@ What a result has; each of its method's parameters is another, under the paramet
     fishers       how many were computed, how many came from the cache
     drops         points that each task loses against its expert
     rows          score of each validation row per task, packed (see `study/rows.py`)
+
+What a trial of a raced study has besides (see `racing.py`); one that was pruned has no tasks, drops and rows:
+
+    raced         against which trial, on how many rows; of a pruned one estimates of the value and of task scores
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ SECONDS = "seconds"
 FISHERS = "fishers"
 DROPS = "drops"
 ROWS = "rows"
+RACED = "raced"
 FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
 
 

@@ -72,7 +72,13 @@ class _Record:
 def _read(path: Path) -> _Record:
     """Read a file of an outbox; ValueError, KeyError or TypeError if it is damaged."""
     record = json.loads(path.read_text(encoding="utf-8"))
-    result = TrialResult(tuple(record["values"]), record["attributes"], tuple(record["constraints"]))
+    result = TrialResult(
+        tuple(record["values"]),
+        record["attributes"],
+        tuple(record["constraints"]),
+        pruned=bool(record.get("pruned", False)),
+        intermediate={int(step): float(value) for step, value in record.get("intermediate", {}).items()},
+    )
     return _Record(int(record["number"]), dict(record["owner"]), result, record.get("point", {}))
 
 
@@ -115,6 +121,8 @@ class Outbox:
             "values": list(result.values),
             "constraints": list(result.constraints),
             "attributes": dict(result.attributes),
+            "pruned": result.pruned,
+            "intermediate": dict(result.intermediate),
             "point": {name: (value, distribution_to_json(each)) for name, (value, each) in (point or {}).items()},
         }
         path = self._folder / f"{self._prefix}-{number}-{owner['worker']}.json"

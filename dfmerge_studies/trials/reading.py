@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 import optuna
@@ -18,6 +18,7 @@ from dfmerge_studies.trials.marks import (
     FIXED,
     INTERRUPTED,
     PLACE,
+    RACED,
     RETRY_OF,
     place_of,
 )
@@ -163,6 +164,15 @@ def counts_of(trials: Sequence[FrozenTrial]) -> dict[str, int]:
     }
 
 
+def ended(counted: Mapping[str, int]) -> int:
+    """How many trials count as done towards a study's total: those with a result on all rows, and pruned ones.
+
+    Args:
+        counted: from `counts`.
+    """
+    return counted["complete"] + counted["pruned"]
+
+
 def results(study: optuna.Study) -> list[FrozenTrial]:
     """List the completed trials in the order of their places, which is that of an uninterrupted run."""
     return results_of(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
@@ -173,8 +183,15 @@ def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     return sorted((trial for trial in trials if trial.state == TrialState.COMPLETE), key=place_of)
 
 
+def pruned_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """Pick the trials that were stopped on a part of their rows, in the order of their places."""
+    return sorted(
+        (trial for trial in trials if trial.state == TrialState.PRUNED and RACED in trial.user_attrs), key=place_of
+    )
+
+
 def settled(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Pick the completed trials before the first place whose trial has not ended yet, in the order of their places.
+    """Pick the completed and pruned trials before the first place whose trial has not ended yet, in the order of their places.
 
     Whatever ends later stands behind them: what follows from them, follows for good and for every worker.
 
@@ -185,7 +202,7 @@ def settled(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     for place, trial in enumerate(sorted(holders(trials), key=place_of)):
         if place_of(trial) > place or trial.state in (TrialState.RUNNING, TrialState.WAITING):
             break
-        if trial.state == TrialState.COMPLETE:
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
             found.append(trial)
     return found
 

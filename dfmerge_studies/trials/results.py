@@ -18,7 +18,9 @@ from dfmerge_studies.trials.marks import RESERVED, mark
 TELL_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between two tries
 
 
-EventKind = Literal["started", "completed", "failed", "interrupted", "recovered", "applied", "superseded", "stopped"]
+EventKind = Literal[
+    "started", "completed", "pruned", "failed", "interrupted", "recovered", "applied", "superseded", "stopped"
+]
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Event:
     """Something that happened to a trial, for whoever draws progress.
 
     Attributes:
-        kind: what happened; "recovered" is a dead worker's trial put back in the queue, "applied" a result from the
+        kind: what happened; "pruned" is a trial that was stopped on a part of its rows, "recovered" is a dead worker's trial put back in the queue, "applied" a result from the
             outbox told to the study, "superseded" a result that came after the trial had been given to another,
             "stopped" the whole study, before its total.
         number: Optuna's number of the trial.
         place: the trial's place.
         coefficients: by name, as far as they are known.
-        values: the objectives, when there are any.
+        values: the objectives, when there are any; of a pruned trial estimates.
         message: why, when it failed.
     """
 
@@ -63,15 +65,20 @@ class TrialResult:
         values: the objectives, in the order of the study's directions.
         attributes: what else to store on the trial; JSON values, no key of `attributes.RESERVED`.
         constraints: each at most 0 where it holds; every trial of a study has the same number of them.
+        pruned: whether the trial was stopped on a part of its rows: its values are estimates then, and it has no
+            constraints.
+        intermediate: estimates of the objective after so many rows.
     """
 
     values: tuple[float, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
     constraints: tuple[float, ...] = ()
+    pruned: bool = False
+    intermediate: Mapping[int, float] = field(default_factory=dict)
 
 
 def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
-    """Store a result on a running trial and complete it; try again for some seconds if the storage fails.
+    """Store a result on a running trial and end it; try again for some seconds if the storage fails.
 
     Args:
         study: the trial's study, on a storage that takes results.
@@ -87,11 +94,12 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
         try:
             # Zero-padded, so that the order of names is the order of constraints in every storage.
             constraints = {f"{index:03d}": value for index, value in enumerate(result.constraints)}
-            write_trial(study, trial_id, TrialWrite(result.attributes, {}, constraints, result.values))
+            write = TrialWrite(result.attributes, {}, constraints, result.values, result.pruned, result.intermediate)
+            write_trial(study, trial_id, write)
             return
         except UpdateFinishedTrialError:
             # Either another worker ended it, or an earlier try got through although its answer did not come back.
-            if storage.get_trial(trial_id).state == TrialState.COMPLETE:
+            if storage.get_trial(trial_id).state == (TrialState.PRUNED if result.pruned else TrialState.COMPLETE):
                 return
             raise Superseded from None
         except STORAGE_FAILURES as error:

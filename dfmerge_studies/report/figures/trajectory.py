@@ -366,6 +366,8 @@ def _caption(view: StudyView) -> str:
         "have been chosen so far; level lines are the best merges of other methods in the same storage. Bottom: the "
         "coefficients that the trial used."
     )
+    if view.pruned:
+        what += f" Without the {len(view.pruned)} trials that were stopped on a part of the rows, which have no score."
     if any("mean" in expected_of(trial) for trial in view.trials):
         what += " Grey bars: what the sampler expected of a trial before it ran, and its deviation."
     if any(map(_region, view.trials)):

@@ -5,7 +5,15 @@ A new metric is a new row of `table.METRICS`; everything that shows, compares or
 
 from dfmerge_studies.tasks.metrics.row import AGREEMENT, MEAN, SAME, HarnessScore, Judged, Metric, TaskScore
 from dfmerge_studies.tasks.metrics.several import Guarded, Metrics, guarded, largest_drop
-from dfmerge_studies.tasks.metrics.table import METRICS, agrees, harness_metric, is_own, own_metric, task_metrics
+from dfmerge_studies.tasks.metrics.table import (
+    METRICS,
+    agrees,
+    harness_metric,
+    is_own,
+    own_metric,
+    row_by_row,
+    task_metrics,
+)
 
 __all__ = [
     "AGREEMENT",
@@ -24,5 +32,6 @@ __all__ = [
     "is_own",
     "largest_drop",
     "own_metric",
+    "row_by_row",
     "task_metrics",
 ]

@@ -166,6 +166,11 @@ class Metric:
         return span if math.isfinite(span) else 1.0
 
     @property
+    def best(self) -> float:
+        """The best score that there can be; infinite where there is none."""
+        return self.high if self.higher_is_better else self.low
+
+    @property
     def unit(self) -> str:
         """What stands behind a shown number: "%" or nothing."""
         return "%" if self.percent else ""

@@ -138,6 +138,15 @@ def harness_metric(name: str) -> Metric:
     return replace(_HARNESS.get(name) or Metric(name, percent=False), tasks=frozenset({"lm_eval"}))
 
 
+def row_by_row(metric: Metric) -> bool:
+    """Whether a row's score does not depend on the other rows, and there is a best one: a few rows then bound the rest.
+
+    Of tasks of lm-evaluation-harness, whether that can be: their rows say whether they have a score each.
+    """
+    scored = metric.of_rows is not None or (metric.tasks == frozenset({"lm_eval"}) and metric.name in _HARNESS)
+    return scored and not metric.tasks <= TEXTS and math.isfinite(metric.best)
+
+
 def task_metrics(task_type: str | None = None) -> list[str]:
     """Names that a task's `metric` can have.
 
