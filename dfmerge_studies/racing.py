@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from dfmerge_studies.tasks.sampling import seeded_generator
 
 SHARES = (0.25, 0.5, 0.75)  # c: few discordant rows, all against the trial, must do for a verdict
-LOOKS = tuple(tenth / 10 for tenth in range(1, 10))  # shares of the rows after which a trial may be stopped
+LOOKS = (0.02, 0.05, *(tenth / 10 for tenth in range(1, 10)))  # shares of the rows after which a trial may be stopped,
+LEAST = 30  # where they are so many rows at least: fewer say little, and every look is a pass for each task
 
 Rows = Mapping[str, Sequence[float]]
 Array = NDArray[np.float64]
@@ -67,7 +68,8 @@ class Rival:
 
     def looks(self) -> list[int]:
         """Numbers of rows after which a trial may be stopped."""
-        return sorted({max(2, math.ceil(share * self.count)) for share in LOOKS} - {self.count})
+        counts = {math.ceil(share * self.count) for share in LOOKS}
+        return sorted(count for count in counts if LEAST <= count < self.count)
 
     def cannot_win(self, seen: Sequence[tuple[Position, float]]) -> bool:
         """Whether a trial is worse than this on all rows, with the error a over all looks together.

@@ -185,13 +185,12 @@ def results_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 def pruned_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """Pick the trials that were stopped on a part of their rows, in the order of their places."""
-    return sorted(
-        (trial for trial in trials if trial.state == TrialState.PRUNED and RACED in trial.user_attrs), key=place_of
-    )
+    found = [trial for trial in trials if trial.state == TrialState.PRUNED and RACED in trial.user_attrs]
+    return sorted(found, key=place_of)
 
 
 def settled(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """Pick the completed and pruned trials before the first place whose trial has not ended yet, in the order of their places.
+    """Pick the completed and pruned trials before the first place whose trial has not ended, in the order of places.
 
     Whatever ends later stands behind them: what follows from them, follows for good and for every worker.
 

@@ -28,9 +28,9 @@ class Event:
     """Something that happened to a trial, for whoever draws progress.
 
     Attributes:
-        kind: what happened; "pruned" is a trial that was stopped on a part of its rows, "recovered" is a dead worker's trial put back in the queue, "applied" a result from the
-            outbox told to the study, "superseded" a result that came after the trial had been given to another,
-            "stopped" the whole study, before its total.
+        kind: what happened; "pruned" is a trial that was stopped on a part of its rows, "recovered" a dead worker's
+            trial put back in the queue, "applied" a result from the outbox told to the study, "superseded" a result
+            that came after the trial had been given to another, "stopped" the whole study, before its total.
         number: Optuna's number of the trial.
         place: the trial's place.
         coefficients: by name, as far as they are known.
