@@ -92,7 +92,7 @@ class Rival:
             for task, rows in self.rows.items()
         ]
 
-    def estimate(self, seen: Sequence[tuple[Position, float]]) -> Estimate:
+    def estimate(self, seen: Sequence[tuple[Position, float]]) -> PartialWorth:
         """What a trial scores on all rows by what it scores on some.
 
         The incumbent's score plus the mean difference on the rows that both have: its luck with these rows cancels out.
@@ -110,13 +110,13 @@ class Rival:
             for task in self.rows
         }
         if self.weights is None:
-            return Estimate(*min(tasks.values()), tasks)
+            return PartialWorth(*min(tasks.values()), tasks)
         value = sum(weight * tasks[task][0] for task, weight in self.weights.items())
-        return Estimate(value, math.hypot(*(w * tasks[task][1] for task, w in self.weights.items())), tasks)
+        return PartialWorth(value, math.hypot(*(w * tasks[task][1] for task, w in self.weights.items())), tasks)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PartialWorth:
     """What a trial is worth by a part of its rows; more is better.
 
     Attributes:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dfmerge_studies.racing import Estimate, Position, Rival
+from dfmerge_studies.racing import PartialWorth, Position, Rival
 from dfmerge_studies.tasks.metrics import TaskScore
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ class Raced:
 
     results: Mapping[str, TaskScore] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict)
-    estimates: Mapping[int, Estimate] = field(default_factory=dict)
+    estimates: Mapping[int, PartialWorth] = field(default_factory=dict)
 
     @property
-    def stopped(self) -> Estimate | None:
+    def stopped(self) -> PartialWorth | None:
         """What it is worth by the rows that it was scored on, if it was stopped."""
         return None if self.results else self.estimates[max(self.estimates)]
 
@@ -45,7 +45,7 @@ def race(merger: Merger, rival: Rival) -> Raced:
     Raises:
         RunError: a loss is not finite.
     """
-    order, estimates = rival.order(), dict[int, Estimate]()
+    order, estimates = rival.order(), dict[int, PartialWorth]()
     given: dict[str, dict[int, Any]] = {task: {} for task in rival.rows}
     scores: dict[Position, float] = {}
     metrics = merger.problem.spec.metrics("validation")
