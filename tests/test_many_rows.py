@@ -72,6 +72,16 @@ def test_many_rows_have_a_line_each_and_no_label_covers_another(drawing: SeedSco
     assert json.dumps(drawing.data())
 
 
+def test_a_panel_of_many_rows_names_its_task_and_its_split_whole():
+    rows = {row: dict.fromkeys(("validation", "test"), scores_of(place)) for place, row in enumerate(METHODS)}
+    splits = {split: dict.fromkeys(TASKS, "accuracy") for split in ("validation", "test")}
+    drawing = Scores("scores", "t", "c", TASKS, dict.fromkeys(splits, "accuracy"), splits, rows, {})
+    labels = [axes.get_xlabel() for axes in drawing.static().axes]
+    assert labels[0] == "red\nvalidation\naccuracy, %"
+    assert labels[1:] == ["blue\nvalidation", "mean\nvalidation", "red\ntest", "blue\ntest", "mean\ntest"]
+    assert drawing.plotly().layout.xaxis2.title.text == "blue<br>validation"
+
+
 def test_few_rows_stay_bars_side_by_side():
     few = list(METHODS)[:5]
     assert {trace.type for trace in over_seeds(few).plotly().data} == {"bar"}

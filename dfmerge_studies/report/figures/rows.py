@@ -53,7 +53,7 @@ class Panel:
     """One column of numbers.
 
     Attributes:
-        title: above it.
+        title: below it, lines of text.
         unit: of the shown numbers.
         share: whether they lie between 0 and 100.
         words: what they are.
@@ -152,8 +152,10 @@ def plotly_rows(rows: Sequence[str], panels: Sequence[Panel]) -> go.Figure:
             row=1,
             col=column,
         )
-        title = markup(panel.title) + (f"<br>{axis_label(panel.words, panel.unit)}" if column == 1 else "")
-        figure.update_xaxes(title_text=title, row=1, col=column)
+        words = [markup(line) for line in panel.title.split("\n")] + [axis_label(panel.words, panel.unit)] * (
+            column == 1
+        )
+        figure.update_xaxes(title_text="<br>".join(words), row=1, col=column)
     texts = [
         f"<b>{markup(line.text, _LENGTH)}</b>" if line.row is None else markup(line.text, _LENGTH) for line in lines
     ]
@@ -180,9 +182,9 @@ def static_rows(rows: Sequence[str], panels: Sequence[Panel]) -> Figure:
                 mean, spread = panel.values[line.row or ""]
                 (at,), (deviation,) = scaled([mean], panel.unit), scaled([spread or 0.0], panel.unit)
                 axes.errorbar(at, place, xerr=deviation or None, fmt="o", color=line.colour, markersize=5, capsize=2)
-            tidy_(axes, x=shorten(panel.title, 16))
+            tidy_(axes, x="\n".join(shorten(line, 16) for line in panel.title.split("\n")))
         first = grid[0, 0]
-        first.set_xlabel(f"{shorten(panels[0].title, 16)}\n{axis_label(panels[0].words, panels[0].unit)}")
+        first.set_xlabel(f"{first.get_xlabel()}\n{axis_label(panels[0].words, panels[0].unit)}")
         first.set_yticks(range(len(lines)), [line.text for line in lines])
         first.set_ylim(len(lines) - 0.4, -0.6)
         for tick, line in zip(first.get_yticklabels(), lines, strict=True):

@@ -101,7 +101,7 @@ class Scores(Drawing):
         """A column of numbers for each task and the mean of each split."""
         return [
             Panel(
-                f"{column} ({panel.split})" if len(self.splits) > 1 else column,
+                f"{column}\n{panel.split}" if len(self.splits) > 1 else column,
                 panel.unit,
                 panel.share,
                 panel.label.removesuffix(f", {panel.unit}"),
