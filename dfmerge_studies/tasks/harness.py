@@ -154,7 +154,10 @@ def _loaded(settings: HarnessTask, root: Path, where: str, *, trusted: bool) -> 
                 hint=did_you_mean(name, manager.all_tasks) or "`lm_eval ls tasks` lists all; include_path adds others",
             )
         if name not in manager.all_subtasks:
-            members = sorted(manager.load(name)["tasks"]) if name not in manager.all_groups else []
+            entry = manager.task_index[name]  # loading a group would fetch the data of all of its members
+            members = sorted(entry.tags) or [
+                each for each in (entry.cfg or {}).get("task", ()) if isinstance(each, str)
+            ]
             some = f" ({', '.join(members[:5])}{', …' if len(members) > 5 else ''})" if members else ""
             raise InputError(
                 f"{name!r} is a group of tasks{some}",

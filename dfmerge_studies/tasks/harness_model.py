@@ -47,8 +47,20 @@ def encode_questions(
         chat = _language_model(model, template, kind, settings) if template is not None else lm
         if settings.apply_chat_template is not False:
             _check_template(settings, chat.tokenizer, loaded.where)
+        _check_examples(task, loaded.where)
         task.set_fewshot_seed(seed=settings.fewshot_random_seed)
         return [_encoded(_with_requests(row.question, chat), lm) for row in rows]
+
+
+def _check_examples(task: Any, where: str) -> None:
+    number = task.get_config("num_fewshot") or 0
+    found = len(list(task.fewshot_docs() or ())) if number else 0
+    if number > found:
+        raise InputError(
+            f"{number} examples, but the task has {found} documents to take them from",
+            where=f"{where}.num_fewshot",
+            hint="Ask for fewer",
+        )
 
 
 def _check_template(settings: HarnessTask, tokenizer: Any, where: str) -> None:
