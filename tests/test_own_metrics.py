@@ -242,6 +242,10 @@ def test_a_study_with_a_metric_of_one_s_own_is_that_of_the_same_metric_of_ours(o
     other = ("--set", f"tasks.red.metric={name}:right")
     said = project.cli("run", "spec.yaml", TRUST, "--set", "method=gta", *other, check=2)
     assert "is about something else" in said.stderr
+    del project.spec["tasks"]["red"]["test_split"]
+    project.write()
+    said = project.cli("export", "spec.yaml", TRUST, "--set", "method=gta", "--out", "merged")
+    project.cli(*said.stdout.partition("next:\n  dfmerge ")[2].split())  # without a test split, and trusted again
 
 
 def test_where_less_is_better_the_best_trial_has_the_least(own) -> None:

@@ -253,7 +253,8 @@ def export(
     )
     forms.tell(exported, result)
     if spec is not None:
-        console.print(f"next:\n  dfmerge evaluate {spec} --model {out} --split test", markup=False)
+        flags = f"{'' if settings.untested else ' --split test'}{' --trust-remote-code' * settings.trust_remote_code}"
+        console.print(f"next:\n  dfmerge evaluate {spec} --model {out}{flags}", markup=False)
 
 
 def _described(score: TaskScore, metric: Metric) -> dict[str, Any]:
