@@ -29,6 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+# Families and sizes of projects that are not the usual ones. Layers and inputs of a Fisher are what the time of a small
+# study goes into, so the project that most tests use has few; "t5-deep" is for tests that need trials to differ.
+PROJECTS: dict[str, tuple[str, dict[str, int]]] = {"t5": ("t5", {"layers": 1, "samples": 4}), "t5-deep": ("t5", {})}
+
 NewStorage = Callable[[str], str]
 MakeCopy = Callable[[str, Path], Project]
 
@@ -41,11 +45,12 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
 
 @pytest.fixture(scope="session")
 def make_copy(originals: dict[str, Project], tmp_path_factory: pytest.TempPathFactory) -> MakeCopy:
-    """A function from a family and a folder to a copy of the family's project in that folder, below its name."""
+    """A function from a family, or a name in `PROJECTS`, and a folder to a copy of that project in the folder."""
 
     def copy(family: str, parent: Path) -> Project:
         if family not in originals:
-            originals[family] = make_project(tmp_path_factory.mktemp(family) / "project", family)
+            kind, sizes = PROJECTS.get(family, (family, {}))
+            originals[family] = make_project(tmp_path_factory.mktemp(family) / "project", kind, **sizes)
         return copied(originals[family], parent / family)
 
     return copy

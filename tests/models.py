@@ -138,7 +138,6 @@ _T5: dict[str, Any] = {
     "d_model": 16,
     "d_kv": 4,
     "d_ff": 24,
-    "num_layers": 2,
     "num_heads": 3,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16,
@@ -150,36 +149,41 @@ _BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
 
 
-def _t5(_: int) -> PreTrainedModel:
-    return T5ForConditionalGeneration(T5Config(**_T5, feed_forward_proj="relu", tie_word_embeddings=True))
+def _t5(_: int, layers: int) -> PreTrainedModel:
+    return T5ForConditionalGeneration(
+        T5Config(**_T5, num_layers=layers, feed_forward_proj="relu", tie_word_embeddings=True)
+    )
 
 
-def _t5_v11(_: int) -> PreTrainedModel:
-    return T5ForConditionalGeneration(T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+def _gated(layers: int) -> dict[str, Any]:
+    return {"num_layers": layers, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
-def _mt5(_: int) -> PreTrainedModel:
-    return MT5ForConditionalGeneration(MT5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+def _t5_v11(_: int, layers: int) -> PreTrainedModel:
+    return T5ForConditionalGeneration(T5Config(**_T5, **_gated(layers)))
 
 
-def _gpt2(_: int) -> PreTrainedModel:
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "n_inner": 24}
+def _mt5(_: int, layers: int) -> PreTrainedModel:
+    return MT5ForConditionalGeneration(MT5Config(**_T5, **_gated(layers)))
+
+
+def _gpt2(_: int, layers: int) -> PreTrainedModel:
+    sizes = {"n_embd": 16, "n_layer": layers, "n_head": 2, "n_positions": 64, "n_inner": 24}
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes))
 
 
-def _llama(tied: bool) -> Callable[[int], PreTrainedModel]:
-    def build(_: int) -> PreTrainedModel:
+def _llama(tied: bool) -> Callable[[int, int], PreTrainedModel]:
+    def build(_: int, layers: int) -> PreTrainedModel:
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=VOCABULARY,
                 hidden_size=16,
                 intermediate_size=24,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=64,
@@ -192,17 +196,18 @@ def _llama(tied: bool) -> Callable[[int], PreTrainedModel]:
     return build
 
 
-def _bert(labels: int) -> PreTrainedModel:
-    return BertForSequenceClassification(BertConfig(**_BERT, max_position_embeddings=40, num_labels=labels))
+def _bert(labels: int, layers: int) -> PreTrainedModel:
+    sizes = {"num_hidden_layers": layers, "max_position_embeddings": 40, "num_labels": labels}
+    return BertForSequenceClassification(BertConfig(**_BERT, **sizes))
 
 
-def _distilbert(labels: int) -> PreTrainedModel:
+def _distilbert(labels: int, layers: int) -> PreTrainedModel:
     return DistilBertForSequenceClassification(
         DistilBertConfig(
             vocab_size=VOCABULARY,
             dim=16,
             hidden_dim=24,
-            n_layers=2,
+            n_layers=layers,
             n_heads=2,
             max_position_embeddings=40,
             num_labels=labels,
@@ -210,19 +215,18 @@ def _distilbert(labels: int) -> PreTrainedModel:
     )
 
 
-def _roberta(labels: int) -> PreTrainedModel:
-    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    return RobertaForSequenceClassification(
-        RobertaConfig(**_BERT, **special, max_position_embeddings=44, type_vocab_size=1, num_labels=labels)
-    )
+def _roberta(labels: int, layers: int) -> PreTrainedModel:
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "type_vocab_size": 1}
+    sizes = {"num_hidden_layers": layers, "max_position_embeddings": 44, "num_labels": labels}
+    return RobertaForSequenceClassification(RobertaConfig(**_BERT, **special, **sizes))
 
 
 @dataclass(frozen=True)
 class Family:
-    """One supported architecture: how to build it, how it answers, its tokenizer and its padding token."""
+    """One supported architecture: how it answers, how to build it from numbers of labels and layers, how it reads."""
 
     kind: Kind
-    build: Callable[[int], PreTrainedModel]
+    build: Callable[[int, int], PreTrainedModel]
     tokenizer: Callable[[], PreTrainedTokenizerFast]
     pad_id: int
 
@@ -256,12 +260,12 @@ def randomise_(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def make_model(
-    family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, num_labels: int = LABELS
+    family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0, num_labels: int = LABELS, layers: int = 2
 ) -> PreTrainedModel:
     """A small model of the family, in evaluation mode; the same for the same seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = FAMILIES[family].build(num_labels)
+        model = FAMILIES[family].build(num_labels, layers)
     randomise_(model, torch.Generator().manual_seed(seed))
     model.to(dtype)
     model.eval()

@@ -126,19 +126,22 @@ def start_ranks(target: Callable[..., None], *arguments: Any, folder: Path, **en
     return [Forked(target, *arguments, folder=folder, environment=rank) for rank in ranks]
 
 
-def make_project(folder: Path, family: str = "t5", *, rows: int = 24, samples: int = 6, trials: int = 4) -> Project:
+def make_project(
+    folder: Path, family: str = "t5", *, rows: int = 24, samples: int = 6, trials: int = 4, layers: int = 2
+) -> Project:
     """Write a project of one family.
 
     The experts differ from the base by a small random change of all weights; of a classifier, the base has no head.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    base = sharpened(make_model(family))
+    base = sharpened(make_model(family, layers=layers))
     tokenizer = FAMILIES[family].tokenizer()
     classification = FAMILIES[family].kind is Kind.CLASSIFICATION
     (base.base_model if classification else base).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     for number, name in enumerate(EXPERTS):
-        expert = perturbed(family, seed=number + 1, labels=LABELS - number if classification else LABELS)
+        labels = LABELS - number if classification else LABELS
+        expert = perturbed(family, seed=number + 1, labels=labels, layers=layers)
         expert.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         for split, shift in (("validation", 0), ("test", 5)):
@@ -155,9 +158,9 @@ def copied(project: Project, folder: Path) -> Project:
     return Project(folder, project.family, copy.deepcopy(project.spec))
 
 
-def perturbed(family: str, *, seed: int, labels: int = LABELS, size: float = 0.1) -> Any:
+def perturbed(family: str, *, seed: int, labels: int = LABELS, size: float = 0.1, layers: int = 2) -> Any:
     """The base's weights with small random changes; a head keeps its own size."""
-    expert = sharpened(make_model(family, num_labels=labels))
+    expert = sharpened(make_model(family, num_labels=labels, layers=layers))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in expert.parameters():

@@ -646,9 +646,9 @@ def test_validate_estimates_what_a_good_project_needs(project: Project) -> None:
     assert result["ok"] is True
     assert result["problems"] == []
     estimate = result["estimate"]
-    assert estimate["parameters"] == estimate["changed_parameters"] > 10_000
+    assert estimate["parameters"] == estimate["changed_parameters"] > 5_000
     assert estimate["validation_inputs"] == {"red": 24, "blue": 24}
-    assert estimate["fisher_inputs"] == {"red": 6, "blue": 6}
+    assert estimate["fisher_inputs"] == {"red": 4, "blue": 4}
     assert estimate["peak_bytes"] > 4 * estimate["parameters"]
     assert project.files() == before
 

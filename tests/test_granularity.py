@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_the_fisher_is_estimated_at_the_model_that_is_scaled_group_by_group(prob
     merger = Merger(problem, problem.spec.row, None)
     at = Point.grouped(POINT, {}).spread(problem.groups)
     found, _ = merger.importance(0, at["red"])
-    model = make_model("t5", torch.float64)
+    model = make_model("t5", torch.float64, layers=1)
     model.load_state_dict(problem.resident.model.state_dict())
     deltas = problem.resident.task_vectors[0].deltas
     with torch.no_grad():
@@ -321,7 +322,8 @@ def test_a_study_that_is_cut_in_either_half_goes_on_as_the_uncut_one(project: Pr
 
 
 @pytest.mark.slow
-def test_every_view_of_a_study_shows_means_and_groups(project: Project) -> None:
+def test_every_view_of_a_study_shows_means_and_groups(project_of: Callable[[str], Project]) -> None:
+    project = project_of("t5-deep")
     granular(project, method="gta", search={"trials": 4, "startup_trials": 1, "sampler": "random"})
     best = project.json("run", "spec.yaml", "--no-test")["best"]
     groups = best["groups"]["red"]

@@ -11,7 +11,7 @@ from tests import models
 from tests.memory import LiveBytes
 from tests.project import Project, make_project
 
-DEEP = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 8}
+DEEP = {"hidden_size": 96, "intermediate_size": 384}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Project:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in DEEP.items():
             patch.setitem(models._BERT, name, value)
-        return make_project(tmp_path_factory.mktemp("deep") / "project", "bert", rows=8, samples=3)
+        return make_project(tmp_path_factory.mktemp("deep") / "project", "bert", rows=8, samples=3, layers=8)
 
 
 @pytest.mark.parametrize(("method", "most"), [("gta", 4), ("df-merge", 12), ("df-merge-scaled", 12)])

@@ -167,7 +167,7 @@ def test_an_expert_that_lacks_a_tensor_is_refused_by_name(project_of: Callable[[
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("t5", "decoder.block.1.layer.1.EncDecAttention.k.weight"),
+        ("t5", "decoder.block.0.layer.1.EncDecAttention.k.weight"),
         ("t5-v1.1", "encoder.block.1.layer.0.SelfAttention.q.weight"),
         ("gpt2", "transformer.h.1.mlp.c_fc.bias"),
         ("llama", "lm_head.weight"),

@@ -196,7 +196,7 @@ def limited(project: Project, limit: int = 6, **search: Any) -> None:
 
 @pytest.fixture(scope="module")
 def lucky_original(make_copy: Callable[[str, Path], Project], tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = make_copy("t5", tmp_path_factory.mktemp("lucky"))
+    project = make_copy("t5-deep", tmp_path_factory.mktemp("lucky"))
     limited(project)
     project.cli("run", "spec.yaml", "--no-test")
     return project

@@ -145,10 +145,10 @@ def family_of(name: str) -> Family:
     return Family(like.kind, _build(name), like.tokenizer, like.pad_id)
 
 
-def _build(name: str) -> Callable[[int], PreTrainedModel]:
+def _build(name: str) -> Callable[[int, int], PreTrainedModel]:
     animal = ZOO[name]
 
-    def build(labels: int) -> PreTrainedModel:
+    def build(labels: int, _: int) -> PreTrainedModel:
         model_type = animal.model_type or name
         default = AutoConfig.for_model(model_type)
         renamed = getattr(default, "attribute_map", {})
