@@ -69,10 +69,10 @@ def test_an_input_that_does_not_fit_alone_fails_the_trial_and_the_study_goes_on(
             raise FORMS[2]
         return score(model, kind, batch, **more)
 
-    def first_lacks(merger, point):
+    def first_lacks(merger, *point):
         trials.append("running")
         try:
-            return merge_and_score(merger, point)
+            return merge_and_score(merger, *point)
         finally:
             trials.append("done")
 
