@@ -75,6 +75,10 @@ def test_where_no_trial_is_feasible_the_one_that_misses_least_is_best():
 
 def test_among_equals_the_earliest_is_best():
     assert best_trial([trial(0, [0.5]), trial(1, [0.8]), trial(2, [0.8])], objective("mean")).number == 1
+    # 3 + 8 of 24 rows and 4 + 7 of them are the same mean, and not the same float
+    same, larger = (3 / 12 + 8 / 12) / 2, (4 / 12 + 7 / 12) / 2
+    assert larger > same
+    assert best_trial([trial(0, [same]), trial(1, [larger])], objective("mean")).number == 0
 
 
 def test_the_best_of_a_pareto_study_is_the_point_of_the_front_with_the_highest_mean_then_minimum():

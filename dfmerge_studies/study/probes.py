@@ -22,7 +22,7 @@ from dfmerge_studies.study.probed import Rechosen, ScoredLines, keep_probe, stor
 from dfmerge_studies.study.rows import packed, trial_rows, unpacked
 from dfmerge_studies.study.scores import trial_row
 from dfmerge_studies.study.selection import largest_drop
-from dfmerge_studies.study.value import objective_values, one_value
+from dfmerge_studies.study.value import DIGITS, objective_values, one_value
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.sampling import seeded_generator
 from dfmerge_studies.tasks.splits import Split
@@ -184,7 +184,7 @@ def _choices(
             }
             worst = min(session.spec.metrics("validation").worths(shares).values())
             worth[number] = (
-                _worth(session, shares, "validation"),
+                round(_worth(session, shares, "validation"), DIGITS),
                 worst if session.spec.objective.kind == "pareto" else -largest_drop(trials[number]),
             )
         chosen.append(max(worth, key=worth.__getitem__))

@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.study.rows import trial_rows
-from dfmerge_studies.study.value import constraint_values, objective_values, trial_value
+from dfmerge_studies.study.value import DIGITS, constraint_values, objective_values, trial_value
 from dfmerge_studies.study.winner import Rescored, Selection, keep_selection, selection_of
 from dfmerge_studies.tasks.metrics import SAME, Metric, Metrics, TaskScore
 from dfmerge_studies.tasks.sampling import seeded_generator
@@ -142,7 +142,7 @@ def contenders(
     """
     least = min(violation(trial) for trial in completed)
     rivals = [trial for trial in completed if violation(trial) <= least]
-    rivals = sorted(rivals, key=lambda trial: (-trial_value(trial), largest_drop(trial)))
+    rivals = sorted(rivals, key=lambda trial: (-round(trial_value(trial), DIGITS), largest_drop(trial)))
     rivals = rivals[: _COMPARED + 1]
     scores = {task: _resampled(rivals, task, metrics[task], rows[task], seed) for task in metrics}
     values = np.array(
@@ -178,7 +178,7 @@ def preferred(
         if again is not None:
             missed = sum(max(0.0, each) for each in constraint_values(again.drops, allowed))
             value, drops = again.value, again.drops or drops
-        return missed, -round(value, 9), _largest(drops), place_of(trial)
+        return missed, -round(value, DIGITS), _largest(drops), place_of(trial)
 
     return min(trials, key=order)
 
@@ -189,7 +189,7 @@ def largest_drop(trial: FrozenTrial) -> float:
 
 
 def _largest(drops: Mapping[str, float]) -> float:
-    return round(max(drops.values(), default=0.0), 9)
+    return round(max(drops.values(), default=0.0), DIGITS)
 
 
 def _together(

@@ -14,6 +14,8 @@ from dfmerge_studies.trials.marks import DROPS, TASKS
 from dfmerge_studies.trials.reading import missed
 from dfmerge_studies.trials.results import TrialResult
 
+DIGITS = 9  # of a score that count: sums of the same rows in another order differ by less
+
 
 def directions(objective: ObjectiveSettings, tasks: Sequence[str]) -> list[str]:
     """Optuna directions: one, or one per task for `pareto`; guards are not among the tasks."""
@@ -69,7 +71,7 @@ def constraint_values(task_drops: Mapping[str, float], allowed: Mapping[str, flo
         allowed: points, by task.
     """
     # A hair's breadth of rounding must not make a drop of exactly max_drop infeasible.
-    return tuple(round(drop - allowed[task], 9) for task, drop in task_drops.items() if task in allowed)
+    return tuple(round(drop - allowed[task], DIGITS) for task, drop in task_drops.items() if task in allowed)
 
 
 def trial_result(
@@ -155,4 +157,4 @@ def standing(values: Sequence[float], constraints: Iterable[float], objective: O
     """
     # For pareto: the trial with the highest mean is never dominated, so it is on the front.
     worth = (sum(values), min(values)) if objective.kind == "pareto" else (values[0],)
-    return (-missed(constraints), *worth)
+    return (-missed(constraints), *(round(value, DIGITS) for value in worth))
