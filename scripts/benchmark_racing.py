@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.racing import Rival
 from dfmerge_studies.study.rows import trial_rows
-from dfmerge_studies.trials.marks import RACED, place_of
+from dfmerge_studies.trials.marks import RACED
+from dfmerge_studies.trials.reading import settled
 
 ORDERS = 40
 NEAR = 0.005  # half a point
@@ -42,12 +43,6 @@ class Replayed:
     stopped: float
     wrong: int
     lost: float
-
-
-def ended(url: str, name: str) -> list[FrozenTrial]:
-    """Complete and pruned trials in the order of their places."""
-    trials = optuna.load_study(study_name=name, storage=url).trials
-    return sorted((t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)), key=place_of)
 
 
 def replay(trials: Sequence[FrozenTrial], error: float, seed: int) -> Replayed:
@@ -90,12 +85,16 @@ def rows_until(trials: Sequence[FrozenTrial], goal: float) -> int | None:
     return None
 
 
+def _trials(url: str, name: str) -> list[FrozenTrial]:
+    return settled(optuna.load_study(study_name=name, storage=url).trials)
+
+
 def _count(trial: FrozenTrial) -> int:
     return sum(map(len, trial_rows(trial).values()))
 
 
 def _replayed(url: str, name: str) -> None:
-    trials = ended(url, name)
+    trials = _trials(url, name)
     print("| error | rows scored | trials stopped | wrongly | points lost |\n|---|---|---|---|---|")
     for error in (0.05, 0.1, 0.2):
         found = [replay(trials, error, seed) for seed in range(ORDERS)]
@@ -109,7 +108,7 @@ def _compared(plain: Sequence[str], raced: Sequence[str], name: str) -> None:
     print("| | best, plain | best, raced | rows, plain | rows, raced | until near, plain | until near, raced |")
     print("|---|---|---|---|---|---|---|")
     for pair, (first, second) in enumerate(zip(plain, raced, strict=True)):
-        both = ended(first, name), ended(second, name)
+        both = _trials(first, name), _trials(second, name)
         best = [100 * max(t.value or 0.0 for t in trials if t.state == TrialState.COMPLETE) for trials in both]
         rows = [sum(t.user_attrs[RACED]["scored"] if RACED in t.user_attrs else _count(t) for t in s) for s in both]
         near = [rows_until(trials, best[0] / 100 - NEAR) for trials in both]

@@ -271,18 +271,42 @@ def trials_needed(work: Path) -> None:
     (work / "trials.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    methods: Sequence[str],
+    *,
+    seeds: int,
+    trials: int,
+    startup: int,
+    limit: int,
+    test_rows: int,
+) -> None:
+    """The options that every script of results has.
+
+    Args:
+        parser: of the whole command line.
+        methods: the default of `--methods`, as the others are of theirs.
+        seeds: studies per method.
+        trials: of every method that searches.
+        startup: how many of them are uniform draws.
+        limit: validation rows per task.
+        test_rows: test rows per task.
+    """
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, storage, tables and figures")
+    parser.add_argument("--methods", nargs="+", default=methods, help="compared over all seeds")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--trials", type=int, default=trials, help="of every method that searches")
+    parser.add_argument("--startup", type=int, default=startup, help="uniform ones among them")
+    parser.add_argument("--limit", type=int, default=limit, help="validation rows per task")
+    parser.add_argument("--test-rows", type=int, default=test_rows, help="test rows per task")
+
+
 def main() -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the five data sets")
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, storage, tables and figures")
+    add_arguments(parser, METHODS, seeds=3, trials=60, startup=8, limit=120, test_rows=400)
     parser.add_argument("--stage", choices=["experts", "studies", "report", "all"], default="all")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="compared over all seeds")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=60, help="of every method that searches")
-    parser.add_argument("--startup", type=int, default=8, help="uniform ones among them")
-    parser.add_argument("--limit", type=int, default=120, help="validation rows per task")
-    parser.add_argument("--test-rows", type=int, default=400, help="test rows per task")
     options = parser.parse_args()
     work = options.work.resolve()
     sizes = {

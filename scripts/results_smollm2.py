@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))  # beside this script, its neighbours
 
 from dfmerge_studies.tasks.sampling import seeded_generator
-from scripts.results import SCRIPTS, TASKS, dfmerge, markdown, run
+from scripts.results import SCRIPTS, TASKS, add_arguments, dfmerge, markdown, run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHOICES = {
@@ -169,15 +169,8 @@ def study(spec: Path, work: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--work", type=Path, required=True, help="folder for base, adapters, storage and tables")
+    add_arguments(parser, METHODS, seeds=2, trials=15, startup=6, limit=40, test_rows=100)
     parser.add_argument("--stage", choices=["base", "experts", "studies", "all"], default="all")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="compared over all seeds")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=15, help="of every method that searches")
-    parser.add_argument("--startup", type=int, default=6, help="uniform ones among them")
-    parser.add_argument("--limit", type=int, default=40, help="validation rows per task")
-    parser.add_argument("--test-rows", type=int, default=100, help="test rows per task")
     parser.add_argument("--samples", type=int, default=16, help="Fisher inputs per task")
     parser.add_argument("--compute", default="auto", help="the spec's field: bf16 where the processor has it")
     parser.add_argument("--precision", default="no", help="of the training: no or bf16")

@@ -143,9 +143,9 @@ def test_estimates_are_those_of_the_first_rows_of_the_order_against_the_incumben
         rival = races.rival(incumbent)
         assert rival is not None
         session.merger.merge_(session.point(trial))
-        rows = {task: found.rows for task, found in session.merger.results("validation").items()}
+        rows = {task: list(found.rows or ()) for task, found in session.merger.results("validation").items()}
         first = rival.order()[: trial.user_attrs[RACED]["scored"]]
-        estimate = rival.estimate([((task, row), rows[task][row]) for task, row in first])  # type: ignore[index]
+        estimate = rival.estimate([((task, row), rows[task][row]) for task, row in first])
         assert trial.value == pytest.approx(estimate.value)
         assert trial.user_attrs[RACED]["tasks"] == {t: pytest.approx(list(e)) for t, e in estimate.tasks.items()}
 

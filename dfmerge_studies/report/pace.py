@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.trials.marks import OWNER
 from dfmerge_studies.trials.owner import is_dead
+from dfmerge_studies.trials.reading import WITH_RESULT
 
-_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _RECENT = 10  # ended trials that the recent rate is taken from; more where more workers than that are at work
 
 
@@ -29,7 +29,7 @@ def workers_alive(trials: Sequence[FrozenTrial], *, complete: bool) -> list[dict
     by_worker: dict[str, list[FrozenTrial]] = {}
     for trial in trials:
         owner = trial.user_attrs.get(OWNER)
-        if owner is not None and trial.state in (TrialState.RUNNING, *_ENDED):
+        if owner is not None and trial.state in (TrialState.RUNNING, *WITH_RESULT):
             by_worker.setdefault(owner["worker"], []).append(trial)
     alive = []
     for own in by_worker.values():
@@ -64,7 +64,7 @@ def pace(trials: Sequence[FrozenTrial], *, target: int, workers: int) -> dict[st
         `trials_per_hour`, overall and `recent`, null before the first result; `seconds_left`, null where it cannot be
         told.
     """
-    done = [t for t in trials if t.state in _ENDED and t.datetime_start and t.datetime_complete]
+    done = [t for t in trials if t.state in WITH_RESULT and t.datetime_start and t.datetime_complete]
     done.sort(key=lambda trial: trial.datetime_complete or datetime.min)
     recent = _per_hour(done[-max(_RECENT, 2 * workers) :])
     left: float | None = None

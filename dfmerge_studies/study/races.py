@@ -63,7 +63,7 @@ class Races:
     def _has_rows(self, trial: FrozenTrial) -> bool:
         """Whether a trial keeps its score on each row, or says once that nothing is raced."""
         kept = trial_rows(trial)
-        missing = [task for task in self._weighted if task not in kept]
+        missing = [task for task in self._weights if task not in kept]
         if missing and not self._told:
             self._told = True
             text = "%s: nothing is raced, since trial %d does not keep its score on each row of %s"
@@ -71,13 +71,13 @@ class Races:
         return not missing
 
     @property
-    def _weighted(self) -> list[str]:
-        """The tasks that the objective is about."""
-        objective, metrics = self._session.spec.objective, self._session.spec.metrics("validation").aims
+    def _weights(self) -> dict[str, float]:
+        """Of each task that counts in the objective; of `min`, where any task can decide, 1."""
+        objective, aims = self._session.spec.objective, self._session.spec.metrics("validation").aims
         if objective.kind == "min":
-            return list(metrics)
-        weights = task_weights(objective, dict.fromkeys(metrics, 0.0))
-        return [task for task in metrics if weights[task] > 0]
+            return dict.fromkeys(aims, 1.0)
+        weights = task_weights(objective, dict.fromkeys(aims, 0.0))
+        return {task: weight for task, weight in weights.items() if weight > 0}
 
     def rival(self, incumbent: FrozenTrial | None) -> Rival | None:
         """What a merge is scored against.
@@ -88,12 +88,11 @@ class Races:
         if incumbent is None or self._settings is None:
             return None
         spec, metrics, kept = self._session.spec, self._session.spec.metrics("validation"), trial_rows(incumbent)
-        tasks = self._weighted
-        weights = task_weights(spec.objective, dict.fromkeys(metrics.aims, 0.0))
+        weights = self._weights
         return Rival(
-            rows={task: [metrics[task].worth(score) for score in kept[task]] for task in tasks},
-            highest={task: metrics[task].worth(metrics[task].best) for task in tasks},
-            weights=None if spec.objective.kind == "min" else {task: weights[task] for task in tasks},
+            rows={task: [metrics[task].worth(score) for score in kept[task]] for task in weights},
+            highest={task: metrics[task].worth(metrics[task].best) for task in weights},
+            weights=None if spec.objective.kind == "min" else weights,
             error=self._settings.error,
             seed=spec.search.seed,
         )

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.storage import STORAGE_FAILURES, Known, SQLiteWatch, storage_errors, watch_of, write_study
 from dfmerge_studies.storage.watch import beside, holds
-
-_WITH_RESULT = (TrialState.COMPLETE, TrialState.PRUNED)
+from dfmerge_studies.trials.reading import WITH_RESULT
 
 
 class StorageLost(RunError):
@@ -107,7 +106,7 @@ class Keeper:
         """Write the file again, from what is still open or else from what this process knows."""
         assert self._watch is not None
         whole, known = beside(self._watch.path), self._known
-        numbers = {*self._told, *(t.number for t in known.trials if t.state in _WITH_RESULT)}
+        numbers = {*self._told, *(t.number for t in known.trials if t.state in WITH_RESULT)}
         try:
             if not (self._watch.copy(whole) and holds(whole, known.name, numbers)):
                 whole.unlink(missing_ok=True)

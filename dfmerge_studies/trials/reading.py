@@ -25,7 +25,8 @@ from dfmerge_studies.trials.marks import (
 
 MAX_RETRIES = 3
 
-_STARTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+WITH_RESULT = (TrialState.COMPLETE, TrialState.PRUNED)  # on all rows, or estimated on a part of them
+_STARTED = (*WITH_RESULT, TrialState.RUNNING)
 
 
 def point_of(trial: FrozenTrial) -> dict[str, float] | None:
@@ -201,7 +202,7 @@ def settled(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     for place, trial in enumerate(sorted(holders(trials), key=place_of)):
         if place_of(trial) > place or trial.state in (TrialState.RUNNING, TrialState.WAITING):
             break
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+        if trial.state in WITH_RESULT:
             found.append(trial)
     return found
 

@@ -90,16 +90,16 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
         storage.STORAGE_FAILURES: the storage failed at every try.
     """
     storage = storage_of(study)
+    # Zero-padded, so that the order of names is the order of constraints in every storage.
+    constraints = {f"{index:03d}": value for index, value in enumerate(result.constraints)}
+    write = TrialWrite(result.attributes, {}, constraints, result.values, result.pruned, result.intermediate)
     for delay in (*TELL_DELAYS, None):
         try:
-            # Zero-padded, so that the order of names is the order of constraints in every storage.
-            constraints = {f"{index:03d}": value for index, value in enumerate(result.constraints)}
-            write = TrialWrite(result.attributes, {}, constraints, result.values, result.pruned, result.intermediate)
             write_trial(study, trial_id, write)
             return
         except UpdateFinishedTrialError:
             # Either another worker ended it, or an earlier try got through although its answer did not come back.
-            if storage.get_trial(trial_id).state == (TrialState.PRUNED if result.pruned else TrialState.COMPLETE):
+            if storage.get_trial(trial_id).state == write.state:
                 return
             raise Superseded from None
         except STORAGE_FAILURES as error:
