@@ -32,6 +32,7 @@ def test_sides_that_differ_fail(capsys, monkeypatch) -> None:
     assert not json.loads(capsys.readouterr().out)["agree"]
 
 
+@pytest.mark.slow
 def test_counts_are_scaled_to_the_real_widths(capsys) -> None:
     assert benchmark.main([*TINY, "--size", "tiny", "--count"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -220,6 +220,7 @@ def test_regmean_is_its_closed_form_for_linear_layers_and_the_mean_for_others(pr
     assert compared > len(left) // 2
 
 
+@pytest.mark.slow
 def test_a_search_with_kronecker_factors_runs_and_finds_them_in_the_cache_under_their_own_keys(project, tmp_path):
     project.write(method="df-merge-kfac", search={"trials": 3, "startup_trials": 2, "sampler": "gp", "step": 0.5})
     assert project.json("run", "spec.yaml", "--no-test")["trials"]["complete"] == 3

@@ -150,6 +150,7 @@ def test_cells_that_differ_in_the_transform_alone_share_their_fishers(project, t
     assert (first.computed, other.computed, other.cached) == (2, 0, 2)
 
 
+@pytest.mark.slow
 def test_a_study_of_a_cell_is_run_resumed_shown_exported_and_merged_again(project):
     project.write(method=TIES_FISHER, parameters={"ties": {"density": [0.3, 0.9]}}, search={"trials": 3})
     printed = project.json("run", "spec.yaml", "--no-test")

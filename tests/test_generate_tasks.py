@@ -317,7 +317,8 @@ def scores_of(project: Project, model: str, metric: str = "exact_match") -> dict
     return {name: score["score"] for name, score in found.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_study_of_generated_texts_is_validated_run_resumed_exported_and_scored(tmp_path: Path, family: str) -> None:
     project = generating(tmp_path / "p", family)
     found = project.json("validate", "spec.yaml")

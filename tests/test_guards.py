@@ -142,6 +142,7 @@ def test_the_verdict_has_a_line_for_each_guard(project):
     assert project.json("list", "spec.yaml")[0]["guards"] == {"plain": 30, "safe": 60}
 
 
+@pytest.mark.slow
 def test_a_page_a_card_notes_and_a_comparison_know_the_guards(project):
     project.cli("report", "spec.yaml", "--out", "page")
     page = (project.folder / "page" / "index.html").read_text()
@@ -172,6 +173,7 @@ def test_a_page_a_card_notes_and_a_comparison_know_the_guards(project):
         assert "plain" in project.cli("compare", "spec.yaml", "--methods", "averaging,df-merge", f"--{form}").stdout
 
 
+@pytest.mark.slow
 def test_a_guard_without_a_test_split_is_not_measured_there_and_keeps_no_other_task_from_it(project) -> None:
     del project.spec["tasks"]["plain"]["test_split"]
     project.write()
@@ -276,6 +278,7 @@ def test_agreement_with_experts_leaves_guards_their_own_metric(project):
     assert trial.values == [pytest.approx((trial.user_attrs[TASKS]["red"] + trial.user_attrs[TASKS]["blue"]) / 2)]
 
 
+@pytest.mark.slow
 def test_a_pareto_study_has_no_objective_for_a_guard_and_bounds_it(project):
     changes = ["name=front", "objective=pareto", "search.sampler=auto", "search.trials=4"]
     flags = [part for change in changes for part in ("--set", change)]

@@ -86,6 +86,7 @@ def test_tokens_are_drawn_from_the_seed_and_are_none_of_the_task_s_and_no_paddin
     assert random_inputs(other, Kind.TEXT_TO_TEXT)[0] != found[0]
 
 
+@pytest.mark.slow
 def test_the_method_has_one_trial_that_is_exported_and_merged_again(project: Project):
     project.write(method="fim", search={"trials": 9})
     printed = project.json("run", "spec.yaml", "--no-test")
@@ -120,6 +121,7 @@ def test_its_coefficients_go_with_any_transform_and_importance(project):
     assert set(point.groups) == {"red", "blue"}
 
 
+@pytest.mark.slow
 def test_a_search_by_groups_tries_them_first_and_keeps_them(project):
     search = {"trials": 4, "startup_trials": 2, "sampler": "gp", "granularity": {"blocks": 2}}
     project.write(method="gta", search={**search, "enqueue": ["fisher-trace"]})

@@ -142,6 +142,7 @@ def close(project: Project) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["status", "list"])
 def test_a_database_that_cannot_be_written_can_be_looked_at(shown: Project, command: str) -> None:
     before = json.loads(shown.cli(command, "spec.yaml", "--json").stdout)
@@ -152,6 +153,7 @@ def test_a_database_that_cannot_be_written_can_be_looked_at(shown: Project, comm
     assert {str(path): path.read_bytes() for path in shown.folder.glob("*.db*")} == content
 
 
+@pytest.mark.slow
 def test_a_database_whose_log_another_process_still_has_is_read_with_it(shown: Project, file: Path, name: str) -> None:
     held = open_storage(f"sqlite:///{file}")
     optuna.load_study(study_name=name, storage=held).set_user_attr("seen", "in the log")
@@ -164,11 +166,13 @@ def test_a_database_whose_log_another_process_still_has_is_read_with_it(shown: P
     assert without_rights(look) == [True, "in the log"]
 
 
+@pytest.mark.slow
 def test_a_run_on_it_is_refused_by_name(shown: Project) -> None:
     close(shown)
     assert "cannot be written to" in without_rights(lambda: shown.cli("run", "spec.yaml", check=2).stderr)
 
 
+@pytest.mark.slow
 def test_its_dashboard_is_served_and_writes_nothing(shown: Project, file: Path) -> None:
     (shown.folder / ".dfmerge/artifacts").mkdir(parents=True, exist_ok=True)
     close(shown)

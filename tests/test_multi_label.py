@@ -159,6 +159,7 @@ def test_columns_of_bits_and_names_in_another_order_are_the_head_s_labels(labell
         assert labelled.json("evaluate", "spec.yaml", "--model", "red")["tasks"]["red"]["score"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_study_of_label_sets_beside_classes_finds_a_merge_and_exports_it(labelled: Project) -> None:
     printed = labelled.json("run", "spec.yaml", "--set", "method=df-merge")
     assert printed["task_metrics"] == {"red": "micro_f1", "blue": "accuracy"}

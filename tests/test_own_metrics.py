@@ -229,6 +229,7 @@ def test_a_spec_alone_runs_no_code_that_it_names(own, command: str) -> None:
     assert not (project.folder / "colours.db").exists()
 
 
+@pytest.mark.slow
 def test_a_study_with_a_metric_of_one_s_own_is_that_of_the_same_metric_of_ours(own) -> None:
     project, name = own
     mine = project.json("run", "spec.yaml", TRUST, "--set", "method=gta")

@@ -98,6 +98,7 @@ def guarded(project: Project, **protect: Any) -> Project:
     return project
 
 
+@pytest.mark.slow
 def test_a_guard_is_protected_and_the_strength_is_searched_stored_shown_and_merged_again(project):
     guarded(project, rank=3, strength=[0.0, 1.0])
     project.write(method="gta", search={"trials": 3, "startup_trials": 2, "sampler": "gp"})

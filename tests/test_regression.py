@@ -190,6 +190,7 @@ def test_an_expert_of_pairs_scores_best_on_the_numbers_that_it_gives(mixed: Proj
     assert scored["score"] == pytest.approx(0.0 if metric == "mse" else 1.0, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_a_study_of_a_regression_beside_a_classification_finds_a_merge_and_exports_it(mixed: Project):
     printed = mixed.json("run", "spec.yaml", "--set", "method=df-merge")
     assert printed["task_metrics"] == {"red": "pearson", "blue": "accuracy"}

@@ -88,6 +88,7 @@ def test_a_damaged_object_is_set_aside_said_so_and_computed_again(bucket: str, p
     assert len([name for name in objects(bucket) if ".damaged-" in name]) == 1
 
 
+@pytest.mark.slow
 def test_data_without_a_manifest_is_no_entry(bucket: str) -> None:
     """What a worker leaves that is killed between data and manifest."""
     cache = RemoteCache(bucket, grace=0)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.project import Project
 
 HEAVY = ("torch", "transformers", "datasets", "peft", "botorch")
@@ -23,6 +25,7 @@ for command in {commands!r}:
 """
 
 
+@pytest.mark.slow
 def test_commands_that_only_read_a_database_import_no_model_library(finished: Project) -> None:
     spec = "spec.yaml"
     commands = [
@@ -44,6 +47,7 @@ def test_commands_that_only_read_a_database_import_no_model_library(finished: Pr
     assert looked.returncode == 0, looked.stderr
 
 
+@pytest.mark.slow
 def test_libraries_are_loaded_without_a_look_for_garbage_and_what_comes_later_is_looked_at() -> None:
     code = """
 import gc

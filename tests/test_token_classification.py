@@ -212,6 +212,7 @@ def test_each_expert_has_all_words_right_that_it_tagged_itself(tagged: Project) 
     assert f"{first['tokens'][0]} {first['tags'][0]}" in shown
 
 
+@pytest.mark.slow
 def test_a_study_of_tags_finds_a_merge_and_exports_classifiers_that_transformers_opens(tagged: Project) -> None:
     printed = tagged.json("run", "spec.yaml", "--set", "method=df-merge")
     assert printed["task_metrics"] == {"red": "entity_f1", "blue": "word_accuracy"}
