@@ -8,6 +8,7 @@ password or a token.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable
 
@@ -62,22 +63,26 @@ class RunError(DFMergeError):
 
 
 # What has no type of its own: torch on a CPU, drivers, and libraries that fail to allocate what they work in. A handle
-# of cuBLAS or cuDNN that cannot be made is memory, too, in a process whose device has answered before.
+# of a library that cannot be made is memory, too, in a process whose device has answered before.
 _LACKING = re.compile(
     r"""
-    not\ enough\ memory | can't\ allocate\ memory | \bout\ of\ memory\b |
-    \b(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_(STATUS_)?ALLOC_FAILED\b |
-    \bCU(BLAS|DNN)_STATUS_NOT_INITIALIZED\b | \bcudaErrorMemoryAllocation\b | \bCUDA_ERROR_OUT_OF_MEMORY\b
+    not\ enough\ memory | can(no|')t\ allocate\ memory | \bout\ of\ memory\b | \bbad_alloc\b |
+    \b(CU|HIP)[A-Z]+_(STATUS_)?(INTERNAL_ERROR_(HOST|DEVICE)_)?ALLOC(ATION)?_FAILED\b |
+    \b(CU|HIP)(BLAS|DNN)_STATUS_NOT_INITIALIZED\b | \bwhen\ calling\ `(cu|hip)[A-Za-z]+Create\( |
+    \bcudaErrorMemoryAllocation\b | \bCUDA_ERROR_OUT_OF_MEMORY\b | \bhipErrorOutOfMemory\b |
+    \brocblas_status_memory_error\b | \bmiopenStatusAllocFailed\b
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.IGNORECASE,
 )
 
 
 def out_of_memory(error: BaseException) -> RunError | None:
     """The error to show where memory ran out, on any device; None for an error of another kind."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # by name, for torch's own without importing it
-    lacking = isinstance(error, RuntimeError) and _LACKING.search(str(error))
-    if not kinds & {"MemoryError", "OutOfMemoryError"} and not lacking:
+    named = bool(kinds & {"MemoryError", "OutOfMemoryError"})
+    said = isinstance(error, RuntimeError) and _LACKING.search(str(error)) is not None
+    numbered = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (named or said or numbered):
         return None
     return RunError("out of memory", hint="Lower importance.row_budget and token_budget, or use dtype: bfloat16")
 

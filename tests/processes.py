@@ -150,9 +150,11 @@ class Forked:
 class Worker(Forked):
     """What `run --workers` starts, as `subprocess.Popen` would."""
 
+    begins: Callable[[list[str]], None] = staticmethod(command)
+
     def __init__(self, words: Sequence[str], *, env: Mapping[str, str], **_: Any) -> None:
         arguments = list(words[words.index("dfmerge_studies") + 1 :])
-        super().__init__(command, arguments, folder=Path.cwd(), environment=env, told=True)
+        super().__init__(self.begins, arguments, folder=Path.cwd(), environment=env, told=True)
         process._children.discard(self._process)  # type: ignore[attr-defined]  # a thread waits for it
 
 

@@ -25,14 +25,14 @@ _COMMAND = "worker"
 
 def worker() -> None:
     """Work under the orders of `run --workers`, which come on standard input."""
-    from dfmerge_studies.study.worker import read_orders, reporting, serve, stop_with_parent
+    from dfmerge_studies.study.worker import obey_parent, read_orders, reporting, serve
 
     orders = read_orders(sys.stdin.readline())
-    stop_with_parent()
+    wait = obey_parent()
     common.load_libraries()
     with reporting() as say:
         try:
-            done = serve(orders, say)
+            done = serve(orders, say, wait)
         except DFMergeError as error:
             say("error", what=error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
             raise typer.Exit(error.exit_code) from None
@@ -153,6 +153,8 @@ class _Display:
             self._bars.event(content["study"], event, who)
         elif notice.kind == "phase":
             self._bars.phase(content["what"], content["done"], content["total"], who)
+        elif notice.kind == "memory":
+            self._bars.message(content["text"])
         elif notice.kind == "log":
             self._bars.message(content["text"], who)
         elif notice.kind == "died":

@@ -4,6 +4,10 @@ A worker reads its orders as one JSON line from its standard input and reports i
 Its standard input stays open for as long as it is wanted: the end of it, also by the parent's death, means "hand your
 trial back and leave".  So no worker outlives its parent, and no signal is sent that a terminal or a batch system may
 have sent already.
+
+All import at once, but the first one loads alone.  When it has, and the others wait, its memory and what is free say
+whether they fit (`room.py`); only then do they load.  A worker says "ready" and waits for a line on its standard input,
+loads, says "loaded" and waits for another.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any, Literal
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.signals import INTERRUPTS, STOP
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.study.room import Need, Room, check_room
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.guards import Interrupts
 
@@ -65,7 +70,9 @@ class Orders:
         return StudySpec.from_fields(self.fields, file=Path(self.file), workdir=workdir)
 
 
-NoticeKind = Literal["joined", "study", "trial", "phase", "log", "error", "died", "stopped", "given up"]
+NoticeKind = Literal[
+    "ready", "loaded", "memory", "joined", "study", "trial", "phase", "log", "error", "died", "stopped", "given up"
+]
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ class Notice:
     Attributes:
         worker: its number, from 1.
         pid: its process.
-        kind: "joined" with `threads` and `device`; "study" with `name` and `total` when it starts on a study; "trial"
+        kind: "ready" with `device`, its `free` and `total` bytes, before it loads; "loaded" with the bytes that it has
+            `held` since then, its `peak`, `free` and `total`; "memory" with `text`, a warning that it may run out;
+            "joined" with `threads` and `device`; "study" with `name` and `total` when it starts on a study; "trial"
             with the fields of an `Event` and `study`; "phase" with `what`, `done`, `total`; "log" with `text`, a line
             of its standard error; "error" with `what`, `where`, `hint`, `exit_code`; "died" with `how` when it is
             started again, "given up" with `how` when it is not; "stopped" when somebody else ended it.
@@ -115,11 +124,18 @@ def device_of(wanted: str, index: int, gpus: int) -> str:
 
 @dataclass
 class _Member:
-    """One worker's place in the pool, over its restarts."""
+    """One worker's place in the pool, over its restarts.
+
+    Attributes:
+        device: where it will load; None until it is ready to.
+        allowed: how often it was let go on: to load, and to join the study.
+    """
 
     orders: Orders
     process: subprocess.Popen[str]
     restarts: int = 0
+    device: str | None = None
+    allowed: int = 0
 
 
 class Pool:
@@ -150,6 +166,9 @@ class Pool:
         self._errors: list[Mapping[str, Any]] = []
         self._lost: list[str] = []  # how each worker died that was not started again
         self._stopping = False
+        self._rooms: dict[str, Room] = {}
+        self._need: Need | None = None
+        self._fit = False  # whether all may load
 
     def run(self) -> bool:
         """Start the workers and wait for their end.
@@ -175,9 +194,10 @@ class Pool:
                         continue
                     if kind is not None:
                         self._heard(member, process, kind, content)
-                        continue
-                    ended = self._ended(member, process)
-                    good, stopped = good + (ended == "good"), stopped + (ended == "stopped")
+                    else:
+                        ended = self._ended(member, process)
+                        good, stopped = good + (ended == "good"), stopped + (ended == "stopped")
+                    self._admit()
             finally:
                 self._stop()
         self._raise(good)
@@ -237,12 +257,58 @@ class Pool:
             member.restarts = 0
         if kind == "error":
             self._errors.append(content)
+        elif kind == "ready":
+            member.device = content["device"]
+            self._look(content["device"], content)
+        elif kind == "loaded":
+            if not self._fit:
+                self._need = Need(content["held"], content["peak"])
+                self._look(content["device"], content)
         else:
             self._on_notice(Notice(member.orders.index + 1, process.pid, kind, content))
+
+    def _look(self, device: str, content: Mapping[str, Any]) -> None:
+        room = Room(content["free"], content["total"])
+        self._rooms[device] = room.within(self._rooms.get(device, room))
+
+    def _admit(self) -> None:
+        """Let the first worker load, and all when it is known that they fit."""
+        if self._stopping or not self._members:
+            return
+        first = self._members[0]
+        if not self._fit and self._need is not None and all(each.device is not None for each in self._members):
+            devices = [each.device for each in self._members if each.device is not None]
+            try:
+                warning = check_room(devices, self._rooms, self._need)
+            except InputError as error:
+                self._errors.append(
+                    {"what": error.what, "where": error.where, "hint": error.hint, "exit_code": error.exit_code}
+                )
+                self._stop()
+                return
+            if warning is not None:
+                self._tell(first, first.process, "memory", {"text": warning})
+            self._fit = True
+        for member in self._members if self._fit else [first]:
+            if member.device is not None:
+                self._allow(member, 2 if self._fit else 1)
+
+    def _allow(self, member: _Member, steps: int) -> None:
+        stdin = member.process.stdin
+        assert stdin is not None
+        while member.allowed < steps:
+            member.allowed += 1
+            try:
+                stdin.write("\n")
+                stdin.flush()
+            except BrokenPipeError:
+                return  # it has died: its end will be heard
 
     def _ended(self, member: _Member, process: subprocess.Popen[str]) -> Literal["good", "stopped", "bad", "again"]:
         """Decide what follows from a worker's end."""
         code = process.returncode
+        if member is self._members[0] and not self._fit:
+            self._need = None  # what it has loaded is gone
         if code == 0 or (self._stopping and code in _DELIBERATE):
             self._members.remove(member)
             return "good" if code == 0 else "stopped"
@@ -265,7 +331,7 @@ class Pool:
             return "bad"
         member.restarts += 1
         self._tell(member, process, "died", {"how": how, "restart": member.restarts})
-        member.process = self._spawn(member.orders)
+        member.process, member.device, member.allowed = self._spawn(member.orders), None, 0
         self._begin(member)
         return "again"
 

@@ -284,6 +284,7 @@ def open_study(
     splits: Sequence[Split] = ("validation",),
     progress: Progress = silent,
     ranks: Ranks = SOLO,
+    on_loaded: Callable[[Problem], None] | None = None,
 ) -> Session:
     """Create the study that a spec names, or join it.
 
@@ -295,6 +296,7 @@ def open_study(
         splits: what will be scored; each is read now, since a bad test split should not wait for the last trial.
         progress: told how far loading is.
         ranks: processes that share the work of a trial; only their leader calls this.
+        on_loaded: called when models and data are there, before anything is computed or written.
 
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
@@ -321,6 +323,8 @@ def open_study(
     for split in splits:
         for task in spec.tasks_on(split):
             problem.examples(task, split)
+    if on_loaded is not None:
+        on_loaded(problem)
     fingerprint = provenance.whole_fingerprint(spec, problem)
     if stored is not None:
         provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)

@@ -9,21 +9,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
+from dfmerge_studies.objective.problem import Problem, choose_device
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.signals import STOP, stop_this_process
 from dfmerge_studies.study.pool import Orders, device_of, threads_each
+from dfmerge_studies.study.room import Room, host_room
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.totals import owe
+from dfmerge_studies.study.validate import memory_estimate
 from dfmerge_studies.study.variants import baseline_specs
 from dfmerge_studies.trials.results import Event
 
 Say = Callable[..., None]
+Wait = Callable[[], None]
 _PHASE_SECONDS = 0.25  # between two reports of how far a phase is
+_LOOK_SECONDS = 0.5  # after which one who waits notices a signal, where waiting cannot be interrupted
 
 
 def read_orders(line: str) -> Orders:
@@ -53,28 +60,40 @@ def reporting() -> Iterator[Say]:
         yield say
 
 
-def stop_with_parent() -> None:
-    """Stop this process, its trial handed back, when its standard input ends."""
+def obey_parent() -> Wait:
+    """Stop this process, its trial handed back, when its standard input ends.
+
+    Returns:
+        A function that waits for the next line there: the parent lets this worker go on.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(STOP, interrupt)
+    allowed = threading.Semaphore(0)
 
-    def wait() -> None:
-        while os.read(0, 1024):
-            pass
+    def listen() -> None:
+        while said := os.read(0, 1024):
+            for _ in range(said.count(b"\n")):
+                allowed.release()
         stop_this_process()
 
-    threading.Thread(target=wait, name="stop-with-parent", daemon=True).start()
+    def wait() -> None:
+        while not allowed.acquire(timeout=_LOOK_SECONDS):
+            pass
+
+    threading.Thread(target=listen, name="obey-parent", daemon=True).start()
+    return wait
 
 
-def serve(orders: Orders, say: Say) -> bool:
+def serve(orders: Orders, say: Say, wait: Wait) -> bool:
     """Work as ordered: on the study, then on those of its baselines.
 
     Args:
         orders: from `read_orders`.
         say: from `reporting`.
+        wait: from `obey_parent`.
 
     Returns:
         Whether the work was not interrupted.
@@ -83,10 +102,34 @@ def serve(orders: Orders, say: Say) -> bool:
     torch.set_num_threads(threads)
     spec = orders.spec
     spec = spec.derive(device=device_of(spec.device, orders.index, torch.cuda.device_count()))
+    device = choose_device(spec)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # what names no device goes to the same one
     progress = _phases(say) if orders.phases else silent
-    session = open_study(spec, splits=orders.splits, progress=progress)
+    say("ready", device=str(device), **asdict(_room(device)))
+    before = _held(device)
+    wait()
+
+    def loaded(problem: Problem) -> None:
+        peak = memory_estimate(problem).peak_bytes
+        held = min(peak, max(0, _held(device) - before))  # more than that are modules that were imported meanwhile
+        say("loaded", device=str(device), held=held, peak=peak, **asdict(_room(device)))
+        wait()
+
+    session = open_study(spec, splits=orders.splits, progress=progress, on_loaded=loaded)
     say("joined", threads=torch.get_num_threads(), device=str(session.problem.resident.device))
     return all(_work(each, orders if each is session else None, say, progress) for each in (session, *_others(session)))
+
+
+def _room(device: torch.device) -> Room:
+    return Room(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else host_room()
+
+
+def _held(device: torch.device) -> int:
+    """Bytes of a device that this process has for itself."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_full_info().uss)
 
 
 def _others(session: Session) -> Iterator[Session]:

@@ -1,0 +1,207 @@
+"""Workers of one device are looked at for memory before they load: who fits, who is warned, who is refused."""
+
+from __future__ import annotations
+
+import sys
+from functools import reduce
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from dfmerge_studies.errors import InputError
+from dfmerge_studies.study import pool, room, worker
+from dfmerge_studies.study.pool import Notice, Orders, Pool
+from dfmerge_studies.study.room import Need, Room, check_room, host_room
+from tests import models
+from tests.processes import Worker, command
+from tests.project import Project, make_project
+
+GB = 10**9
+NEED = Need(held=10 * GB, peak=15 * GB)
+
+
+def test_workers_that_fit_are_not_spoken_of() -> None:
+    assert check_room(["cpu"] * 3, {"cpu": Room(35 * GB, 64 * GB)}, NEED) is None  # 3 x 15 - 10 that are loaded
+
+
+def test_a_warning_names_what_is_needed_what_is_free_and_how_many_fit() -> None:
+    warning = check_room(["cpu"] * 3, {"cpu": Room(34 * GB, 64 * GB)}, NEED)
+    assert warning is not None
+    for part in ("3 workers on this machine", "35.00 GB more", "34.00 GB are free", "--workers 2 fits"):
+        assert part in warning
+
+
+def test_what_others_hold_counts_and_not_the_size_of_the_device() -> None:
+    devices = ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    rooms = {"cuda:0": Room(60 * GB, 80 * GB), "cuda:1": Room(20 * GB, 80 * GB)}
+    warning = check_room(devices, rooms, NEED)
+    assert warning is not None
+    assert "2 workers on cuda:1 need about 30.00 GB in their trials" in warning
+    assert "20.00 GB are free (--workers 3 fits)" in warning
+    assert check_room(devices[:3], rooms, NEED) is None
+
+
+def test_workers_whose_weights_alone_exceed_a_device_are_refused_with_the_number_that_fits() -> None:
+    devices = [f"cuda:{index % 2}" for index in range(6)]
+    rooms = {device: Room(70 * GB, 24 * GB) for device in ("cuda:0", "cuda:1")}
+    with pytest.raises(
+        InputError, match=r"3 workers on cuda:0 hold 30.00 GB .*has 24.00 GB in all. --workers 4 fits"
+    ) as told:
+        check_room(devices, rooms, NEED)
+    assert told.value.where == "--workers"
+
+
+@pytest.mark.parametrize(("free", "advice"), [(5, "one fits, without --workers"), (4, "not even one fits")])
+def test_where_no_two_fit_it_is_said_whether_one_does(free: int, advice: str) -> None:
+    warning = check_room(["cpu"] * 2, {"cpu": Room(free * GB, 64 * GB)}, NEED)
+    assert warning is not None
+    assert advice in warning
+
+
+# --- what is free ----------------------------------------------------------------------------------------------------
+
+
+def grouped(folder: Path, monkeypatch: pytest.MonkeyPatch, own: str, files: dict[str, str]) -> Room:
+    (folder / "own").write_text(own)
+    for name, content in files.items():
+        file = folder / "fs" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    monkeypatch.setattr(room, "_CGROUPS", folder / "fs")
+    monkeypatch.setattr(room, "_OWN_GROUPS", folder / "own")
+    return host_room()
+
+
+def test_the_limit_of_a_container_or_a_batch_job_bounds_what_is_free(tmp_path: Path, monkeypatch) -> None:
+    files = {"job/memory.max": "1000000\n", "job/memory.current": "900000\n", "job/step/memory.max": "max\n"}
+    files |= {"job/step/memory.current": "5\n", "job/memory.stat": "anon 1\ninactive_file 300000\n"}
+    assert grouped(tmp_path, monkeypatch, "0::/job/step\n", files) == Room(400_000, 1_000_000)
+
+
+def test_the_limits_of_the_first_version_of_control_groups_are_read_too(tmp_path: Path, monkeypatch) -> None:
+    # As a container sees it: its own group is mounted as the root, and the path is one of the host's.
+    files = {"memory/memory.limit_in_bytes": "2000000\n", "memory/memory.usage_in_bytes": "500000\n"}
+    assert grouped(tmp_path, monkeypatch, "5:cpu:/\n4:memory:/docker/f00\n", files) == Room(1_500_000, 2_000_000)
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
+def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, monkeypatch, limit: str) -> None:
+    found = grouped(tmp_path, monkeypatch, "0::/\n", {"memory.max": limit, "memory.current": "5"})
+    assert found.total == psutil.virtual_memory().total
+    assert 0 < found.free <= found.total
+    monkeypatch.setattr(room, "_OWN_GROUPS", tmp_path / "none")
+    assert host_room().total == found.total
+
+
+# --- real workers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """An encoder of which a worker needs 30 MB: the model, base values, two task vectors, the sums of a merge."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"hidden_size": 96, "intermediate_size": 384}.items():
+            patch.setitem(models._BERT, name, value)
+        return make_project(tmp_path_factory.mktemp("room") / "project", "bert", rows=8, samples=3, layers=8)
+
+
+def _begin_small(arguments: list[str]) -> None:
+    """A worker that finds a machine of 45 MB."""
+    vars(worker)["host_room"] = lambda: Room(0, 45_000_000)
+    command(arguments)
+
+
+def _begin_full(arguments: list[str]) -> None:
+    """A worker that finds a large machine, of which little is free."""
+    vars(worker)["host_room"] = lambda: Room(1_000_000, 20 * GB)
+    command(arguments)
+
+
+class Small(Worker):
+    begins = staticmethod(_begin_small)
+
+
+class Full(Worker):
+    begins = staticmethod(_begin_full)
+
+
+def run(project: Project, workers: type[Worker], monkeypatch: pytest.MonkeyPatch, check: int) -> str:
+    monkeypatch.setattr(pool, "subprocess", SimpleNamespace(Popen=workers, PIPE=-1))
+    return project.cli("run", "spec.yaml", "--workers", "2", "--trials", "2", "--no-test", check=check).stderr
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_all_be_held_are_refused_before_anything_is_created(deep: Project, monkeypatch) -> None:
+    before = deep.files().keys()
+    told = run(deep, Small, monkeypatch, check=2)
+    assert "2 workers on this machine hold 0.0" in told
+    assert "has 0.04 GB in all. one fits, without --workers; dtype: bfloat16 takes half" in told
+    assert deep.files().keys() == before
+
+
+@pytest.mark.slow
+def test_workers_for_which_little_is_free_are_warned_and_work(deep: Project, monkeypatch) -> None:
+    told = run(deep, Full, monkeypatch, check=0)
+    assert told.count("memory may run out: 2 workers on this machine need about 0.0") == 1
+    assert deep.json("status", "spec.yaml")["trials"]["complete"] == 2
+
+
+# A worker without models: what it does is said on standard error, as "log".
+SCRIPT = """
+import json, sys
+index = json.loads(sys.stdin.readline())["index"]
+def go_on():
+    if not sys.stdin.readline(): sys.exit(130)
+def say(kind, **content): print(json.dumps({"kind": kind, **content}), flush=True)
+room = {"device": f"cuda:{index % 2}", "free": FREE, "total": TOTAL}
+say("ready", **room)
+go_on()
+print("loads", file=sys.stderr, flush=True)
+held = 10_000_000_000
+say("loaded", held=held, peak=15_000_000_000, **{**room, "free": FREE - held})
+go_on()
+if index == DYING: sys.exit(3)
+say("joined", threads=1, device=room["device"])
+"""
+
+
+def scripted(free: int, total: int, *, dying: int = -1, workers: int = 5) -> tuple[list[Notice], Pool]:
+    orders = [Orders({}, "spec.yaml", None, 1, [], index, workers) for index in range(workers)]
+    notices: list[Notice] = []
+    values = {"FREE": free, "TOTAL": total, "DYING": dying}
+    script = reduce(lambda text, name: text.replace(name, str(values[name])), values, SCRIPT)
+    made = Pool([sys.executable, "-c", script], orders, on_notice=notices.append, on_death=lambda: None)
+    return notices, made
+
+
+def kinds(notices: list[Notice]) -> list[tuple[str, int]]:
+    return [(notice.kind, notice.worker) for notice in notices]
+
+
+def test_on_several_cards_the_first_worker_loads_alone_and_the_fullest_card_decides() -> None:
+    notices, made = scripted(44 * GB, 80 * GB)  # three workers on cuda:0 need 45
+    made.run()
+    said: dict[str, Any] = {notice.kind: notice.content for notice in notices}
+    assert "3 workers on cuda:0 need about 35.00 GB more" in said["memory"]["text"]
+    assert "(--workers 4 fits)" in said["memory"]["text"]
+    order = kinds(notices)
+    assert {worker for kind, worker in order if kind == "log"} == {1, 2, 3, 4, 5}
+    assert all(order.index(("memory", 1)) < order.index(("log", each)) for each in (2, 3, 4, 5))
+
+
+def test_workers_that_a_card_cannot_hold_are_refused_and_none_but_the_first_has_loaded() -> None:
+    notices, made = scripted(23 * GB, 24 * GB, workers=6)
+    with pytest.raises(InputError, match=r"3 workers on cuda:0 hold 30.00 GB.*has 24.00 GB in all. --workers 4 fits"):
+        made.run()
+    assert kinds(notices) == [("log", 1)]
+
+
+def test_a_worker_that_dies_and_is_started_again_loads_without_being_asked_anew() -> None:
+    notices, made = scripted(79 * GB, 80 * GB, dying=1, workers=2)
+    made.run()
+    assert kinds(notices).count(("died", 2)) == pool.MAX_RESTARTS
+    assert ("joined", 1) in kinds(notices)
+    assert "memory" not in {notice.kind for notice in notices}
