@@ -12,6 +12,7 @@ from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.study.provenance import FINGERPRINT
 from dfmerge_studies.study.session import open_study, stored_study
+from dfmerge_studies.tasks import folding
 from tests.project import Project
 
 FAST = "dfmerge_studies.objective.computing.multiplies_bfloat16"
@@ -81,3 +82,18 @@ def test_weights_of_another_type_are_computed_in_their_own(project: Project) -> 
         StudySpec.from_yaml(project.file, ["dtype=bfloat16", "compute=bf16"])
     spec = StudySpec.from_yaml(project.file, ["dtype=bfloat16"])
     assert computing.with_compute(spec, torch.device("cpu")).compute == "auto"
+
+
+def test_a_study_whose_weights_have_16_bits_asks_about_folding_when_it_loads_and_in_no_trial(
+    project: Project, monkeypatch
+) -> None:
+    asked, ask = [], folding._ask
+    monkeypatch.setattr(folding, "_ask", lambda *arguments: asked.append(1) or ask(*arguments))
+    problem = load_problem(StudySpec.from_yaml(project.file, ["dtype=bfloat16"]))
+    assert 1 <= len(asked) <= len(problem.tasks)
+    before = len(asked)
+    merger = Merger(problem, METHODS["gta"], None)
+    for coefficient in (0.3, 0.7):
+        merger.merge_(dict.fromkeys(problem.experts, coefficient))
+        merger.scores("validation")
+    assert len(asked) == before

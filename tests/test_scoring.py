@@ -21,6 +21,7 @@ from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses, labels_of, length_batches, token_cost
+from dfmerge_studies.tasks.folding import folding_is_right, settle_folding
 from dfmerge_studies.tasks.scoring import forward_losses, probabilities
 from tests.models import FAMILIES, make_examples, make_model, randomise_
 from tests.test_fisher import loop_losses
@@ -95,16 +96,67 @@ def test_where_folding_would_be_wrong_it_is_found_out(build: Callable[[], PreTra
     assert any(abs(folded[i, c] - expected[i][c]) > 1e-3 for i in range(len(examples)) for c in range(len(expected[i])))
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 1), (torch.bfloat16, 3)])
-def test_a_model_is_asked_once_whether_folding_is_right_and_in_16_bits_each_time(
-    dtype: torch.dtype, passes: int
-) -> None:
-    model, examples, done = make_model("t5", dtype), make_examples("t5")[:1], []
+@pytest.mark.parametrize(("build", "family"), [(_bart, "t5"), (_mistral, "gpt2")], ids=["bart", "mistral"])
+def test_it_is_found_out_too_where_products_have_16_bits(build: Callable[[], PreTrainedModel], family: str) -> None:
+    model, spec, examples = build().eval(), FAMILIES[family], make_examples(family)
+    randomise_(model, torch.Generator().manual_seed(0))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not folding_is_right(model, spec.kind, examples, 0)
+
+
+def counted_passes(model: nn.Module) -> list[int]:
+    done: list[int] = []
     model.decoder.register_forward_hook(lambda *_: done.append(1))
-    first = choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
-    assert len(done) == 3  # apart, folded, and then what is asked for
-    assert choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0) == first
-    assert len(done) == 3 + passes
+    return done
+
+
+@pytest.mark.parametrize(("compute", "asked"), [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_a_model_is_asked_once_whether_folding_is_right_whatever_it_computes_in(
+    compute: torch.dtype, asked: int
+) -> None:
+    model, examples = make_model("t5"), make_examples("t5")[:1]
+    done = counted_passes(model)
+    with torch.autocast("cpu", dtype=compute, enabled=compute is torch.bfloat16):
+        first = choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+        assert len(done) == asked + 1  # apart and folded, as it is computed if that is another precision; the batch
+        assert choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0) == first
+    assert len(done) == asked + 2
+
+
+def test_in_weights_of_16_bits_it_is_asked_each_time_unless_it_was_settled_before() -> None:
+    model, examples = make_model("t5", torch.bfloat16).eval(), make_examples("t5")
+    done = counted_passes(model)
+    for _ in range(2):
+        choice_losses(model, Kind.TEXT_TO_TEXT, examples[:1], pad_id=0)
+    assert len(done) == 6
+    settle_folding(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+    done.clear()
+    for some in (examples, examples[:1], examples):
+        choice_losses(model, Kind.TEXT_TO_TEXT, some, pad_id=0)
+    assert len(done) == 3
+
+
+def test_what_was_settled_does_not_change_with_the_weights() -> None:
+    model, examples = make_model("t5", torch.bfloat16).eval(), make_examples("t5")
+    settle_folding(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # rounding grows with them: asked now, it might answer otherwise
+    done = counted_passes(model)
+    choice_losses(model, Kind.TEXT_TO_TEXT, examples, pad_id=0)
+    assert len(done) == 1
+
+
+def test_an_answer_holds_for_shorter_inputs_and_longer_ones_are_asked_about() -> None:
+    model, examples = make_model("t5"), make_examples("t5")
+    short, long = examples[0], replace(examples[0], input_ids=examples[0].input_ids * 3)
+    done = counted_passes(model)
+    passes = []
+    for some in ([short], [long], [long, short], [short]):
+        done.clear()
+        choice_losses(model, Kind.TEXT_TO_TEXT, some, pad_id=0)
+        passes.append(len(done))
+    assert passes == [3, 3, 1, 1]
 
 
 def test_a_model_whose_losses_are_not_finite_is_asked_again_whether_folding_is_right() -> None:

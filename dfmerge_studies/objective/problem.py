@@ -15,6 +15,7 @@ from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
+from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.groups import Groups, layer_groups, parameter_groups
 from dfmerge_studies.objective.inputs import (
     check_labels,
@@ -30,6 +31,7 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
+from dfmerge_studies.tasks.folding import settle_folding
 from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
@@ -337,8 +339,12 @@ def _load_problem(
         tasks[name] = TaskInputs(
             {"validation": scored_examples(spec, name, "validation", everything, classes)}, fisher, everything
         )
+    pad_id = padding_id(resident.tokenizer)
+    with computing(spec, device):  # the model has the base's weights, on every rank
+        for name, task in tasks.items():
+            settle_folding(resident.model, checkpoints.kinds[name], task.validation, pad_id)
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, padding_id(resident.tokenizer), ranks, classes)
+    return Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes)
 
 
 def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:

@@ -9,11 +9,10 @@ or not at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +21,14 @@ from dfmerge_studies.errors import InputError, RunError, out_of_memory
 from dfmerge_studies.params import evaluating
 from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.scoring import can_fold, forward_losses, precision_of
+from dfmerge_studies.tasks.folding import folding_is_right
+from dfmerge_studies.tasks.scoring import forward_losses
 
 T = TypeVar("T")
 TOKEN_BUDGET = 16384
 SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
 SCORED = 4  # tokens that a token of a text stands for in a batch, whose vocabulary takes more memory than its layers
 SHRINKAGE = 0.75  # and how short, against its dearest, an input must be for that
-FOLD_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; in 16 bits, rounding alone is of this size:
-FOLD_TOLERANCE_16_BIT = 5e-2
-_FOLDS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
 def row_length(example: Encoded, kind: Kind) -> int:
@@ -158,7 +155,7 @@ def _own_losses(
     mine = [examples[i] for i in share]
     results: list[list[Any]] = [[] for _ in mine]
     with evaluating(model), torch.inference_mode():
-        folded = _folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
+        folded = folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
         score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
         batches = length_batches(mine, kind, token_budget)
         tables: list[Tensor] = []  # on the device: to read one is to wait for it
@@ -206,52 +203,6 @@ def _checked(example: Encoded, losses: list[Any]) -> list[Any]:
             hint="The weights, or the precision they are run in, overflow; try float32, or smaller coefficients",
         )
     return present
-
-
-def _folding_is_right(model: nn.Module, kind: Kind, examples: Sequence[Encoded], pad_id: int) -> bool:
-    """Whether this model gives the same losses for choices folded into one sequence as for rows of their own.
-
-    It does unless it has absolute decoder positions, a sliding window or the like.  Rather than a list of
-    architectures, the inputs decide on which such differences are largest: the longest one, and the one with the most
-    tokens in its choices.  A model that cannot take a folded batch at all is not given any.  The answer lies in the
-    model's code, not in its weights, so each model is asked once about the same inputs; but in 16 bits, where rounding
-    comes near to the tolerance, each time, since a resumed study must answer as an uncut one does.
-    """
-    several = [example for example in examples if len(example.choices) > 1]
-    if not several or not can_fold(model, kind):
-        return False
-    lengths: tuple[Callable[[Encoded], int], ...] = (
-        lambda example: row_length(example, kind),
-        lambda example: sum(map(len, example.choices)),
-    )
-    probes = list({id(probe): probe for probe in (max(several, key=length) for length in lengths)}.values())
-    precision, known = precision_of(model), _FOLDS.setdefault(model, {})
-    asked = (precision, *((probe.input_ids, probe.choices) for probe in probes))
-    if asked not in known:
-        plain = [forward_losses(model, kind, [probe], pad_id=pad_id) for probe in probes]
-        tolerance = FOLD_TOLERANCE.get(precision, FOLD_TOLERANCE_16_BIT)
-        right = all(
-            _folds(model, kind, probe, losses, tolerance, pad_id) for probe, losses in zip(probes, plain, strict=True)
-        )
-        if precision not in FOLD_TOLERANCE or not torch.stack([losses.isfinite().all() for losses in plain]).all():
-            return right  # weights that overflow say nothing
-        known[asked] = right
-    return known[asked]
-
-
-def _folds(model: nn.Module, kind: Kind, probe: Encoded, plain: Tensor, tolerance: float, pad_id: int) -> bool:
-    """Whether an input's folded choices have the losses that they have in rows of their own."""
-    try:
-        folded = forward_losses(model, kind, [probe], pad_id=pad_id, folded=True)
-    except Exception as error:
-        if out_of_memory(error) is not None:
-            raise
-        return False
-    return _agree(plain, folded, tolerance)
-
-
-def _agree(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return bool(torch.allclose(a, b, rtol=tolerance, atol=tolerance))
 
 
 def labels_of(examples: Sequence[Encoded]) -> list[Any]:
