@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from dfmerge_studies.cli import common
+
+_SAMPLER = "optuna_dashboard.preferential.samplers.gp"
+
+
+@contextmanager
+def _without_their_sampler() -> Iterator[None]:
+    """Imports of optuna-dashboard without its sampler of preferential studies, which imports botorch and so torch.
+
+    It starts without botorch, too, and a server proposes nothing.
+    """
+    if _SAMPLER in sys.modules:
+        yield
+        return
+    sys.modules[_SAMPLER] = None  # type: ignore[assignment]  # "not installed", to whoever imports it
+    try:
+        yield
+    finally:
+        sys.modules.pop(_SAMPLER, None)
 
 
 def dashboard(
@@ -26,8 +47,9 @@ def dashboard(
     settings = common.load_spec(spec, overrides, storage=storage)
     common.check_early(settings, models=False, storage=True, create=False)
     common.quiet_libraries()
-    from dfmerge_studies.report.notes import artifact_folder
-    from dfmerge_studies.report.serving import Publisher, dashboard_server, is_loopback
+    with _without_their_sampler():
+        from dfmerge_studies.report.notes import artifact_folder
+        from dfmerge_studies.report.serving import Publisher, dashboard_server, is_loopback
     from dfmerge_studies.storage import open_storage, storage_errors
     from dfmerge_studies.study.plan import storage_url
 
