@@ -49,6 +49,7 @@ def load_adapter(
     model_class: ModelClass,
     *,
     dtype: torch.dtype,
+    config: PeftConfig | None = None,
     contents: Contents | None = None,
 ) -> PreTrainedModel:
     """Load a PEFT adapter on a fresh copy of the base and fold it into dense weights.
@@ -58,6 +59,7 @@ def load_adapter(
         base: the whole model that it sits on.
         model_class: the auto class that reads the base.
         dtype: of the base's weights in memory.
+        config: from `read_config`, if it has been read.
         contents: what files held when they were read before; is told what they hold now.
 
     Raises:
@@ -66,16 +68,14 @@ def load_adapter(
     """
     import torch
 
-    check_files(checkpoint)
     contents = contents or Contents()
-    contents.open(checkpoint)
-    config = _read_config(checkpoint, model_class)
+    config = config or read_config(checkpoint, model_class, contents)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _folded(checkpoint, config, base, model_class, dtype, contents)
         if not _all_in_the_file(config):
             torch.manual_seed(1)
-            anew = _read_config(checkpoint, model_class)
+            anew = read_config(checkpoint, model_class, contents)
             again = _folded(checkpoint, anew, base, model_class, dtype, contents)
             _check_drawn_alike(model, again, config, str(checkpoint.path))
     return model
@@ -105,8 +105,19 @@ def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-def _read_config(checkpoint: Checkpoint, model_class: ModelClass) -> PeftConfig:
-    """The adapter's configuration; what cannot be folded, or was not meant for such models, is refused by name."""
+def read_config(checkpoint: Checkpoint, model_class: ModelClass, contents: Contents) -> PeftConfig:
+    """The adapter's configuration; what cannot be folded, or was not meant for such models, is refused by name.
+
+    Args:
+        checkpoint: the directory of the adapter.
+        model_class: the auto class that reads the base.
+        contents: what files held when they were read before.
+
+    Raises:
+        InputError: peft is not installed, a file is damaged or missing, or no change of weights is meant.
+    """
+    check_files(checkpoint)
+    contents.open(checkpoint)
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -172,29 +183,16 @@ def _folded(
     contents: Contents,
 ) -> PreTrainedModel:
     """The base with the adapter folded into its weights."""
-    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, load_peft_weights
-
     where = str(checkpoint.path)
-    classes = _adapter_classes(checkpoint) if model_class.has_head else []
+    classes = adapter_classes(checkpoint) if model_class.has_head else []
     loaded = load_model(base, model_class, dtype=dtype, classes=classes, headless=True, contents=contents)
     model = loaded.model
     check_adapter_config(checkpoint, model, base_file=str(base.path))
     resize_(model, _rows_of_its_own(checkpoint, model) or rows_of(model))
     what, hint = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
-    with loading(where, what, hint), quiet_transformers(), private_copy(checkpoint, contents) as folder:
+    with loading(where, what, hint), quiet_transformers():
         before = plain(model, tokens=_named_tokens(config), generator=model_class is ModelClass.SEQ2SEQ)
-        wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
-        # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
-        result = wrapped.load_adapter(str(folder), "default")
-        brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
-    missing, odd = _missing(wrapped, result.missing_keys), _odd(config, result.unexpected_keys)
-    for what, names in (("is missing", missing), ("has no place in the base", odd)):
-        if names:
-            raise InputError(
-                f"tensor {min(names)} of the adapter {what}",
-                where=where,
-                hint="Copy the adapter again, or name the base that it was trained on",
-            )
+    wrapped, brought = attached(model, checkpoint, config, base, contents)
     what = f"this adapter of the type {_kind(config)} cannot be folded into weights"
     with loading(where, what, "Train one that only adds to weights, such as LoRA"), quiet_transformers():
         folded = fold(wrapped, before, where=where)
@@ -206,6 +204,45 @@ def _folded(
         hint="Save it with the adapter (modules_to_save), or name the base that it was trained on",
     )
     return folded
+
+
+def attached(
+    model: PreTrainedModel, checkpoint: Checkpoint, config: PeftConfig, base: Checkpoint, contents: Contents
+) -> tuple[Any, frozenset[str]]:
+    """A model with an adapter on it, loaded and active.
+
+    Args:
+        model: the base, or a shell of it; peft changes its modules.
+        checkpoint: the directory of the adapter.
+        config: its settings, which peft fills in.
+        base: where the base was read from.
+        contents: what files held when they were read before; is told what they hold now.
+
+    Returns:
+        PEFT's model around the base, and the names of the tensors that the adapter brings.
+
+    Raises:
+        InputError: the adapter lacks a tensor, or has one without a place in the base.
+        RunError: a file changed while it was being read, or between two reads.
+    """
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, load_peft_weights
+
+    where = str(checkpoint.path)
+    what, hint = f"this adapter does not fit the base {base.path}", "Name the base that the adapter was trained on"
+    with loading(where, what, hint), quiet_transformers(), private_copy(checkpoint, contents) as folder:
+        wrapped: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
+        # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
+        result = wrapped.load_adapter(str(folder), "default")
+        brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
+    missing, odd = _missing(wrapped, result.missing_keys), _odd(config, result.unexpected_keys)
+    for what, names in (("is missing", missing), ("has no place in the base", odd)):
+        if names:
+            raise InputError(
+                f"tensor {min(names)} of the adapter {what}",
+                where=where,
+                hint="Copy the adapter again, or name the base that it was trained on",
+            )
+    return wrapped, frozenset(brought)
 
 
 def _rows_of_its_own(checkpoint: Checkpoint, model: PreTrainedModel) -> int | None:
@@ -260,8 +297,15 @@ def _check_drawn_alike(a: PreTrainedModel, b: PreTrainedModel, config: PeftConfi
             )
 
 
-def _adapter_classes(checkpoint: Checkpoint) -> list[str]:
-    """Names of an adapter's classes: from its config.json, otherwise as many as the head that it brings has rows."""
+def adapter_classes(checkpoint: Checkpoint) -> list[str]:
+    """Names of an adapter's classes: from its config.json, otherwise as many as the head that it brings has rows.
+
+    Args:
+        checkpoint: the directory of the adapter.
+
+    Raises:
+        InputError: it has neither.
+    """
     config = checkpoint.read_config()
     if isinstance(config.get("id2label"), dict):
         return [str(name) for name in config["id2label"].values()]

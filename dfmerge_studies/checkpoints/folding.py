@@ -48,11 +48,12 @@ def plain(model: Any, *, tokens: Iterable[int] = (), generator: bool) -> Plain:
         generator: whether an encoder-decoder has to be given a decoder's tokens.
     """
     probes = probe_inputs(model, tokens=list(tokens), generator=generator)
-    tied = [(names, model.get_parameter(names[0]).detach().clone()) for names in _tied_names(model)]
+    tied = [(names, model.get_parameter(names[0]).detach().clone()) for names in tied_names(model)]
     return Plain(tied, probes, getattr(model.config, "tie_word_embeddings", None))
 
 
-def _tied_names(model: nn.Module) -> list[list[str]]:
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """The names of each tensor that goes by several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -83,7 +84,7 @@ def fold(wrapped: Any, before: Plain, *, where: str) -> PreTrainedModel:
     if before.tied_by_config is not None:  # peft saw that the copies are apart, and wrote it into the configuration
         folded.config.tie_word_embeddings = before.tied_by_config
     for logits, probe in zip(live, before.probes, strict=True):
-        _check_same(logits, probe_logits(folded, probe), next(folded.parameters()).dtype, where)
+        check_same_answers(logits, probe_logits(folded, probe), next(folded.parameters()).dtype, where)
     return folded  # type: ignore[no-any-return]  # peft types its return as Module
 
 
@@ -127,7 +128,18 @@ def _equal_but_for_rounding(a: Tensor, b: Tensor, original: Tensor) -> bool:
     return bool(((a - b).abs() <= 2 * torch.finfo(a.dtype).eps * size).all())
 
 
-def _check_same(live: Tensor, folded: Tensor, dtype: torch.dtype, where: str) -> None:
+def check_same_answers(live: Tensor, folded: Tensor, dtype: torch.dtype, where: str) -> None:
+    """Refuse an adapter whose outputs differ from those of the weights that it was made of.
+
+    Args:
+        live: logits under the adapter.
+        folded: logits of the weights.
+        dtype: of the weights.
+        where: the adapter, for messages.
+
+    Raises:
+        InputError: they differ by more than rounding.
+    """
     error = relative_error(folded, live)
     if not error <= TOLERANCE.get(dtype, TOLERANCE_16_BIT):
         raise InputError(

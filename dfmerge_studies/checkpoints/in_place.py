@@ -54,3 +54,18 @@ class InPlace:
         parameters = dict(self.model.named_parameters())
         for name in self.names:
             parameters[name].copy_(self.base[name])
+
+
+def put_head_on_(model: nn.Module, head: Mapping[str, Tensor]) -> None:
+    """Replace the parameters of a model's head, which may change its number of classes.
+
+    Args:
+        model: a classifier.
+        head: parameters by name; with none, nothing happens.
+    """
+    for name, tensor in head.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        if isinstance(module, nn.Linear) and leaf == "weight":
+            module.out_features, module.in_features = tensor.shape

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
+from dfmerge_studies.checkpoints.adapters import load_adapter, other_base, read_config
 from dfmerge_studies.checkpoints.digest import Contents, json_digest
+from dfmerge_studies.checkpoints.factored import Factored
 from dfmerge_studies.checkpoints.function import check_same_function
-from dfmerge_studies.checkpoints.in_place import InPlace
+from dfmerge_studies.checkpoints.in_place import InPlace, put_head_on_
 from dfmerge_studies.checkpoints.load import (
     Loaded,
     ModelClass,
@@ -24,6 +25,7 @@ from dfmerge_studies.checkpoints.load import (
     load_model,
     load_tokenizer,
 )
+from dfmerge_studies.checkpoints.lora import keep_factors
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.checkpoints.token_rows import Union, fit_
 from dfmerge_studies.checkpoints.vocabulary import reads_alike
@@ -61,16 +63,6 @@ class Resident(InPlace):
     def use_head_(self, task: str) -> None:
         """Put the head of one task on the model; nothing happens for models without heads."""
         put_head_on_(self.model, self.heads.get(task, {}))
-
-
-def put_head_on_(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Replace the parameters of a model's head, which may change its number of classes."""
-    for name, tensor in head.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-        if isinstance(module, nn.Linear) and leaf == "weight":
-            module.out_features, module.in_features = tensor.shape
 
 
 def head_names(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:
@@ -139,20 +131,11 @@ def load_resident(
     if classifier and not own & loaded.missing:
         whole = {name: p.detach().clone().to(device) for name, p in float_parameters(model).items() if name in own}
         heads = {guard: dict(whole) for guard in guards}
+    ours = _Base(base, loaded, tokenizer, model_class, dtype, own, theta_pre, union)
     for expert, checkpoint in experts.items():
         loading(expert)
-        found = _load_expert(checkpoint, base, model_class, dtype, loaded.unexpected, contents)
-        if union is None:
-            fit_(found.model, model, tokenizer, where=str(checkpoint.path))
-        else:
-            union.take_(expert, found.model, model, where=str(checkpoint.path))
-        theta = {name: parameter.detach() for name, parameter in float_parameters(found.model).items()}
-        head = {name: theta.pop(name) for name in list(theta) if name in own}
-        theta.update({name: theta_pre[name] for name in found.missing & theta_pre.keys()})  # of no use to anything
-        align(theta_pre, theta, base_file=str(base.path), expert_file=str(checkpoint.path))
-        if not checkpoint.is_adapter:
-            check_same_function(model, found.model, base_file=str(base.path), expert_file=str(checkpoint.path))
-        vectors.append(task_vector(expert, theta_pre, theta))
+        vector, head = ours.expert(expert, checkpoint, contents)
+        vectors.append(vector)
         task = task_of[expert]
         if classifier and head and task is not None:
             heads.setdefault(task, {name: tensor.to(device) for name, tensor in head.items()})
@@ -162,7 +145,7 @@ def load_resident(
     kept = {name: theta_pre[name].clone().to(device) for name in names}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     model.requires_grad_(False)
-    vectors = [TaskVector(v.expert, {n: d.to(device) for n, d in v.deltas.items()}) for v in vectors]
+    vectors = [TaskVector(v.expert, _moved(v.deltas, device)) for v in vectors]
     digests = {name: contents.digest(checkpoint) for name, checkpoint in experts.items()}
     return Resident(
         model=model,
@@ -203,29 +186,69 @@ def _united(base: str, experts: Mapping[str, str], union: Union) -> str:
     return json_digest([base, dict(experts), union.identity()])
 
 
-def _load_expert(
-    checkpoint: Checkpoint,
-    base: Checkpoint,
-    model_class: ModelClass,
-    dtype: torch.dtype,
-    tolerated: frozenset[str],
-    contents: Contents,
-) -> Loaded:
-    """An expert as a whole model; tensors without a place in the model are refused unless the base has them too."""
-    if checkpoint.is_adapter:
-        if note := other_base(checkpoint, base):
+def _moved(deltas: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    if isinstance(deltas, Factored):
+        return deltas.to(device)
+    return {name: delta.to(device) for name, delta in deltas.items()}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What an expert is compared with while it is loaded, all of it on the CPU."""
+
+    checkpoint: Checkpoint
+    loaded: Loaded
+    tokenizer: PreTrainedTokenizerBase
+    model_class: ModelClass
+    dtype: torch.dtype
+    own: frozenset[str]
+    theta_pre: Mapping[str, Tensor]
+    union: Union | None
+
+    def expert(self, name: str, checkpoint: Checkpoint, contents: Contents) -> tuple[TaskVector, dict[str, Tensor]]:
+        """An expert's task vector, and its head's parameters."""
+        if not checkpoint.is_adapter:
+            return self._compared(name, checkpoint, self._whole(checkpoint, contents))
+        if note := other_base(checkpoint, self.checkpoint):
             logger.warning("%s: %s", checkpoint.path, note)
-        model = load_adapter(checkpoint, base, model_class, dtype=dtype, contents=contents)
-        loaded = Loaded(model, frozenset(), frozenset())
-    else:
-        loaded = load_model(checkpoint, model_class, dtype=dtype, contents=contents)
-        if odd := loaded.unexpected - tolerated:
+        config = read_config(checkpoint, self.model_class, contents)
+        if self.union is None:
+            kept = keep_factors(
+                checkpoint, config, self.checkpoint, self.loaded, self.own, self.model_class, contents=contents
+            )
+            if kept is not None:
+                return TaskVector(name, kept.deltas), kept.head
+        model = load_adapter(
+            checkpoint, self.checkpoint, self.model_class, dtype=self.dtype, config=config, contents=contents
+        )
+        return self._compared(name, checkpoint, Loaded(model, frozenset(), frozenset()))
+
+    def _whole(self, checkpoint: Checkpoint, contents: Contents) -> Loaded:
+        """A whole model; tensors without a place in the model are refused unless the base has them too."""
+        loaded = load_model(checkpoint, self.model_class, dtype=self.dtype, contents=contents)
+        if odd := loaded.unexpected - self.loaded.unexpected:
             raise InputError(
-                f"tensor {min(odd)} has no place in this architecture and does not exist in the base {base.path}",
+                f"tensor {min(odd)} has no place in this architecture and does not exist in the base "
+                f"{self.checkpoint.path}",
                 where=str(checkpoint.path),
                 hint="It would be lost in a merge: fold it into the weights, or name another expert",
             )
-    return loaded
+        return loaded
+
+    def _compared(self, name: str, checkpoint: Checkpoint, found: Loaded) -> tuple[TaskVector, dict[str, Tensor]]:
+        """What differs between the base and an expert that is a model of its own."""
+        model, where, base_file = self.loaded.model, str(checkpoint.path), str(self.checkpoint.path)
+        if self.union is None:
+            fit_(found.model, model, self.tokenizer, where=where)
+        else:
+            self.union.take_(name, found.model, model, where=where)
+        theta = {name: parameter.detach() for name, parameter in float_parameters(found.model).items()}
+        head = {name: theta.pop(name) for name in list(theta) if name in self.own}
+        theta.update({name: self.theta_pre[name] for name in found.missing & self.theta_pre.keys()})  # of no use
+        align(self.theta_pre, theta, base_file=base_file, expert_file=where)
+        if not checkpoint.is_adapter:
+            check_same_function(model, found.model, base_file=base_file, expert_file=where)
+        return task_vector(name, self.theta_pre, theta), head
 
 
 def _check_architecture(checkpoint: Checkpoint, base: Checkpoint) -> None:

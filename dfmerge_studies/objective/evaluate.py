@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, other_base
 from dfmerge_studies.checkpoints.digest import Contents
+from dfmerge_studies.checkpoints.in_place import put_head_on_
 from dfmerge_studies.checkpoints.load import has_tokenizer, load_model, load_tokenizer
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
-from dfmerge_studies.checkpoints.resident import head_names, put_head_on_
+from dfmerge_studies.checkpoints.resident import head_names
 from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError

@@ -11,10 +11,11 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import model_digest
 from dfmerge_studies.checkpoints.heads import problem_type
+from dfmerge_studies.checkpoints.in_place import put_head_on_
 from dfmerge_studies.checkpoints.low_rank import lora_rank
 from dfmerge_studies.checkpoints.precision import in_precision, rounded, written_dtype
 from dfmerge_studies.checkpoints.reference import Checkpoint
-from dfmerge_studies.checkpoints.resident import head_classes, put_head_on_
+from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.checkpoints.write import (
     PROVENANCE,
     new_directory,

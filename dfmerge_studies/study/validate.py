@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
+from dfmerge_studies.checkpoints.factored import kept_tensors
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean
 from dfmerge_studies.importance.factors import factor_entries
@@ -154,7 +155,8 @@ def _shown(problem: Problem, task: str) -> Shown:
 def memory_estimate(problem: Problem) -> Estimate:
     """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
 
-    The resident model; theta_pre and one task vector per expert for the parameters that an expert changed; the two
+    The resident model; theta_pre and one task vector per expert (of a LoRA adapter its factors) for the parameters that
+    an expert changed; the two
     sums of the merge and one importance, in float32; the blocks of all experts; what the transform keeps; a trial's
     Fishers that wait to be written to the cache.
     """
@@ -171,6 +173,7 @@ def memory_estimate(problem: Problem) -> Estimate:
         stored = factor_entries(resident.model, resident.names, blocks)
     sums = (3 if importance else 1) * 4 * changed
     vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
+    kept_vectors = sum(t.numel() * t.element_size() for v in resident.task_vectors for t in kept_tensors(v.deltas))
     kept = TRANSFORMS[method.transform].kept(vectors, changed)
     fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" and blocks is None else 4) * stored
     kept += len(resident.task_vectors) * fisher_bytes if blocks is not None else 0  # all experts' until the merge
@@ -184,7 +187,7 @@ def memory_estimate(problem: Problem) -> Estimate:
         truncated_inputs={n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
         fisher_bytes=fisher_bytes,
         cache=_cache(problem.spec, fisher_bytes),
-        peak_bytes=width * (parameters + changed + vectors) + sums + kept + waiting,
+        peak_bytes=width * (parameters + changed) + kept_vectors + sums + kept + waiting,
         available_bytes=_available(problem),
         groups={group: sum(resident.base[n].numel() for n in names) for group, names in problem.groups.items()},
     )

@@ -41,6 +41,9 @@ class Computed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._compute(name, self._source[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._source  # without computing it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._source)
 

@@ -42,13 +42,14 @@ def estimate_low_rank(task_vectors: Sequence[TaskVector], streams: Streams) -> P
     @lru_cache(maxsize=1)
     @torch.no_grad()
     def estimated(mu: float) -> Moved:
-        shapes = {name: delta for vector in task_vectors for name, delta in vector.deltas.items()}
+        names = dict.fromkeys(name for vector in task_vectors for name in vector.deltas)
         found: list[dict[str, Tensor]] = [{} for _ in task_vectors]
         shift: dict[str, Tensor] = {}
-        for name, like in shapes.items():
-            tau = torch.stack(
-                [v.deltas.get(name, torch.zeros_like(like)).to(at_least_float32(like)) for v in task_vectors]
-            )
+        for name in names:
+            changes = [vector.deltas.get(name) for vector in task_vectors]
+            like = next(change for change in changes if change is not None)
+            whole = [torch.zeros_like(like) if change is None else change for change in changes]
+            tau = torch.stack([change.to(at_least_float32(change)) for change in whole])
             shift[name], deltas = alternate(tau, mu)
             for own, delta in zip(found, deltas, strict=True):
                 own[name] = delta

@@ -141,8 +141,8 @@ def _limits(delta: Tensor, density: float, gamma: float) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _trimmed(task_vectors: Sequence[TaskVector], density: float) -> Sequence[TaskVector]:
-    shapes = {name: delta for vector in task_vectors for name, delta in vector.deltas.items()}
-    kept = max(1, int(density * sum(delta.numel() for delta in shapes.values())))
+    entries = {name: delta.numel() for vector in task_vectors for name, delta in vector.deltas.items()}
+    kept = max(1, int(density * sum(entries.values())))
     thresholds = [_threshold(vector, kept) for vector in task_vectors]
 
     def trimmed(threshold: Tensor | float, name: str, delta: Tensor) -> Tensor:
