@@ -162,6 +162,15 @@ def test_shares_of_the_inputs_add_up_to_the_whole() -> None:
     assert_same(added, whole.values)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical"])
+def test_one_input_alone_takes_the_fast_way(family: str, estimator: str, caplog: pytest.LogCaptureFixture) -> None:
+    spec, examples = FAMILIES[family], make_examples(family)[:1]
+    options = {"pad_id": spec.pad_id, "estimator": estimator, "generator": torch.Generator().manual_seed(0)}
+    task_fisher(make_model(family), spec.kind, examples, **options)
+    assert not caplog.records
+
+
 def test_fewer_inputs_are_divided_by_their_own_number() -> None:
     model, examples = make_model("bert", torch.float64), make_examples("bert", inputs=2)
     found = engine("bert", model, examples)

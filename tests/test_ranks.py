@@ -73,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     ranks = start_ranks(ranks_child.main, folder, list(SIZES), folder=folder)
     ends = [done(rank) for rank in ranks]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    return folder, json.loads((folder / "result.json").read_text())
+    return folder, {**json.loads((folder / "result.json").read_text()), "errors": [errors for _, _, errors in ends]}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,11 @@ def test_fishers_of_two_ranks_are_those_of_one_process(
     norm = sum(float(value.double().square().sum()) for value in values.values())
     assert norm > 0
     assert (difference / norm) ** 0.5 < 1e-6  # sums in float32, in another order
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_one_input_takes_the_fast_way_too(two: tuple[Path, dict[str, Any]]) -> None:
+    assert not [errors for errors in two[1]["errors"] if "one row at a time" in errors]
 
 
 @pytest.mark.slow

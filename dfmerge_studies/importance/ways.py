@@ -18,7 +18,6 @@ from dfmerge_studies.errors import DFMergeError, RunError, first_line, out_of_me
 from dfmerge_studies.importance.passes import Job
 from dfmerge_studies.importance.rows import sum_by_rows
 from dfmerge_studies.methods import Estimator
-from dfmerge_studies.tasks.encoding import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def can_batch(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, 
     """
     known, key = _batched.setdefault(job.model, {}), (job.kind.value, frozenset(names))
     if key not in known:
-        why = _difference(replace(job, examples=_probes(job), estimator=Estimator.EXACT), names, sums)
+        why = _difference(_probing(job), names, sums)
         known[key] = why is None
         if why is not None:
             logger.warning(
@@ -48,11 +47,17 @@ def can_batch(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, 
     return known[key]
 
 
-def _probes(job: Job) -> list[Encoded]:
-    """The shortest input, and the next of another length, so that one of the two is padded."""
-    order = sorted(job.examples, key=lambda example: len(example.input_ids))
-    other = next((each for each in order if len(each.input_ids) > len(order[0].input_ids)), order[-1])
-    return [replace(example, choices=example.choices[:PROBED_CHOICES]) for example in (order[0], other)]
+def _probing(job: Job) -> Job:
+    """The exact sum over the shortest input and the next of another length, so that one of the two is padded.
+
+    Where there is no other, the one input is there twice.
+    """
+    lengths = [len(example.input_ids) for example in job.examples]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    other = next((i for i in order if lengths[i] > lengths[order[0]]), order[-1])
+    pair = [order[0], other]
+    probes = [replace(job.examples[i], choices=job.examples[i].choices[:PROBED_CHOICES]) for i in pair]
+    return replace(job, examples=probes, draws=job.draws[pair], estimator=Estimator.EXACT)
 
 
 def _difference(job: Job, names: Collection[str], sums: Callable[[Job], dict[str, Tensor]]) -> str | None:
