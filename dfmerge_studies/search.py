@@ -24,6 +24,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from dfmerge_studies.descent import RATE, DescentSampler
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.joint import JointSampler
 from dfmerge_studies.storage import id_of
@@ -202,6 +203,7 @@ class SamplerSettings:
         grid: values by name, for the grid.
         kappa: of `ucb`, weight of the deviation against the mean.
         goal: of `auto`, what task scores are worth together.
+        rate: of `gradient`, length of a step.
     """
 
     space: Space
@@ -209,6 +211,7 @@ class SamplerSettings:
     grid: Mapping[str, Sequence[float]] | None = None
     kappa: float = 2.576
     goal: Goal = PLAIN_MEAN
+    rate: float = RATE
 
 
 def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -230,6 +233,10 @@ def _auto(settings: SamplerSettings, seed: int) -> BaseSampler:
     )
 
 
+def _gradient(settings: SamplerSettings, seed: int) -> BaseSampler:
+    return DescentSampler(space=settings.space, rate=settings.rate)
+
+
 def _random(settings: SamplerSettings, seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
@@ -243,6 +250,7 @@ SAMPLERS: dict[str, Callable[[SamplerSettings, int], BaseSampler]] = {
     "auto": _auto,
     "gp": _gp,
     "random": _random,
+    "gradient": _gradient,
     "grid": _grid,
     "ucb": _ucb,
 }
@@ -282,6 +290,7 @@ def make_sampler(
     grid: Mapping[str, Sequence[float]] | None = None,
     kappa: float = 2.576,
     goal: Goal = PLAIN_MEAN,
+    rate: float = RATE,
 ) -> BaseSampler:
     """Build the sampler of a study, of one objective or several.
 
@@ -294,6 +303,7 @@ def make_sampler(
         grid: values by name, for the grid sampler.
         kappa: of `ucb`, weight of the deviation against the mean.
         goal: of `auto`, what task scores are worth together.
+        rate: of `gradient`, length of a step, as a share of the range.
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
@@ -311,7 +321,7 @@ def make_sampler(
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
-    settings = SamplerSettings(space, startup_trials, grid, kappa, goal)
+    settings = SamplerSettings(space, startup_trials, grid, kappa, goal, rate)
     row = SAMPLERS[name]
     row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
     return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

@@ -22,6 +22,7 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.slopes import Sample
 from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Group
 from dfmerge_studies.spec import StudySpec
@@ -175,3 +176,16 @@ def main(folder: Path, families: list[str]) -> None:
         group.follow()
     group.leave()
     (folder / f"threads-{group.rank}.json").write_text(json.dumps(gloo_threads()))
+
+
+def slopes(folder: Path, point: Point, sample: Sample) -> None:
+    """One rank of a slope; the leader writes it into the folder."""
+    group = Group("cpu")
+    if not group.leader:
+        group.follow()
+        return
+    problem = load_problem(StudySpec.from_yaml(folder / "spec.yaml"), ranks=group)
+    found = Merger(problem, problem.spec.row, None).run(point, sample=sample).slope
+    assert found is not None
+    (folder / "slopes.json").write_text(json.dumps({"loss": found.loss, "slopes": dict(found.slopes)}))
+    group.leave()

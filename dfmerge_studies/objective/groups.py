@@ -1,5 +1,6 @@
 """Groups of parameters that have a coefficient of their own, by `search.granularity`.
 
+    layers           `embeddings`, `block1` for the first layer, and so on, `final`
     blocks: K        `embeddings`, `block1` to `blockK`, `final`: K runs of consecutive layers, as equal as they can be;
                      of several stacks (encoder, decoder) one after the other
     groups: {...}    the parameters whose name each regular expression finds, and `rest`
@@ -41,6 +42,8 @@ def parameter_groups(spec: StudySpec, model: nn.Module, names: Sequence[str]) ->
     if settings is None:
         return {}
     where = spec.where(FIELD)
+    if settings.each is not None:
+        return layer_groups(model, names)
     if settings.groups is not None:
         group_of = _by_expression(settings.groups, names, [n for n, _ in model.named_parameters()], where)
         order = [*settings.groups, REST]

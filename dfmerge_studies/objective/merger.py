@@ -35,6 +35,7 @@ from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.protection import Directions, damp_, directions_
 from dfmerge_studies.objective.raced import Raced, race
+from dfmerge_studies.objective.slopes import Sample, Slope, loss_gradient, slopes_along
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.points import Coefficient, Point
 from dfmerge_studies.progress import Progress, counted, silent
@@ -111,6 +112,7 @@ class Outcome:
         computed: Fishers that were computed.
         cached: Fishers that came from the cache.
         raced: how it went against the incumbent, None without one; of a merge that was stopped there is no score.
+        slope: of the loss along the coefficients, where it was asked for.
     """
 
     tasks: dict[str, float] = field(default_factory=dict)
@@ -119,6 +121,7 @@ class Outcome:
     computed: int = 0
     cached: int = 0
     raced: Raced | None = None
+    slope: Slope | None = None
 
 
 class Merger:
@@ -148,35 +151,43 @@ class Merger:
         self.method = method
         self.progress = progress
         self.importances = Importances(problem, method, cache, uses)
+        self._weighed: list[Weights | None] = []  # the experts' importances of a merge whose slope is asked for
 
     @_everywhere
-    def run(self, point: Point | Mapping[str, float], rival: Rival | None = None) -> Outcome:
+    def run(
+        self, point: Point | Mapping[str, float], rival: Rival | None = None, sample: Sample | None = None
+    ) -> Outcome:
         """Merge at a point and score every task's validation inputs.
 
         Args:
             point: coefficients and parameters of the method; or the coefficients alone, by expert.
             rival: the incumbent, if scoring stops as soon as the merge cannot win against it.
+            sample: rows that the slope of the loss along the coefficients is taken of, if it is asked for.
 
         Raises:
             RunError: something is not finite, or memory ran out.
         """
         self.ask_experts_("validation")
-        merged = self.merge_(point)
+        merged = self.merge_(point, keep=sample is not None)
+        start = time.perf_counter()
+        slope = self._slope(point, sample) if sample is not None else None
+        spent = {"gradient": time.perf_counter() - start} if sample is not None else {}
         start = time.perf_counter()
         raced = None if rival is None else race(self, rival)
         found = self.results("validation") if raced is None else raced.results
         tasks = {task: result.score for task, result in found.items()}
         rows = {task: list(result.rows) for task, result in found.items() if result.rows is not None}
-        seconds = {**merged.seconds, "evaluate": time.perf_counter() - start}
-        return replace(merged, tasks=tasks, rows=rows, seconds=seconds, raced=raced)
+        seconds = {**merged.seconds, **spent, "evaluate": time.perf_counter() - start}
+        return replace(merged, tasks=tasks, rows=rows, seconds=seconds, raced=raced, slope=slope)
 
     @_everywhere
     @memory_errors()
-    def merge_(self, point: Point | Mapping[str, float]) -> Outcome:
+    def merge_(self, point: Point | Mapping[str, float], *, keep: bool = False) -> Outcome:
         """Write the merged weights into the resident model, without scoring them.
 
         Args:
             point: coefficients and parameters of the method; or the coefficients alone, by expert.
+            keep: the importances, for a slope.
 
         Raises:
             RunError: an importance or a weight is not finite.
@@ -185,6 +196,13 @@ class Merger:
             point = Point(point, self.method.complete({}))
         resident, spec, at = self.problem.resident, self.problem.spec, self._coefficients(point)
         hits: list[bool] = []
+        self._weighed = []
+
+        def weight(index: int) -> Weights | None:
+            values = importance(index)
+            if keep:
+                self._weighed.append(values)
+            return values
 
         def importance(index: int) -> Weights | None:
             if self.method.importance is Importance.UNIFORM:
@@ -201,12 +219,23 @@ class Merger:
         directions, vectors = self._protected, self._transformed(point.parameters)
         preparing = time.perf_counter() - start
         base = start_of(vectors, resident.base)
-        seconds = merge_into_(resident.model, base, vectors, at, importance, floor=spec.importance.floor)
+        seconds = merge_into_(resident.model, base, vectors, at, weight, floor=spec.importance.floor)
         if directions:
             parameters = dict(resident.model.named_parameters())
             damp_(parameters, resident.base, directions, point.parameters[STRENGTH.name])
         seconds["merge"] += preparing
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
+
+    @memory_errors()
+    def _slope(self, point: Point | Mapping[str, float], sample: Sample) -> Slope:
+        """Slope of the loss at the merge that has just been made, whose importances were kept."""
+        if not isinstance(point, Point):
+            point = Point(point, self.method.complete({}))
+        weighed, self._weighed = self._weighed, []
+        loss, gradient = loss_gradient(self.problem, sample, self.progress)
+        groups = self._groups if point.groups else {}
+        vectors, floor = self._transformed(point.parameters), self.problem.spec.importance.floor
+        return Slope(loss, slopes_along(gradient, vectors, weighed, groups, floor=floor))
 
     def _coefficients(self, point: Point) -> dict[str, Coefficient]:
         return point.spread(self._groups if point.groups else {})

@@ -71,6 +71,7 @@ _SAMPLERS = {
     "auto": "one Gaussian process per task in a trust region",
     "gp": "Optuna's Gaussian process of the objective",
     "random": "uniform draws",
+    "gradient": "steps down the loss",
 }
 
 

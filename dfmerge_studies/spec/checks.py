@@ -34,6 +34,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_nothing_to_split(spec),
         *_unknown_tasks(spec),
         *_unknown_protected(spec),
+        *_without_slopes(spec),
         *_rows_lacking(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
@@ -150,6 +151,24 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
         of_experts = ", ".join(name for name, row in METHODS.items() if row.searches)
         what = f"the method {spec.method!r} has no coefficient per expert to make finer"
         yield "search.granularity", what, f"Leave it out, use one of {of_experts}, or search: per-expert"
+
+
+def _without_slopes(spec: StudySpec) -> Iterator[Finding]:
+    """What `sampler: gradient` cannot descend on."""
+    search, row = spec.search, spec.row
+    if search.sampler != "gradient" or not row.searches:
+        return
+    if spec.objective.kind not in ("mean", "weighted"):
+        what = f"sampler: gradient descends a mean of losses, and the objective is {spec.objective.kind}"
+        yield "objective", what, "Use mean or weighted, or sampler: auto"
+    if row.importance.blocks is not None:
+        yield "method", f"{spec.method!r} has importance in blocks, whose slopes are not known", "Use sampler: auto"
+    if row.searched:
+        own = ", ".join(each.name for each in row.searched)
+        what = f"sampler: gradient has slopes of coefficients only, and {own} would be searched beside them"
+        yield f"parameters.{spec.method}", what, "Give a value to each of them, or use sampler: auto"
+    if spec.protect is not None:
+        yield "protect", "sampler: gradient does not know the step that protect takes away", "Use sampler: auto"
 
 
 def _rows_lacking(spec: StudySpec) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ SEARCHES: Mapping[str, Mapping[str, Any]] = {
     # arXiv 2504.18992, section 5: 10 uniform trials, then 50 by expected improvement of the mean under one process.
     "paper": {"sampler": "gp", "acquisition": "ei", "trials": 60, "startup_trials": 10, "bounds": [0.0, 1.0]},
     "per-expert": {"coefficients": "per-expert"},
+    "gradient": {"sampler": "gradient", "granularity": "layers", "trials": 20},
 }
 
 
@@ -96,15 +97,16 @@ class WarmStart(Settings):
 
 
 class Granularity(Settings):
-    """Coefficients that are finer than an expert's whole model; one of the two ways."""
+    """Coefficients that are finer than an expert's whole model; one of the three ways."""
 
+    each: Literal["layer"] | None = Field(None, description="layer: every layer, as the short form `layers` has it")
     blocks: int | None = Field(None, gt=0, le=limits.LAYERS, description="so many runs of consecutive layers")
     groups: dict[str, str] | None = Field(None, description="regular expressions of parameters' names, by group")
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Granularity:
-        if (self.blocks is None) == (self.groups is None):
-            raise ValueError("write model, {blocks: K} or {groups: {NAME: REGEX, ...}}")
+    def _one_of_three(self) -> Granularity:
+        if (self.each, self.blocks, self.groups).count(None) != 2:
+            raise ValueError("write model, layers, {blocks: K} or {groups: {NAME: REGEX, ...}}")
         return self
 
     @field_validator("groups")
@@ -134,10 +136,15 @@ class SearchSettings(Settings):
     coefficients: Literal["method", "per-expert"] = Field(
         "method", description="per-expert: search one per expert, also where the method has one shared value on a grid"
     )
-    sampler: Literal["auto", "gp", "random"] | None = Field(
+    sampler: Literal["auto", "gp", "random", "gradient"] | None = Field(
         None,
         description="auto: one Gaussian process per task in a trust region; gp: Optuna's; random: uniform draws; "
+        "gradient: steps down the loss of validation rows, best with granularity: layers; "
         f"null: what the study has, of a new one {DEFAULT_SAMPLER}",
+    )
+    rate: float = Field(0.05, gt=0, le=1, description="of gradient: length of a step, as a share of the bounds' range")
+    gradient_rows: int = Field(
+        32, gt=0, le=limits.COUNT, description="of gradient: validation rows per task, drawn anew for each trial"
     )
     acquisition: Literal["ei", "ucb"] = Field(
         "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
@@ -152,8 +159,8 @@ class SearchSettings(Settings):
     seed: int = Field(0, ge=0, le=limits.SEED, description="of everything random")
     granularity: Granularity | None = Field(
         None,
-        description="what has a coefficient of its own: model, every expert; {blocks: K} or {groups: {NAME: REGEX}}, "
-        "every group of an expert's parameters",
+        description="what has a coefficient of its own: model, every expert; layers, {blocks: K} or "
+        "{groups: {NAME: REGEX}}, every group of an expert's parameters",
     )
     holdout: int | float | None = Field(
         None,
@@ -204,7 +211,7 @@ class SearchSettings(Settings):
     @field_validator("granularity", mode="before")
     @classmethod
     def _model_is_the_usual(cls, value: Any) -> Any:
-        return None if value == "model" else value
+        return {"model": None, "layers": {"each": "layer"}}.get(value, value) if isinstance(value, str) else value
 
     @field_validator("holdout")
     @classmethod
@@ -225,10 +232,10 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _raced_trials_teach_the_model(self) -> SearchSettings:
-        if self.race is not None and (self.sampler == "gp" or self.acquisition == "ucb"):
+        if self.race is not None and (self.sampler in ("gp", "gradient") or self.acquisition == "ucb"):
             raise ValueError(
                 "racing needs sampler: auto or random; gp and ucb learn nothing from trials that were stopped, and "
-                "would propose their points again"
+                "would propose their points again, and gradient needs the slope of every trial"
             )
         return self
 
@@ -240,8 +247,14 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _gains_are_expected_by_a_model(self) -> SearchSettings:
-        if self.stop == "gain" and (self.acquisition == "ucb" or self.sampler == "random"):
+        if self.stop == "gain" and (self.acquisition == "ucb" or self.sampler in ("random", "gradient")):
             raise ValueError("stop: gain needs the expected improvement of sampler: auto or gp; patience needs none")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_have_any_length(self) -> SearchSettings:
+        if self.sampler == "gradient" and self.step is not None:
+            raise ValueError("sampler: gradient takes steps of any length; leave step out")
         return self
 
     @property

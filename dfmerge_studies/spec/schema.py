@@ -27,7 +27,7 @@ def spec_schema() -> dict[str, Any]:
     _also(fields["search"], {"enum": list(SEARCHES), "description": "all fields of a search by one word"})
     search = schema["$defs"]["SearchSettings"]["properties"]
     search["warm_start"]["anyOf"].append({"type": "string", "description": "name of a study in the same storage"})
-    search["granularity"]["anyOf"].append({"enum": ["model"], "description": "every expert has one coefficient"})
+    search["granularity"]["anyOf"].append({"enum": ["model", "layers"], "description": "one of an expert, of a layer"})
     # A task without a type is of the type choice: which of the two it is, the required fields of both say.
     fields["tasks"]["additionalProperties"].pop("discriminator")
     return {"$schema": DRAFT, **schema}

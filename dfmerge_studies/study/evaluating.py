@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.methods import Coefficients
+from dfmerge_studies.objective.slopes import Sample, Slope
 from dfmerge_studies.points import Point, fine_name
 from dfmerge_studies.spec import TRACED
 from dfmerge_studies.study.proposals import inside
 from dfmerge_studies.study.provenance import TRACED_POINT
 from dfmerge_studies.study.races import Races
 from dfmerge_studies.study.rows import rows_attribute
-from dfmerge_studies.study.value import rounded_seconds, standing, trial_result
-from dfmerge_studies.trials.marks import FISHERS, SECONDS
+from dfmerge_studies.study.value import rounded_seconds, standing, task_weights, trial_result
+from dfmerge_studies.tasks.sampling import draw_rows, seeded_generator
+from dfmerge_studies.trials.marks import FISHERS, GRADIENT, SECONDS
 from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.results import TrialResult
 
@@ -51,6 +53,23 @@ class Trials:
         point = session.method.point(values, session.problem.experts, session.plan.groups)
         return point.on_step(session.spec.search.step)
 
+    def _sample(self, place: int) -> Sample | None:
+        """Rows that a trial's slope is taken of, where the sampler needs one; a repeated trial has the same."""
+        session, spec = self._session, self._session.spec
+        if session.plan.proposer != "gradient" or not session.method.searches:
+            return None
+        weights = task_weights(spec.objective, dict.fromkeys(spec.aims, 0.0))
+        rows = {
+            task: draw_rows(
+                len(session.problem.examples(task, "validation")),
+                spec.search.gradient_rows,
+                seeded_generator(spec.search.seed, "gradient", task, str(place)),
+            )
+            for task, weight in weights.items()
+            if weight > 0
+        }
+        return Sample(rows, weights)
+
     def __call__(self, point: Mapping[str, float], place: int) -> TrialResult:
         """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept.
 
@@ -61,11 +80,12 @@ class Trials:
         session, spec = self._session, self._session.spec
         at, incumbent = self._asked(point), self._races.incumbent(place)
         with session.merger.importances.shelf.trial() as fishers:
-            outcome = session.merger.run(at, self._races.rival(incumbent))
+            outcome = session.merger.run(at, self._races.rival(incumbent), self._sample(place))
             attributes = {
                 SECONDS: rounded_seconds(outcome.seconds),
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
                 **self._races.attribute(incumbent, outcome.raced),
+                **slope_attribute(outcome.slope),
             }
             if outcome.raced is not None and outcome.raced.stopped is not None:
                 return self._races.pruned(at, outcome.raced, attributes)
@@ -84,6 +104,15 @@ class Trials:
                 self._best = reached
                 fishers.keep()
         return result
+
+
+def slope_attribute(slope: Slope | None) -> dict[str, Any]:
+    """What a trial keeps of the loss's slope.
+
+    Args:
+        slope: None where none was asked for.
+    """
+    return {} if slope is None else {GRADIENT: {"loss": slope.loss, "slopes": dict(slope.slopes)}}
 
 
 def traced_points(session: Session) -> list[dict[str, float]]:

@@ -64,6 +64,7 @@ from dfmerge_studies.trials.results import Event, TrialResult, ignore
 logger = logging.getLogger(__name__)
 
 _NOT_SCIENCE = ("trials", "enqueue", "warm_start", "patience", "stop")  # fields of a search that may change
+_OF_SLOPES = ("rate", "gradient_rows")  # which no scoring function gives
 _METRIC = "score"  # what the numbers of a scoring function are called; of each, higher is better
 
 Score = Callable[[Any], Mapping[str, float] | float]
@@ -186,6 +187,9 @@ def optimize_merge(
     if settings.race is not None:
         what = "`score` gives numbers of whole models: rows that a trial could be stopped on are not known"
         raise InputError(what, where="racing", hint="Leave it out")
+    if settings.sampler == "gradient":
+        what = "`score` gives numbers and no slopes, and gradient descends"
+        raise InputError(what, where="sampler", hint="Use auto, gp or random")
     if TRACED in settings.enqueue:
         raise InputError("random tokens need the models of a spec", where="enqueue", hint=f"Leave {TRACED!r} out")
     if method is not None and settings.coefficients == "per-expert":
@@ -377,7 +381,7 @@ class _Search(Generic[Model]):
         """What decides the results, as far as it can be compared."""
         merger, place = self.merger, self.merger.place
         unmerged = dict(merger.model.named_parameters())
-        searched = self.settings.model_dump(mode="json", exclude={"sampler", *_NOT_SCIENCE})
+        searched = self.settings.model_dump(mode="json", exclude={"sampler", *_OF_SLOPES, *_NOT_SCIENCE})
         return {
             "made by": "optimize_merge",
             "method": merger.method.name,

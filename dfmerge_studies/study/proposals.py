@@ -84,9 +84,12 @@ def study_sampler(
             grid=method.grid or None,
             kappa=search.kappa,
             goal=goal,
+            rate=search.rate,
         )
 
-    return TiedSampler(of(space.coarse), of(space), space=space, total=stored_total) if space.tied else of(space)
+    if not space.tied or sampler == "gradient":  # a slope costs the same for one coefficient or many
+        return of(space)
+    return TiedSampler(of(space.coarse), of(space), space=space, total=stored_total)
 
 
 def goal_of(objective: ObjectiveSettings, metrics: Metrics, allowed: Mapping[str, float]) -> Goal:

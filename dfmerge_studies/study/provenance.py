@@ -76,6 +76,7 @@ _FORMERLY: Mapping[str, Any] = {
     "protect": None,
 }
 COMPUTE, _FORMER_COMPUTE = "compute", "float32"  # the same; a new study states what `auto` means on its device
+_OF_STEPS = ("rate", "gradient_rows")
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
 _FORMER_SAMPLER = "gp"
 
@@ -109,6 +110,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         **stated_sampler(search),
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
+        **({f"search.{each}": getattr(search, each) for each in _OF_STEPS} if search.sampler == "gradient" else {}),
         "search.startup_trials": search.startup_trials,
         **({RACING: search.race.model_dump()} if search.race is not None and spec.row.coefficients.chosen else {}),
         **({GRANULARITY: granularity} if (granularity := _granularity(spec)) is not None else {}),

@@ -26,6 +26,10 @@ What a result has; each of its method's parameters is another, under the paramet
 What a trial of a raced study has besides (see `racing.py`); one that was pruned has no tasks, drops and rows:
 
     raced         against which trial, on how many rows; of a pruned one estimates of the value and of task scores
+
+What a trial has besides whose study descends (see `descent.py`):
+
+    gradient      the loss of some validation rows, and its slope along each coefficient
 """
 
 from __future__ import annotations
@@ -56,6 +60,7 @@ FISHERS = "fishers"
 DROPS = "drops"
 ROWS = "rows"
 RACED = "raced"
+GRADIENT = "gradient"
 FIXED = "fixed_params"  # Optuna's own system attribute of a trial that was enqueued
 
 
