@@ -362,7 +362,12 @@ def test_a_study_keeps_its_sampler_and_refuses_another_rate(project: Project) ->
     assert "search.rate: the study has 0.05, this run has 0.1" in refused
     more = project.json("run", "spec.yaml", "--no-test", "--set", "search.sampler=null", "--trials", "3")
     assert more["search"]["sampler"] == "gradient"
-    assert "gradient (steps down the loss)" in project.cli("status", "spec.yaml").stdout
+    status = project.cli("status", "spec.yaml").stdout
+    assert "gradient (steps down the loss)" in status
+    ends = more["descent"]
+    assert (ends["first"]["trial"], ends["last"]["trial"]) == (0, 2)
+    assert f"{ends['first']['loss']:.3f} in trial 0, {ends['last']['loss']:.3f} in trial 2" in status
+    assert more["seconds_per_trial"]["gradient"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the sampler expected of proposed trials, as they keep it: the value, the gain, the trust region."""
+"""What the sampler expected of proposed trials, as they keep it: the value, the gain, the trust region, the loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.tasks.metrics import Metrics
-from dfmerge_studies.trials.marks import PROPOSAL, place_of
+from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, place_of
 
 
 def expected_of(trial: FrozenTrial) -> Mapping[str, Any]:
@@ -45,6 +45,32 @@ def gain_text(left: Mapping[str, Any], metrics: Metrics) -> str:
     return f"{mean.shown(left['gain'], 2)}{points} at most, when trial {left['trial']} was proposed"
 
 
+def descent_of(trials: Sequence[FrozenTrial]) -> dict[str, Any] | None:
+    """How far a study that descends has come: the loss of the rows that its first and its last slope were taken of.
+
+    Args:
+        trials: of one study, in whatever order.
+
+    Returns:
+        `first` and `last`, each a `trial` and its `loss`; None for other studies.
+    """
+    sloped = sorted((trial for trial in trials if GRADIENT in trial.user_attrs), key=place_of)
+    if not sloped:
+        return None
+    ends = {"first": sloped[0], "last": sloped[-1]}
+    return {name: {"trial": t.number, "loss": float(t.user_attrs[GRADIENT]["loss"])} for name, t in ends.items()}
+
+
+def descent_text(descent: Mapping[str, Any]) -> str:
+    """That in a few words.
+
+    Args:
+        descent: from `descent_of`.
+    """
+    first, last = (f"{end['loss']:.3f} in trial {end['trial']}" for end in (descent["first"], descent["last"]))
+    return f"{first}, {last}, of other rows each"
+
+
 def expectation_text(trial: FrozenTrial, metrics: Metrics) -> str | None:
     """What was expected of a trial and where it was looked for, in a sentence; None where nothing was.
 
@@ -53,6 +79,8 @@ def expectation_text(trial: FrozenTrial, metrics: Metrics) -> str | None:
         metrics: of the scores.
     """
     expected, mean = expected_of(trial), metrics.mean
+    if GRADIENT in trial.user_attrs:
+        return f"Loss of the rows that its slope was taken of: {trial.user_attrs[GRADIENT]['loss']:.3f}."
     if "mean" not in expected:
         return None
     text = f"Expected {mean.shown(mean.worth(expected['mean']))} ± {mean.shown(expected['deviation'])}"

@@ -9,7 +9,7 @@ import optuna
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.points import GROUPS
-from dfmerge_studies.report.expectations import gain_left
+from dfmerge_studies.report.expectations import descent_of, gain_left
 from dfmerge_studies.report.pace import pace, workers_alive
 from dfmerge_studies.report.races import races_of
 from dfmerge_studies.report.verdict import verdict_of
@@ -49,6 +49,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
         "stopped": stop_of(study),
         "racing": races_of(trials),
         "expected_gain": gain_left(trials),
+        "descent": descent_of(trials),
         "metric": metrics.text,
         "task_metrics": metrics.names,
         "guards": metrics.guards,
@@ -61,7 +62,7 @@ def study_summary(study: optuna.Study, plan: Plan, former: Mapping[str, Any] | N
             kind: sum(trial.user_attrs[FISHERS][kind] for trial in completed) for kind in ("computed", "cached")
         },
         "seconds_per_trial": {
-            phase: round(sum(trial.user_attrs[SECONDS][phase] for trial in completed) / len(completed), 4)
+            phase: round(sum(trial.user_attrs[SECONDS].get(phase, 0.0) for trial in completed) / len(completed), 4)
             for phase in (completed[0].user_attrs[SECONDS] if completed else ())
         },
     }

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfmerge_studies.methods import STRENGTH, label, method_named
-from dfmerge_studies.report.expectations import gain_text
+from dfmerge_studies.report.expectations import descent_text, gain_text
 from dfmerge_studies.report.races import races_text
 from dfmerge_studies.study.warm_start import origin_text
 from dfmerge_studies.tasks.metrics import Metrics
@@ -177,6 +177,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
                     table.add_row(name, f"{'  '.join(drops)}{within}")
     if summary["expected_gain"] is not None:
         table.add_row("gain to come", gain_text(summary["expected_gain"], metrics))
+    if summary["descent"] is not None:
+        table.add_row("loss", descent_text(summary["descent"]))
     if summary["seconds_per_trial"]:
         phases = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in summary["seconds_per_trial"].items())
         table.add_row("seconds per trial", phases)
