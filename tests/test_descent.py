@@ -24,6 +24,7 @@ from dfmerge_studies.search import make_sampler
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.supervised import answer_losses
+from dfmerge_studies.tasks.tags import IGNORED
 from dfmerge_studies.trials.marks import DRAWN, GRADIENT, PLACE, PROPOSAL
 from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
@@ -32,6 +33,8 @@ from tests.models import make_model
 from tests.project import EXPERTS, Project, make_project, start_ranks
 from tests.test_generate_tasks import generating
 from tests.test_in_memory import target_score, toys
+from tests.test_lm_eval import CASES, harness_project
+from tests.test_token_classification import expert as tagger
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 TWO = {"groups": {"attention": "attention|Attention|attn", "mlp": "DenseReluDense|mlp|intermediate"}}
@@ -101,6 +104,17 @@ def test_the_losses_of_heads_that_pick_no_class_are_those_of_their_kind() -> Non
         alone = [number(input_ids=torch.tensor([row.input_ids])).logits[0, 0] for row in rows]
         found = answer_losses(number, Kind.REGRESSION, targets, pad_id=0).tolist()
     assert found == pytest.approx([0.5 * (float(z) - 0.5) ** 2 for z in alone], rel=1e-9)
+
+
+def test_the_loss_of_tags_is_the_mean_over_the_words_that_have_one() -> None:
+    model = tagger(1, ["a", "b", "c"]).double().eval()
+    row = Encoded(0, (2, 7, 9, 5, 3), label=(1, IGNORED, 2), words=(1, 2, 3))
+    shorter = Encoded(1, (2, 5, 3), label=(0,), words=(1,))
+    with torch.no_grad():
+        z = model(input_ids=torch.tensor([row.input_ids])).logits[0]
+        found = answer_losses(model, Kind.TOKENS, [row, shorter], pad_id=0)
+    expected = cross_entropy(z[[1, 3]], torch.tensor([1, 2]))
+    assert float(found[0]) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_a_row_without_a_label_is_named() -> None:
@@ -402,3 +416,30 @@ def test_a_scoring_function_of_one_s_own_has_no_slopes() -> None:
     base, experts = toys()
     with pytest.raises(InputError, match="no slopes"):
         optimize_merge(base, experts, target_score, method="gta", sampler="gradient")
+
+
+def test_tasks_of_lm_evaluation_harness_descend_on_their_targets(tmp_path: Path) -> None:
+    cases = {name: CASES[name][0] for name in ("shots", "written")}
+    project = harness_project(tmp_path / "p", **cases)
+    session = open_study(descending(project, method="gta", search={"trials": 3}))
+    session.run()
+    assert all(each[2]["loss"] > 0 for each in history(session))
+    assert len({json.dumps(each[0]) for each in history(session)}) == 3
+
+
+def test_texts_that_a_model_writes_descend_on_their_tokens(tmp_path: Path) -> None:
+    project = generating(tmp_path, "llama")
+    session = open_study(descending(project, method="gta", search={"trials": 3, "rate": 0.002, "gradient_rows": 50}))
+    session.run()
+    losses = [each[2]["loss"] for each in history(session)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_a_row_without_an_answer_is_refused_before_anything_is_stored(project: Project) -> None:
+    with (project.folder / "red.validation.jsonl").open("a") as file:
+        file.write(json.dumps({"input": "a question", "choices": ["yes", "no"], "label": None}) + "\n")
+    project.write(search={"sampler": "gradient"})
+    refused = project.cli("run", "spec.yaml", check=2).stderr
+    assert "row 24" in refused
+    assert not list(project.folder.glob("*.db"))

@@ -19,12 +19,15 @@ from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Importance, Method
 from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.objective.slopes import Sample, loss_gradient
+from dfmerge_studies.progress import silent
 from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers, writer_of
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.evaluate import choice_losses, row_length
 from dfmerge_studies.tasks.generation import Writer, written
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.tasks.settings import HarnessTask
+from dfmerge_studies.tasks.supervised import check_answer
 
 # Losses of an input alone and in a batch, relative and absolute; a model that sees its neighbours is off by far more.
 TOLERANCE = 1e-3
@@ -45,8 +48,11 @@ def rehearse_(problem: Problem, method: Method) -> None:
     kind = " ".join(filter(None, (method.importance.blocks, estimator.value)))
     for task in problem.tasks:
         scored, weighed = (task, "scores"), (task, kind)
-        unweighed = method.importance is Importance.UNIFORM or problem.spec.tasks[task].guard
+        guard, sloped = problem.spec.tasks[task].guard, (task, "slope")
+        unweighed = method.importance is Importance.UNIFORM or guard
         needed = {scored} if unweighed else {scored, weighed}
+        if problem.spec.search.sampler == "gradient" and method.searches and not guard:
+            needed |= {sloped}
         if needed <= problem.rehearsed:
             continue
         _put_expert_on_(problem, task)
@@ -54,6 +60,8 @@ def rehearse_(problem: Problem, method: Method) -> None:
             _score(problem, task)
         if weighed in needed:
             _weigh(problem, method, task)
+        if sloped in needed:
+            _descend(problem, task)
         problem.rehearsed |= needed
 
 
@@ -159,6 +167,15 @@ def _weigh(problem: Problem, method: Method, task: str) -> None:
             compact=True,
             blocks=method.importance.blocks,
         )
+
+
+def _descend(problem: Problem, task: str) -> None:
+    """The loss of all answers must be there to descend on, and its gradient of two."""
+    examples = sorted(problem.examples(task, "validation"), key=lambda each: row_length(each, problem.kinds[task]))
+    with _named(problem, task, "differentiated"):
+        for example in examples:
+            check_answer(problem.kinds[task], example)
+        loss_gradient(problem, Sample({task: [0, len(examples) - 1]}, {task: 1.0}), silent)
 
 
 @contextmanager

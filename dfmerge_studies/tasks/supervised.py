@@ -46,17 +46,32 @@ def answer_losses(model: nn.Module, kind: Kind, batch: Sequence[Encoded], *, pad
     if kind in HEADED:
         return _HEADS[kind](head_outputs(model, kind, batch, pad_id), labels_of(batch))
     for example in batch:
-        if not example.choices:
-            raise InputError(
-                "the row has no target text that a loss could be taken of",
-                where=f"row {example.index}",
-                hint="Use another sampler: this one needs a loss of every row",
-            )
+        check_answer(kind, example)
     table = forward_losses(model, kind, batch, pad_id=pad_id)
     right = torch.tensor([example.label or 0 for example in batch], device=table.device)[:, None]
     alone = torch.tensor([len(example.choices) == 1 for example in batch], device=table.device)
     among = -torch.log_softmax(-table, dim=-1).gather(1, right)
     return torch.where(alone, table[:, 0], among[:, 0])
+
+
+def check_answer(kind: Kind, example: Encoded) -> None:
+    """Refuse an input whose right answer has no loss.
+
+    Args:
+        kind: how the model answers.
+        example: the input.
+
+    Raises:
+        InputError: it has no label, or no text that could be its answer.
+    """
+    if kind in HEADED or len(example.choices) > 1:
+        labels_of([example])
+    elif not example.choices:
+        raise InputError(
+            "the row has no target text that a loss could be taken of",
+            where=f"row {example.index}",
+            hint="Use another sampler: gradient needs a loss of every row",
+        )
 
 
 def _numbers(z: Tensor, labels: Sequence[Any]) -> Tensor:
