@@ -20,8 +20,9 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.params import TaskVector
 from dfmerge_studies.study.validate import memory_estimate
+from dfmerge_studies.tasks.batches import make_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.scoring import continuation_losses, head_outputs, make_rows, probabilities
+from dfmerge_studies.tasks.scoring import continuation_losses, head_outputs, probabilities
 from tests.models import FAMILIES, make_examples, make_model
 
 M, SHAPE = 3, (4, 5)

@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Estimator
+from dfmerge_studies.tasks.batches import pad, pad_mask
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.scoring import pad, pad_mask
 from dfmerge_studies.tasks.tags import IGNORED
 
 Batch = Sequence[Encoded]

@@ -13,19 +13,10 @@ from dfmerge_studies.importance.capture import Capture
 from dfmerge_studies.importance.directions import directions, drawn_choices, labels_of_all
 from dfmerge_studies.importance.fisher import add_rows_
 from dfmerge_studies.methods import Blocks, Estimator
+from dfmerge_studies.tasks.batches import Rows, device_of, make_rows
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.generation import Writer
-from dfmerge_studies.tasks.scoring import (
-    Relabel,
-    Rows,
-    continuation_losses,
-    decode,
-    device_of,
-    encode,
-    head_outputs,
-    make_rows,
-    probabilities,
-)
+from dfmerge_studies.tasks.scoring import Relabel, continuation_losses, decode, encode, head_outputs, probabilities
 from dfmerge_studies.tasks.tags import IGNORED
 
 

@@ -16,17 +16,9 @@ from dfmerge_studies.importance.directions import directions
 from dfmerge_studies.importance.passes import Job, check_finite, drawn_tokens, only_chosen
 from dfmerge_studies.methods import Estimator
 from dfmerge_studies.params import at_least_float32, evaluating
+from dfmerge_studies.tasks.batches import device_of, make_rows
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
-from dfmerge_studies.tasks.scoring import (
-    Relabel,
-    continuation_losses,
-    decode,
-    device_of,
-    encode,
-    head_outputs,
-    make_rows,
-    probabilities,
-)
+from dfmerge_studies.tasks.scoring import Relabel, continuation_losses, decode, encode, head_outputs, probabilities
 
 
 def sum_by_rows(

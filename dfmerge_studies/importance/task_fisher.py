@@ -38,10 +38,10 @@ from dfmerge_studies.importance.ways import can_batch
 from dfmerge_studies.methods import Blocks, Estimator
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.batches import device_of
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.evaluate import length_batches
 from dfmerge_studies.tasks.generation import Writer, write_tokens
-from dfmerge_studies.tasks.scoring import device_of
 
 ROW_BUDGET = 8192
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import out_of_memory
 from dfmerge_studies.params import evaluating
+from dfmerge_studies.tasks.batches import device_of
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.scoring import can_fold, device_of, forward_losses, precision_of
+from dfmerge_studies.tasks.scoring import can_fold, forward_losses, precision_of
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # relative; in 16 bits, rounding alone is of this size:
 TOLERANCE_16_BIT = 5e-2

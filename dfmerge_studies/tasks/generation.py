@@ -22,9 +22,9 @@ from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.params import evaluating
 from dfmerge_studies.ranks import SOLO, Ranks
+from dfmerge_studies.tasks.batches import device_of, pad, pad_mask
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, length_batches, shared_out
-from dfmerge_studies.tasks.scoring import device_of, pad, pad_mask
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

@@ -19,57 +19,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.batches import Rows, device_of, pad, pad_mask, rows_of, texts_of
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.placing import once
 from dfmerge_studies.tasks.tags import IGNORED
 
 # From logits (R, T, vocabulary) and the tokens (R, T) that were read to the labels (R, T) that are scored there.
 Relabel = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The (input, choice) pairs of a batch, in input order, choices of an input side by side.
-
-    Attributes:
-        owner: (R,) position in the batch of each row's input.
-        choice: (R,) index of each row's choice among those of its input.
-        targets: (R, T) token ids of the choices, `IGNORED` where padded.
-        most: the largest number of choices of an input, C; known here, since to ask a device for it is to wait for it.
-    """
-
-    owner: Tensor
-    choice: Tensor
-    targets: Tensor
-    most: int
-
-    def grid(self, losses: Tensor, inputs: int) -> Tensor:
-        """Row losses (R,) laid out as (inputs, C), infinite where an input has no such choice.
-
-        Args:
-            losses: (R,) one loss per row.
-            inputs: inputs in the batch.
-        """
-        table = losses.new_full((inputs, self.most), torch.inf)
-        return table.index_put((self.owner, self.choice), losses)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter, where batches must be put.
-
-    Args:
-        model: a model with at least one parameter.
-    """
-    return next(model.parameters()).device
 
 
 def probabilities(losses: Tensor) -> Tensor:
@@ -79,69 +42,6 @@ def probabilities(losses: Tensor) -> Tensor:
         losses: (..., C) losses, C choices or classes.
     """
     return torch.softmax(-losses, dim=-1)
-
-
-def pad(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> Tensor:
-    """Token sequences as one (n, longest) tensor of int64, padded on the right with `value`.
-
-    Args:
-        sequences: n sequences of token ids.
-        value: id to pad with.
-        device: where the tensor is put.
-    """
-    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
-    return pad_sequence(rows, batch_first=True, padding_value=value).to(device)
-
-
-def pad_mask(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """(n, longest) int64 mask of `pad`: 1 for tokens, 0 for padding.
-
-    Args:
-        sequences: n sequences of token ids.
-        device: where the mask is put.
-    """
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return (torch.arange(int(lengths.max())) < lengths[:, None]).long().to(device)
-
-
-def make_rows(batch: Sequence[Encoded], device: torch.device) -> Rows:
-    """Every (input, choice) pair of a batch.
-
-    Args:
-        batch: B inputs.
-        device: where the tensors are put.
-
-    Raises:
-        InputError: an input without choices, or a choice without tokens.
-    """
-    for example in batch:
-        if not example.choices or not all(example.choices):
-            raise InputError(
-                "an input has no choices, or a choice has no tokens",
-                where=f"row {example.index}",
-                hint="Check doc_to_choice for this row",
-            )
-    owner = [i for i, example in enumerate(batch) for _ in example.choices]
-    choice = [c for example in batch for c in range(len(example.choices))]
-    targets = pad([tokens for example in batch for tokens in example.choices], IGNORED, device)
-    most = max(len(example.choices) for example in batch)
-    return Rows(torch.tensor(owner, device=device), torch.tensor(choice, device=device), targets, most)
-
-
-@once
-def _rows(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> Rows:
-    return make_rows(batch, device_of(model))
-
-
-@once
-def _texts(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """What an encoder is given: texts, their mask, and segments where the tokenizer makes some."""
-    device, texts = device_of(model), [example.input_ids for example in batch]
-    inputs = {"input_ids": pad(texts, pad_id, device), "attention_mask": pad_mask(texts, device)}
-    if any(example.token_type_ids is not None for example in batch):
-        types = [example.token_type_ids or (0,) * len(example.input_ids) for example in batch]
-        inputs["token_type_ids"] = pad(types, 0, device)
-    return inputs
 
 
 def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -166,7 +66,7 @@ def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
     """Encoder output (B, S, d) of a text-to-text model, and its mask (B, S)."""
-    inputs = _texts(model, batch, pad_id)
+    inputs = texts_of(model, batch, pad_id)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     encoder: Any = model.get_encoder()  # type: ignore[operator]  # nn.Module's attributes are typed Tensor | Module
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
@@ -377,7 +277,7 @@ def head_outputs(model: nn.Module, kind: Kind, batch: Sequence[Encoded], pad_id:
         (B, K) scores of classes or labels; (B, 1) numbers of a regression; (B, W, K) scores of the tags of the words, W
         the most that an input has, of no meaning where one has fewer.
     """
-    logits: Tensor = model(**_texts(model, batch, pad_id)).logits
+    logits: Tensor = model(**texts_of(model, batch, pad_id)).logits
     if kind is Kind.TOKENS:
         places = _words(model, batch, pad_id)
         logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
@@ -418,7 +318,7 @@ def forward_losses(
     if kind in HEADED:
         z = head_outputs(model, kind, batch, pad_id)
         return z if kind in (Kind.REGRESSION, Kind.MULTI_LABEL) else -torch.log_softmax(z, dim=-1)
-    rows = _rows(model, batch, pad_id)
+    rows = rows_of(model, batch, pad_id)
     if kind is Kind.CAUSAL:
         way = _fold_continuations if folded else continuation_losses
         return rows.grid(way(model, batch, rows, pad_id), len(batch))

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.batches import pad
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.evaluate import labels_of
-from dfmerge_studies.tasks.scoring import forward_losses, head_outputs, mean_token_loss, pad
+from dfmerge_studies.tasks.scoring import forward_losses, head_outputs, mean_token_loss
 from dfmerge_studies.tasks.tags import IGNORED
 
 
