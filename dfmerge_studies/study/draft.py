@@ -63,6 +63,10 @@ class _DraftedTask:
     builder: str = "json"
     rows: list[Mapping[str, Any]] = field(default_factory=list)
 
+    @property
+    def columns(self) -> list[str]:
+        return list(self.rows[0]) if self.rows else []
+
 
 def draft_spec(models: Sequence[str], data: Sequence[str], *, base: str | None, folder: Path) -> str:
     """The text of a spec.
@@ -246,8 +250,7 @@ def _expert(name: str, model: str, task: str | None, folder: Path) -> str:
 
 
 def _task_lines(name: str, task: _DraftedTask, kind: str, owner: Checkpoint | None, tokenizer: Any) -> list[str]:
-    columns = list(task.rows[0]) if task.rows else []
-    where = f"--data: {name}"
+    columns, where = task.columns, f"--data: {name}"
     if kind == "token-classification":
         first, label = word_columns(task.rows, where)
         second = None
@@ -272,7 +275,7 @@ def _task_lines(name: str, task: _DraftedTask, kind: str, owner: Checkpoint | No
             if written and label is not None
             else head_lines(head, task.rows, label, owner)
             if classifier and owner is not None and head != "classification"
-            else _chosen_lines(task.rows, columns, label, classifier, owner, where)
+            else _chosen_lines(task, label, _classes(owner) if classifier else None, where)
         ),
         *(["    training_split: training"] if "training" in task.files else []),
         *(["    test_split: test  # only ever reported"] if "test" in task.files else []),
@@ -322,38 +325,30 @@ def _written_lines(rows: Sequence[Mapping[str, Any]], label: str, tokenizer: Any
     ]
 
 
-def _chosen_lines(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
-    label: str | None,
-    classifier: bool,
-    owner: Checkpoint | None,
-    where: str,
-) -> list[str]:
-    lines = _choice_lines(rows, columns, label, classifier, owner, where)
+def _chosen_lines(task: _DraftedTask, label: str | None, classes: Sequence[str] | None, where: str) -> list[str]:
+    """What is chosen from, and which column says what is right."""
     target = [f"    doc_to_target: {yaml_text(label)}  # the right one, by its text or its index"] if label else []
-    return lines + target
+    return [_choice_line(task, label, classes, where), *target]
 
 
-def _choice_lines(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
-    label: str | None,
-    classifier: bool,
-    owner: Checkpoint | None,
-    where: str,
-) -> list[str]:
-    names = list(known_names(class_names(owner, "classification"))) if classifier and owner is not None else []
-    if names:
-        return [f"    doc_to_choice: {yaml_flow(names)}  # the classes of the expert's head, in its order"]
-    lists = [c for c in columns if all(isinstance(row[c], (list, tuple)) for row in rows)]
-    chosen = None if classifier else _named(columns, _CHOICES) or next(iter(lists), None)
+def _classes(owner: Checkpoint | None) -> list[str]:
+    """Names of the classes of an expert's head, none where it says none."""
+    return list(known_names(class_names(owner, "classification"))) if owner is not None else []
+
+
+def _choice_line(task: _DraftedTask, label: str | None, classes: Sequence[str] | None, where: str) -> str:
+    """What is chosen from; `classes` are those of the expert's head as far as it names them, None without a head."""
+    if classes:
+        return f"    doc_to_choice: {yaml_flow(list(classes))}  # the classes of the expert's head, in its order"
+    headed = classes is not None
+    lists = [c for c in task.columns if all(isinstance(row[c], (list, tuple)) for row in task.rows)]
+    chosen = None if headed else _named(task.columns, _CHOICES) or next(iter(lists), None)
     if chosen is not None:
-        return [f"    doc_to_choice: {yaml_text(chosen)}  # a column that holds a list"]
-    values = {row[label] for row in rows if isinstance(row[label], (str, int))} if label is not None else set()
+        return f"    doc_to_choice: {yaml_text(chosen)}  # a column that holds a list"
+    values = {row[label] for row in task.rows if isinstance(row[label], (str, int))} if label is not None else set()
     words = sorted(value for value in values if isinstance(value, str))
-    if classifier and not words:
-        return ["    # doc_to_choice: [name, …]  # names of the classes, in the order of the head"]
+    if headed and not words:
+        return "    # doc_to_choice: [name, …]  # names of the classes, in the order of the head"
     if not words and values:
         words = [str(number) for number in range(max(int(value) for value in values) + 1)]
     if not words or len(words) > _MOST_CLASSES:
@@ -362,8 +357,8 @@ def _choice_lines(
             where=where,
             hint="Add a column `choices` with a list of texts",
         )
-    note = "the labels of the data" + (", to be put into the order of the expert's head" if classifier else "")
-    return [f"    doc_to_choice: {yaml_flow(words)}  # {note}"]
+    note = "the labels of the data" + (", to be put into the order of the expert's head" if headed else "")
+    return f"    doc_to_choice: {yaml_flow(words)}  # {note}"
 
 
 def _length(rows: Sequence[Mapping[str, Any]], first: str, second: str | None, tokenizer: Any) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.frames import Frame, delimiter_of, encoder_input, is_long
 from dfmerge_studies.tasks.prompts import check_template, prompt_text, turns_of
 from dfmerge_studies.tasks.settings import ChoiceTask, GenerateTask, OwnTask, PromptedTask, TextTask
-from dfmerge_studies.tasks.texts import TextSize
+from dfmerge_studies.tasks.tokenise_texts import encode_prompt, encode_question, encode_target, encode_text
 from dfmerge_studies.tasks.words import encode_words
 
 if TYPE_CHECKING:
@@ -100,21 +101,21 @@ def encode_rows(
     """
     limit = _limit(task.max_length, _room(task, kind, longest, where), where)
     if isinstance(task, GenerateTask):
-        frame = _Frame.of(tokenizer, (row.text for row in rows))
-        encode = _encode_prompt if kind is Kind.CAUSAL else _encode_question
+        frame = Frame.of(tokenizer, (row.text for row in rows))
+        encode = encode_prompt if kind is Kind.CAUSAL else encode_question
         encoded = [encode(row, task, tokenizer, frame, limit) for row in rows]
     elif isinstance(task, TextTask) and kind is Kind.CAUSAL:
-        frame = _Frame.of(tokenizer, (row.choices[0] for row in rows))
-        encoded = [_encode_text(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
+        frame = Frame.of(tokenizer, (row.choices[0] for row in rows))
+        encoded = [encode_text(row, task.target_delimiter, tokenizer, frame, limit, where) for row in rows]
     elif isinstance(task, TextTask) and kind is Kind.TEXT_TO_TEXT:
-        encoded = [_encode_target(row, tokenizer, limit, where) for row in rows]
+        encoded = [encode_target(row, tokenizer, limit, where) for row in rows]
     elif kind is Kind.CAUSAL:
         assert isinstance(task, ChoiceTask)
-        frame = _Frame.of(tokenizer, (row.text.rstrip() for row in rows))
-        encoded = [_encode_causal(row, _delimiter(task, row), tokenizer, frame, limit, where) for row in rows]
+        frame = Frame.of(tokenizer, (row.text.rstrip() for row in rows))
+        encoded = [_encode_causal(row, delimiter_of(task, row), tokenizer, frame, limit, where) for row in rows]
     elif kind is Kind.TEXT_TO_TEXT:
         assert isinstance(task, ChoiceTask)
-        around = _Frame.of(tokenizer, (row.text for row in rows)) if _is_long(task) else None
+        around = Frame.of(tokenizer, (row.text for row in rows)) if is_long(task) else None
         encoded = [_encode_pair_of_texts(row, tokenizer, around, limit, longest, where) for row in rows]
     elif kind is Kind.TOKENS:
         encoded = encode_words(rows, tokenizer, limit, where)
@@ -170,26 +171,16 @@ def _limit(wanted: int | None, longest: int | None, where: str) -> int | None:
     return wanted if wanted is not None else longest
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _delimiter(task: PromptedTask, row: Row) -> str:
-    """What stands between prompt and answer: in a chat nothing, unless the answer has begun there."""
-    begun = row.prefix and not row.prefix[-1].isspace()
-    return task.target_delimiter if begun or not task.chat else ""
-
-
 def _encode_pair_of_texts(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
-    frame: _Frame | None,
+    frame: Frame | None,
     limit: int | None,
     longest: int | None,
     where: str,
 ) -> Encoded:
     """One input of a text-to-text model; with a frame it is cut at its beginning, otherwise at its end."""
-    whole, cut = _encoder_input(row, tokenizer, frame, limit)
+    whole, cut = encoder_input(row, tokenizer, frame, limit)
     nothing, *choices = (
         tuple(tokenizer(text_target=choice, verbose=False)["input_ids"]) for choice in ("", *row.choices)
     )
@@ -208,72 +199,8 @@ def _encode_pair_of_texts(
     return Encoded(row.index, tuple(whole), tuple(choices), row.label, None, cut, choice_texts=row.choices)
 
 
-def _is_long(task: PromptedTask) -> bool:
-    """Whether an input stands at the end of its prompt, which must keep it where it is cut."""
-    return task.chat or bool(task.num_fewshot)
-
-
-def _encoder_input(
-    row: Row, tokenizer: PreTrainedTokenizerBase, frame: _Frame | None, limit: int | None
-) -> tuple[list[int], bool]:
-    """Tokens that an encoder reads, and whether they were cut: with a frame at the beginning, otherwise at the end."""
-    whole = _ids(tokenizer, row.text) if frame is None else frame.whole(tokenizer, row.text)
-    if limit is None or len(whole) <= limit:
-        return whole, False
-    if frame is None:
-        return list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"]), True
-    return [*whole[: frame.before], *whole[len(whole) - limit + frame.before :]], True
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The special tokens that a tokenizer puts around every text.
-
-    Attributes:
-        before: their number before the text.
-        after: their number behind it: an end of sequence, a separator.
-        bos_id: the token that begins a sequence, if there is one.
-    """
-
-    before: int
-    after: int
-    bos_id: int | None
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> _Frame:
-        bos = tokenizer.bos_token_id
-        bos_id = bos if isinstance(bos, int) else None
-        for text in texts:
-            whole, bare = _ids(tokenizer, text), _ids(tokenizer, text, special=False)
-            for before in range(len(whole) - len(bare) + 1):
-                if bare and whole[before : before + len(bare)] == bare:
-                    return cls(before, len(whole) - len(bare) - before, bos_id)
-        return cls(0, 0, bos_id)
-
-    def tokens(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """A text that may go on: nothing special behind it, and one beginning if it brings its own."""
-        ids = _ids(tokenizer, text)
-        return self._begun_once(ids[: len(ids) - self.after])
-
-    def whole(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        """A text with the special tokens around it, each once if it brings its own."""
-        ids = self._begun_once(_ids(tokenizer, text))
-        ended = self.after and ids[-2 * self.after : -self.after] == ids[-self.after :]
-        return ids[: -self.after] if ended else ids
-
-    def _begun_once(self, ids: list[int]) -> list[int]:
-        if self.before and ids[self.before : 2 * self.before] == ids[: self.before]:
-            return ids[self.before :]
-        begun = self.before and self.bos_id is not None and ids[self.before - 1 : self.before + 1] == [self.bos_id] * 2
-        return ids[: self.before - 1] + ids[self.before :] if begun else ids
-
-    def kept(self, ids: Sequence[int]) -> int:
-        """How many of the first tokens are no text and stay when a prompt is cut."""
-        return self.before or int(self.bos_id is not None and list(ids[:1]) == [self.bos_id])
-
-
 def _encode_causal(
-    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None, where: str
+    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, frame: Frame, limit: int | None, where: str
 ) -> Encoded:
     # Blanks at the end of a prompt belong to the choice's first token.
     prompt, blanks = row.text.rstrip(), row.text[len(row.text.rstrip()) :]
@@ -309,110 +236,6 @@ def _encode_causal(
         )
     cut = (*context[:kept], *context[len(context) - (room - kept) :])
     return Encoded(row.index, cut, tuple(choices), row.label, None, True, choice_texts=row.choices)
-
-
-def _encode_text(
-    row: Row, delimiter: str, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None, where: str
-) -> Encoded:
-    """A text behind its prompt; without one behind the token that begins a sequence, as lm-evaluation-harness does."""
-    prompt, (text,) = row.text.rstrip(), row.choices
-    if prompt:
-        between = row.text[len(prompt) :] or delimiter
-        context, whole = frame.tokens(tokenizer, prompt), frame.tokens(tokenizer, f"{prompt}{between}{text}")
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, whole, strict=False)))
-    else:
-        whole = frame.tokens(tokenizer, text)
-        shared = frame.kept(whole)
-    begin = frame.bos_id if frame.bos_id is not None else tokenizer.eos_token_id
-    before, tokens = whole[:shared], whole[shared:]
-    if not before:  # without any such token the first word piece has no probability
-        before, tokens = ([begin], tokens) if isinstance(begin, int) else (tokens[:1], tokens[1:])
-    room = None if limit is None else limit - len(before)
-    if room is not None and room <= 0:
-        raise InputError(
-            f"row {row.index}: what stands before the text fills the {limit} tokens",
-            where=f"{where}.max_length",
-            hint="Raise max_length, or shorten doc_to_text",
-        )
-    return _scored_text(row, before, tokens, room, tokenizer, where)
-
-
-def _encode_target(row: Row, tokenizer: PreTrainedTokenizerBase, limit: int | None, where: str) -> Encoded:
-    """A text as the target of an encoder-decoder model, whose input is what stands before it, or nothing."""
-    before = _ids(tokenizer, row.text)
-    cut = limit is not None and len(before) > limit
-    if cut:
-        before = list(tokenizer(row.text, truncation=True, max_length=limit)["input_ids"])
-    if not before:
-        raise InputError(
-            f"row {row.index}: nothing stands before the text, and the tokenizer ends no text with a token of its own",
-            where=f"{where}.doc_to_text",
-            hint="Give a text that the encoder reads",
-        )
-    tokens = list(tokenizer(text_target=row.choices[0], verbose=False)["input_ids"])
-    found = _scored_text(row, before, tokens, limit, tokenizer, where)
-    return replace(found, truncated=found.truncated or cut)
-
-
-def _scored_text(
-    row: Row,
-    before: Sequence[int],
-    tokens: Sequence[int],
-    room: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-) -> Encoded:
-    """The first tokens of a text, as many as there is room for, with the size of what is left of it."""
-    (text,), cut = row.choices, room is not None and len(tokens) > room
-    if cut:
-        tokens = tokens[:room]
-        text = str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    if not tokens or not text.strip():
-        raise InputError(
-            f"row {row.index}: the text {row.choices[0][:60]!r} has no token to score",
-            where=f"{where}.doc_to_target",
-            hint="Leave the row out, or raise max_length",
-        )
-    size = TextSize.of(text, len(tokens))
-    return Encoded(row.index, tuple(before), (tuple(tokens),), 0, None, cut, size)
-
-
-def _encode_question(
-    row: Row, task: GenerateTask, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None
-) -> Encoded:
-    """What an encoder reads, and the tokens of the first target for its decoder."""
-    whole, cut = _encoder_input(row, tokenizer, frame if _is_long(task) else None, limit)
-    targets = [list(tokenizer(text_target=text, verbose=False)["input_ids"]) for text in row.targets[:1]]
-    return _to_write(row, task, whole, targets, cut)
-
-
-def _encode_prompt(
-    row: Row, task: GenerateTask, tokenizer: PreTrainedTokenizerBase, frame: _Frame, limit: int | None
-) -> Encoded:
-    """A prompt, and the tokens of the first target behind it, the end of the sequence among them where there is one."""
-    prompt, end = frame.tokens(tokenizer, row.text), tokenizer.eos_token_id
-    targets = []
-    for text in row.targets[:1]:
-        between = "" if row.text[-1:].isspace() else _delimiter(task, row)
-        whole = frame.tokens(tokenizer, f"{row.text}{between}{text}")
-        joined = whole[: len(prompt)] == prompt  # otherwise a token spans the join
-        tokens = whole[len(prompt) :] if joined else _ids(tokenizer, text, special=False)
-        targets.append([*tokens, end] if isinstance(end, int) else tokens)
-    cut = limit is not None and len(prompt) > limit
-    if limit is not None and cut:
-        kept = min(frame.kept(prompt), limit - 1)
-        prompt = [*prompt[:kept], *prompt[len(prompt) - (limit - kept) :]]
-    return _to_write(row, task, prompt, targets, cut)
-
-
-def _to_write(
-    row: Row, task: GenerateTask, prompt: Sequence[int], targets: Sequence[Sequence[int]], cut: bool
-) -> Encoded:
-    most = task.generation_kwargs.max_gen_toks
-    choices = tuple(tuple(target[:most]) for target in targets if target)
-    return Encoded(
-        row.index, tuple(prompt), choices, 0 if choices else None, None, cut, choice_texts=(), targets=row.targets
-    )
 
 
 def _check_different(row: Row, choices: Sequence[tuple[int, ...]], where: str) -> None:
