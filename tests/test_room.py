@@ -10,7 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from dfmerge_studies import StudySpec
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.study import pool, room, worker
 from dfmerge_studies.study.pool import Notice, Orders, Pool
@@ -147,6 +149,37 @@ def test_workers_for_which_little_is_free_are_warned_and_work(deep: Project, mon
     told = run(deep, Full, monkeypatch, check=0)
     assert told.count("memory may run out: 2 workers on this machine need about 0.0") == 1
     assert deep.json("status", "spec.yaml")["trials"]["complete"] == 2
+
+
+class Stop(Exception):
+    """Ends a worker where it would load."""
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_a_worker_of_several_cards_says_what_is_free_on_its_own(project: Project, monkeypatch, wanted: str) -> None:
+    fields = StudySpec.from_yaml(project.write(device=wanted)).model_dump(mode="json")
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 + device.index, 80))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    said: list[dict[str, Any]] = []
+
+    def wait() -> None:
+        raise Stop
+
+    for index in range(3):
+        orders = Orders(fields, str(project.file), None, 1, [], index, 3)
+        with pytest.raises(Stop):
+            worker.serve(orders, lambda kind, **content: said.append({"kind": kind, **content}), wait)
+    assert [each["device"] for each in said] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [(each["kind"], each["free"], each["total"]) for each in said] == [
+        ("ready", 7, 80),
+        ("ready", 8, 80),
+        ("ready", 7, 80),
+    ]
+    assert [device.index for device in chosen] == [0, 1, 0]
 
 
 # A worker without models: what it does is said on standard error, as "log".
