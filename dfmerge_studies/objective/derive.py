@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.inputs import fisher_rows, scored_examples
 from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.objective.problem import Problem, TaskInputs
+from dfmerge_studies.objective.used_rows import fisher_rows, scored_examples
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.splits import SPLITS, Split
 

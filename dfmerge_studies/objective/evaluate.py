@@ -24,8 +24,9 @@ from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, named_classes
 from dfmerge_studies.objective.computing import computing
-from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id, scored_examples
+from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id
 from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
+from dfmerge_studies.objective.used_rows import scored_examples
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
 from dfmerge_studies.ranks import SOLO, Ranks

@@ -17,16 +17,9 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.groups import Groups, layer_groups, parameter_groups
-from dfmerge_studies.objective.inputs import (
-    check_labels,
-    encode_for_all,
-    fisher_rows,
-    held_out_examples,
-    padding_id,
-    read_split,
-    scored_examples,
-)
+from dfmerge_studies.objective.inputs import check_labels, encode_for_all, padding_id, read_split
 from dfmerge_studies.objective.preflight import read_indices
+from dfmerge_studies.objective.used_rows import fisher_rows, held_out_examples, scored_examples
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
