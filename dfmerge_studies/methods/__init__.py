@@ -1,22 +1,9 @@
 """The method table, and what a row of it says.  Nothing heavy is imported, so that names can be checked at once."""
 
 from dfmerge_studies.methods.cells import cell_of, find_method, method_named, per_expert, with_coefficients
-from dfmerge_studies.methods.row import (
-    SHARED,
-    UNSCALED,
-    Blocks,
-    Coefficients,
-    Estimator,
-    Importance,
-    Method,
-    Normalise,
-    Parameter,
-    Scale,
-    coefficient_range,
-    fixed_coefficients,
-    importance_coefficient,
-    label,
-)
+from dfmerge_studies.methods.choices import UNSCALED, Blocks, Coefficients, Estimator, Importance, Normalise, Scale
+from dfmerge_studies.methods.parameter import Parameter, label
+from dfmerge_studies.methods.row import SHARED, Method, coefficient_range, fixed_coefficients, importance_coefficient
 from dfmerge_studies.methods.table import METHODS, STRENGTH, all_parameters, protected
 from dfmerge_studies.points import Point
 

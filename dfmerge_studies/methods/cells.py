@@ -13,7 +13,8 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from dfmerge_studies.errors import InputError, did_you_mean
-from dfmerge_studies.methods.row import Coefficients, Importance, Method
+from dfmerge_studies.methods.choices import Coefficients, Importance
+from dfmerge_studies.methods.row import Method
 from dfmerge_studies.methods.table import IMPORTANCE_PARAMETERS, METHODS
 
 IDENTITY = "identity"

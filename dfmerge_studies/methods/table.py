@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dfmerge_studies import limits
-from dfmerge_studies.methods.row import Coefficients, Estimator, Importance, Method, Parameter, Scale
+from dfmerge_studies.methods.choices import Coefficients, Estimator, Importance, Scale
+from dfmerge_studies.methods.parameter import Parameter
+from dfmerge_studies.methods.row import Method
 
 
 def _tenths(first: int, last: int, step: int = 1) -> tuple[float, ...]:
