@@ -16,7 +16,9 @@ cannot be summed: those of all experts are kept until the merge is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,11 @@ class WeightedSum:
         self._experts = 0
         self._uniform: bool | None = None
         self._sums: list[tuple[str | None, str, Tensor]] = []  # expert (None: the merge), parameter, sum of its entries
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether experts were folded in without an importance."""
+        return bool(self._uniform)
 
     @torch.no_grad()
     def add(self, task_vector: TaskVector, coefficient: Coefficient, importance: Weights | None) -> None:
@@ -102,11 +109,36 @@ class WeightedSum:
         Raises:
             RunError: an importance or a merged weight is not finite; the parameters are overwritten all the same.
         """
+        for name, merged in self.merged(base):
+            parameters[name].copy_(merged)
+        self._check_finite()
+
+    @torch.no_grad()
+    def merged_on_host(self, parameters: Mapping[str, nn.Parameter], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Theta* in the types of a model's parameters, in the host's memory; forgets the sums.
+
+        Args:
+            parameters: the model's parameters by name.
+            base: theta_pre.
+
+        Raises:
+            RunError: an importance or a merged weight is not finite.
+        """
+        found = {name: merged.to("cpu", parameters[name].dtype) for name, merged in self.merged(base)}
+        self._check_finite()
+        return found
+
+    def merged(self, base: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Theta* by name; a sum is forgotten as its name comes.
+
+        Args:
+            base: theta_pre.
+        """
         for name in self._names:
-            parameter, start = parameters[name], base[name]
+            start = base[name]
             step, blocks = self._numerator.pop(name, None), self._blocks.pop(name, None)
             if step is None:
-                parameter.copy_(start)
+                yield name, start
                 continue
             if blocks is not None:
                 step = merged_step(blocks, step.mul_(self._experts), self._plain.pop(name))
@@ -115,8 +147,7 @@ class WeightedSum:
             # C = 1: M * (sum_i 1)^-1 is 1.
             merged = step.add_(start)
             self._sums.append((None, name, merged.sum()))
-            parameter.copy_(merged)
-        self._check_finite()
+            yield name, merged
 
     def _check_finite(self) -> None:
         """Look at all sums at once: asking for one by one would make the host wait for the device each time."""
@@ -167,17 +198,95 @@ def merge_into_(
     Raises:
         RunError: an importance or a merged weight is not finite.
     """
-    total = WeightedSum(list(base), floor=floor)
-    seconds = {"fisher": 0.0, "merge": 0.0}
-    for index, vector in enumerate(task_vectors):
+    total, seconds = WeightedSum(list(base), floor=floor), _Phases()
+    _fold(total, task_vectors, coefficients, importance, seconds)
+    with seconds("merge"):
+        total.write_into_(dict(model.named_parameters()), base)
+    return seconds.found
+
+
+@torch.no_grad()
+def merge_parts_into_(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    task_vectors: Sequence[TaskVector],
+    coefficients: Mapping[str, Coefficient],
+    importance: Callable[[int, Sequence[str]], Weights | None],
+    parts: Sequence[Sequence[str]],
+    *,
+    floor: float,
+) -> dict[str, float]:
+    """The same, part by part of the parameters, so that sums and importances of one part are in memory at a time.
+
+    Merged values wait on the host until all parts are done, since an importance needs experts in the model; without
+    one they are written at once.
+
+    Args:
+        model: the model; `importance` may overwrite it meanwhile.
+        base: theta_pre of the parameters that are merged.
+        task_vectors: tau, one per expert.
+        coefficients: lambda per expert.
+        importance: from the position of an expert and the names of a part to its F, or None for C = 1.
+        parts: the names of `base`, in parts.
+        floor: see `WeightedSum`.
+
+    Returns:
+        Seconds by phase: fisher, merge.
+
+    Raises:
+        RunError: an importance or a merged weight is not finite.
+    """
+    parameters = dict(model.named_parameters())
+    seconds, waiting = _Phases(), dict[str, Tensor]()
+    for names in parts:
+        total = WeightedSum(names, floor=floor)
+        _fold(total, task_vectors, coefficients, partial(_of_part, importance, names), seconds)
+        with seconds("merge"):
+            if total.is_uniform:
+                total.write_into_(parameters, base)
+            else:
+                waiting.update(total.merged_on_host(parameters, base))
+    with seconds("merge"):
+        for name in list(waiting):
+            parameters[name].copy_(waiting.pop(name))
+    return seconds.found
+
+
+def _of_part(
+    importance: Callable[[int, Sequence[str]], Weights | None], names: Sequence[str], index: int
+) -> Weights | None:
+    return importance(index, names)
+
+
+class _Phases:
+    """Seconds by phase of a merge.
+
+    Attributes:
+        found: fisher, merge.
+    """
+
+    def __init__(self) -> None:
+        self.found = {"fisher": 0.0, "merge": 0.0}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count what is done within to a phase."""
         start = time.perf_counter()
-        values = importance(index)
-        middle = time.perf_counter()
-        total.add(vector, coefficients[vector.expert], values)
+        yield
+        self.found[phase] += time.perf_counter() - start
+
+
+def _fold(
+    total: WeightedSum,
+    task_vectors: Sequence[TaskVector],
+    coefficients: Mapping[str, Coefficient],
+    importance: Callable[[int], Weights | None],
+    seconds: _Phases,
+) -> None:
+    """Fold in one expert after the other."""
+    for index, vector in enumerate(task_vectors):
+        with seconds("fisher"):
+            values = importance(index)
+        with seconds("merge"):
+            total.add(vector, coefficients[vector.expert], values)
         del values  # before the next one is computed
-        seconds["fisher"] += middle - start
-        seconds["merge"] += time.perf_counter() - middle
-    start = time.perf_counter()
-    total.write_into_(dict(model.named_parameters()), base)
-    seconds["merge"] += time.perf_counter() - start
-    return seconds

@@ -222,6 +222,7 @@ NUMBERS = [
     "importance.row_budget",
     "importance.floor",
     "token_budget",
+    "memory",
     "tasks.red.max_length",
     "tasks.red.limit",
     "tasks.red.doc_to_target",

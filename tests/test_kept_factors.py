@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.checkpoints import resident as resident_module
-from dfmerge_studies.checkpoints.factored import Factored, Factors, kept_tensors
+from dfmerge_studies.checkpoints.factored import Factored, Factors
 from dfmerge_studies.checkpoints.load import ModelClass, load_model
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
+from dfmerge_studies.checkpoints.streamed import kept_bytes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.tasks.encoding import Kind
@@ -182,7 +183,7 @@ def test_an_expert_keeps_its_factors_and_no_matrix(tmp_path: Path, stored: torch
     resident = resident_of(base, "llama", tmp_path / "red")
     (vector,) = resident.task_vectors
     entries = sum(p.numel() for name, p in live.named_parameters() if "lora_" in name)
-    assert sum(t.numel() * t.element_size() for t in kept_tensors(vector.deltas)) == width * entries
+    assert kept_bytes(vector.deltas) == (width * entries, 0)
     assert sum(delta.numel() for delta in vector.deltas.values()) == sum(p.numel() for p in resident.base.values())
 
 
@@ -258,7 +259,7 @@ def test_an_adapter_that_changes_nothing_keeps_nothing(tmp_path: Path) -> None:
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "red")  # B = 0
     resident = resident_of(base, "llama", tmp_path / "red")
     assert not list(resident.names)
-    assert not list(kept_tensors(resident.task_vectors[0].deltas))
+    assert kept_bytes(resident.task_vectors[0].deltas) == (0, 0)
 
 
 def _with_adapters(folder: Path, family: str) -> Project:

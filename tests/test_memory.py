@@ -10,11 +10,11 @@ import pytest
 
 from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.live_bytes import LiveBytes
 from dfmerge_studies.study.session import open_study
 from dfmerge_studies.study.validate import memory_estimate
 from dfmerge_studies.trials.results import Event
 from tests import models
-from tests.memory import LiveBytes
 from tests.processes import Forked
 from tests.project import Project, make_project
 

@@ -81,16 +81,3 @@ class Factored(Mapping[str, Tensor]):
     def to(self, device: torch.device) -> Factored:
         """The same on a device."""
         return Factored({name: entry.to(device) for name, entry in self.entries.items()})
-
-
-def kept_tensors(deltas: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The tensors that a task vector keeps in memory.
-
-    Args:
-        deltas: of a `TaskVector`.
-    """
-    if not isinstance(deltas, Factored):
-        yield from deltas.values()
-        return
-    for entry in deltas.entries.values():
-        yield from (entry.left, entry.right) if isinstance(entry, Factors) else (entry,)

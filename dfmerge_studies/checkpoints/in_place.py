@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.checkpoints.streamed import on_device, streamed
 from dfmerge_studies.params import TaskVector
 from dfmerge_studies.points import Coefficient, coefficient_at
 
@@ -36,6 +37,16 @@ class InPlace:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.model.parameters()).device
+
+    def keep_on_(self, *, host: bool) -> None:
+        """Bring theta_pre and the task vectors from the host to the model's device, or keep them and copy what is used.
+
+        Args:
+            host: whether they stay in the host's memory.
+        """
+        place = streamed if host else on_device
+        self.base = place(self.base, self.device)
+        self.task_vectors = [TaskVector(v.expert, place(v.deltas, self.device)) for v in self.task_vectors]
 
     @torch.no_grad()
     def load_scaled_(self, expert: int, coefficient: Coefficient) -> None:

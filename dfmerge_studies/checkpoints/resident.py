@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.adapters import load_adapter, other_base, read_config
 from dfmerge_studies.checkpoints.digest import Contents, json_digest
-from dfmerge_studies.checkpoints.factored import Factored
 from dfmerge_studies.checkpoints.function import check_same_function
 from dfmerge_studies.checkpoints.in_place import InPlace, put_head_on_
 from dfmerge_studies.checkpoints.load import (
@@ -95,6 +94,7 @@ def load_resident(
     unite: bool = False,
     dtype: torch.dtype,
     device: torch.device,
+    stay: bool = False,
     loading: Callable[[str], None] = lambda name: None,
 ) -> Resident:
     """Load a base and its experts, refuse what does not fit, and keep one model and the task vectors.
@@ -108,6 +108,7 @@ def load_resident(
         unite: whether experts' added tokens are appended to the base's.
         dtype: of parameters and task vectors.
         device: where they go.
+        stay: whether base values and task vectors stay on the host until `keep_on_` says where they are kept.
         loading: told the name of each model before it is read.
 
     Raises:
@@ -142,12 +143,11 @@ def load_resident(
     if union is not None:
         union.fill_(model)
     names = changed_names(vectors, theta_pre)
-    kept = {name: theta_pre[name].clone().to(device) for name in names}
+    kept = {name: theta_pre[name].clone() for name in names}
     model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     model.requires_grad_(False)
-    vectors = [TaskVector(v.expert, _moved(v.deltas, device)) for v in vectors]
     digests = {name: contents.digest(checkpoint) for name, checkpoint in experts.items()}
-    return Resident(
+    resident = Resident(
         model=model,
         base=kept,
         task_vectors=vectors,
@@ -159,6 +159,9 @@ def load_resident(
         other_tokenizers=others,
         union=union,
     )
+    if not stay:
+        resident.keep_on_(host=False)
+    return resident
 
 
 def _tokenizers(
@@ -184,12 +187,6 @@ def _tokenizers(
 def _united(base: str, experts: Mapping[str, str], union: Union) -> str:
     """Identity of a base whose tables have rows of experts' tokens."""
     return json_digest([base, dict(experts), union.identity()])
-
-
-def _moved(deltas: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
-    if isinstance(deltas, Factored):
-        return deltas.to(device)
-    return {name: delta.to(device) for name, delta in deltas.items()}
 
 
 @dataclass(frozen=True)

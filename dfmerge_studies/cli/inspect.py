@@ -189,7 +189,13 @@ def _show_estimate(spec: StudySpec, estimate: Estimate, search: Mapping[str, Any
     if search is not None:
         out.print(f"  search: {search_text(search)}")
     peak, free = estimate.peak_bytes / 1e9, estimate.available_bytes / 1e9
-    out.print(f"  memory: about {peak:.2f} GB and the activations of a batch; {free:.1f} GB available")
+    parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in estimate.memory["device"].items() if size)
+    out.print(f"  memory: about {peak:.2f} GB ({parts}); {free:.1f} GB available")
+    if estimate.host_bytes:
+        parts = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in estimate.memory["host"].items() if size)
+        out.print(f"  beside it, of the host's: {estimate.host_bytes / 1e9:.2f} GB ({parts})")
+    if (count := estimate.memory["parts"]) > 1:
+        out.print(f"  parameters are merged in {count} parts, each with passes of its own for its importance")
     cache = estimate.cache
     limit = "" if cache["limit"] is None else f"; at most {cache['limit'] / 1e9:.1f} GB stay"
     if cache["all_bytes"]:

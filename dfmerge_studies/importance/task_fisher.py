@@ -110,7 +110,7 @@ def task_fisher(
     tokens = None if writer is None else writer.max_gen_toks
     draws = sampling_draws(len(examples), generator, tokens) if drawn else torch.zeros(len(examples))
     job = Job(model, kind, examples, pad_id, Estimator(estimator), draws, writer, blocks)
-    cost = writer.cost if writer is not None and job.along else _rows_times_tokens
+    cost = writer.cost if writer is not None and job.along else rows_times_tokens
     share = ranks.shares([cost(example, kind) for example in examples])[ranks.rank]
     values: dict[str, Tensor] = {}
 
@@ -201,7 +201,7 @@ def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callab
 
     # A backward pass per chunk and choice launches thousands of small kernels: an accelerator pads rather than that.
     on_cpu = device_of(job.model).type == "cpu"
-    chunks = length_batches(job.examples, job.kind, row_budget, _rows_times_tokens, cut=on_cpu)
+    chunks = length_batches(job.examples, job.kind, row_budget, rows_times_tokens, cut=on_cpu)
     each_batch(capture, chunks, run, done=lambda chunk: done(len(chunk)))
     return capture.finish()
 
@@ -251,7 +251,13 @@ def sampling_draws(inputs: int, generator: torch.Generator | None, tokens: int |
     return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def _rows_times_tokens(example: Encoded, kind: Kind) -> int:
+def rows_times_tokens(example: Encoded, kind: Kind) -> int:
+    """What an input takes of a row budget.
+
+    Args:
+        example: one input.
+        kind: how the model answers.
+    """
     if kind in HEADED:
         return len(example.input_ids)
     return len(example.choices) * (len(example.input_ids) + max(map(len, example.choices), default=0))

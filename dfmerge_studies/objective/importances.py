@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dfmerge_studies.importance.factors import block_names
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import task_fisher, whole
 from dfmerge_studies.methods import UNSCALED, Estimator, Importance, Method
+from dfmerge_studies.objective.in_parts import Float32, InParts, check_parts
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, counted, silent
@@ -43,6 +44,7 @@ def check_importance(problem: Problem, method: Method) -> Estimator:
     _check_targets(problem, method, estimator)
     if estimator is Estimator.MASK_NODES and method.importance is not Importance.UNIFORM:
         masks_of(problem.resident.model)
+    check_parts(problem, method, estimator)
     return estimator
 
 
@@ -104,26 +106,6 @@ def asked_once(index: int, coefficient: Coefficient) -> float:
     return 1.0
 
 
-class Float32(Mapping[str, Tensor]):
-    """Tensors as they are stored, each of them in float32 when it is asked for.
-
-    Args:
-        stored: by name.
-    """
-
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name].float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-
 class Importances:
     """Importances of a problem's experts; those that are computed overwrite the resident model.
 
@@ -171,50 +153,94 @@ class Importances:
         """
         resident, ranks = self.problem.resident, self.problem.ranks
         names = list(resident.names if names is None else names)
+        if len(self.problem.parts(names)) > 1:
+            return InParts(self, names, progress).whole(index, coefficient)
         key = self.key(index, coefficient, names)
         stored = ranks.from_leader(lambda: self.shelf.get(key))  # what the leader has or lacks, all have or lack
         if stored is not None:
             return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
         start = time.perf_counter()
-        resident.load_scaled_(index, coefficient)
-        tasks = self._fisher_tasks(index)
-        values: dict[str, Tensor] = {}
-        expert = self.problem.experts[index]
-        for task in tasks:
-            resident.use_head_(task)
-            result = task_fisher(
-                resident.model,
-                self.problem.kinds[task],
-                self.problem.tasks[task].fisher,
-                pad_id=self.problem.pad_id,
-                names=names,
-                estimator=self._estimator(task),
-                writer=self._writer(task),
-                generator=torch_generator(self.problem.spec.search.seed, "sampled", task),
-                row_budget=self.problem.spec.importance.row_budget,
-                compact=True,
-                blocks=self._blocks,
-                progress=counted(progress, f"{expert}: fisher", len(self.problem.tasks[task].fisher)),
-                ranks=ranks,
-            )
-            for name in list(result.values):
-                value = result.values.pop(name).div_(len(tasks))
-                values[name] = values[name].add_(value) if name in values else value
-        # What is used now and what the cache gives later must be the same, or resuming would change the study.
-        dtype = getattr(torch, self._rounding)
+        values = self.computed(index, coefficient, names, progress=progress)
 
         def keep() -> dict[str, Tensor]:
-            rounded = {name: values.pop(name).to(dtype) for name in list(values)}
-            if resident.device.type == "cuda":
-                torch.cuda.synchronize(resident.device)  # once per Fisher: its time is what keeping it must be worth
-            seconds = time.perf_counter() - start
-            self.shelf.put(key, rounded, seconds=seconds, uses=self._uses(index, coefficient))
+            rounded = self.rounded(values)
+            self.put(index, coefficient, key, rounded, seconds=time.perf_counter() - start)
             return rounded
 
         kept = ranks.from_leader(keep)
         assert kept is not None
         values.clear()
         return self._by_parameter(kept, names), False
+
+    def computed(
+        self,
+        index: int,
+        coefficient: Coefficient,
+        names: Sequence[str],
+        *,
+        part: str = "",
+        progress: Progress = silent,
+    ) -> dict[str, Tensor]:
+        """The mean of the Fishers of an expert's tasks at theta_pre + coefficient * tau; right on the leader alone.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            names: parameters.
+            part: which part of all parameters they are, to be shown.
+            progress: told how far it is.
+        """
+        resident, spec, expert = self.problem.resident, self.problem.spec, self.problem.experts[index]
+        resident.load_scaled_(index, coefficient)
+        tasks = self._fisher_tasks(index)
+        values: dict[str, Tensor] = {}
+        for task in tasks:
+            resident.use_head_(task)
+            inputs = self.problem.tasks[task].fisher
+            result = task_fisher(
+                resident.model,
+                self.problem.kinds[task],
+                inputs,
+                pad_id=self.problem.pad_id,
+                names=names,
+                estimator=self._estimator(task),
+                writer=self._writer(task),
+                generator=torch_generator(spec.search.seed, "sampled", task),  # the same draws for every part
+                row_budget=spec.importance.row_budget,
+                compact=True,
+                blocks=self._blocks,
+                progress=counted(progress, f"{expert}: fisher{part}", len(inputs)),
+                ranks=self.problem.ranks,
+            )
+            for name in list(result.values):
+                value = result.values.pop(name).div_(len(tasks))
+                values[name] = values[name].add_(value) if name in values else value
+        return values
+
+    def rounded(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values in the stored type, taken out of `values`.
+
+        What is used now and what the cache gives later must be the same, or resuming would change the study.
+        """
+        dtype, device = getattr(torch, self._rounding), self.problem.resident.device
+        found = {name: values.pop(name).to(dtype) for name in list(values)}
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once per Fisher: its time is what keeping it must be worth
+        return found
+
+    def put(
+        self, index: int, coefficient: Coefficient, key: FisherKey, values: Mapping[str, Tensor], *, seconds: float
+    ) -> None:
+        """Hand a Fisher to the shelf.
+
+        Args:
+            index: position of the expert.
+            coefficient: lambda.
+            key: of the values.
+            values: as `rounded` gives them.
+            seconds: that computing them took.
+        """
+        self.shelf.put(key, values, seconds=seconds, uses=self._uses(index, coefficient))
 
     def _writer(self, task: str) -> Writer | None:
         return writer_for(self.problem, task)

@@ -13,12 +13,11 @@ head, each weighed by its probability.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import Estimator
@@ -90,22 +89,21 @@ def _traces(problem: Problem, task: str, groups: Groups, progress: Progress) -> 
     resident, kind = problem.resident, problem.kinds[task]
     resident.use_head_(task)
     examples = random_inputs(problem, kind)
-    values = task_fisher(
-        resident.model,
-        kind,
-        examples,
-        pad_id=problem.pad_id,
-        names=[name for names in groups.values() for name in names],
-        estimator=Estimator.EXACT if kind in HEADED else Estimator.EMPIRICAL,
-        row_budget=problem.spec.importance.row_budget,
-        progress=counted(progress, "random tokens", len(examples)),
-        ranks=problem.ranks,
-    ).values
-    return {group: _total([values[name] for name in names]) for group, names in groups.items()}
-
-
-def _total(values: Sequence[Tensor]) -> float:
-    return sum(float(value.double().sum()) for value in values)
+    traces: dict[str, float] = {}
+    for part in problem.parts([name for names in groups.values() for name in names]):
+        values = task_fisher(
+            resident.model,
+            kind,
+            examples,
+            pad_id=problem.pad_id,
+            names=part,
+            estimator=Estimator.EXACT if kind in HEADED else Estimator.EMPIRICAL,
+            row_budget=problem.spec.importance.row_budget,
+            progress=counted(progress, "random tokens", len(examples)),
+            ranks=problem.ranks,
+        ).values
+        traces.update({name: float(value.double().sum()) for name, value in values.items()})
+    return {group: sum(traces[name] for name in names) for group, names in groups.items()}
 
 
 def random_inputs(problem: Problem, kind: Kind) -> list[Encoded]:

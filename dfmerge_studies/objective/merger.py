@@ -16,7 +16,7 @@ from dfmerge_studies.errors import InputError, out_of_memory
 from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.importance.factors import blocks_of
 from dfmerge_studies.importance.scale import scaled
-from dfmerge_studies.merging import Weights, merge_into_
+from dfmerge_studies.merging import Weights, merge_into_, merge_parts_into_
 from dfmerge_studies.methods import (
     STRENGTH,
     Coefficients,
@@ -31,6 +31,7 @@ from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.given import Given, point_of
 from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.importances import Importances, Uses, asked_once
+from dfmerge_studies.objective.in_parts import InParts
 from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.protection import Directions, damp_, directions_
@@ -204,12 +205,21 @@ class Merger:
                 self._weighed.append(values)
             return values
 
-        def importance(index: int) -> Weights | None:
+        def found(index: int, names: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+            """The importance of an expert, or a part of it."""
+            coefficient = importance_coefficient(self.method, at[self.problem.experts[index]])
+            if names is None:
+                values, hit = self.importance(index, coefficient)
+            else:
+                values, hit = gathered.at(index, coefficient, names)
+            if names is None or names is parts[0]:
+                hits.append(hit)
+            return values
+
+        def importance(index: int, names: Sequence[str] | None = None) -> Weights | None:
             if self.method.importance is Importance.UNIFORM:
                 return None
-            expert = self.problem.experts[index]
-            values, hit = self.importance(index, importance_coefficient(self.method, at[expert]))
-            hits.append(hit)
+            values = found(index, names)
             if self.method.importance.blocks is not None:
                 shrink = point.parameters.get("alpha", 1.0)
                 return blocks_of(resident.model, values, list(resident.base), shrink=shrink)
@@ -218,8 +228,12 @@ class Merger:
         start = time.perf_counter()
         directions, vectors = self._protected, self._transformed(point.parameters)
         preparing = time.perf_counter() - start
-        base = start_of(vectors, resident.base)
-        seconds = merge_into_(resident.model, base, vectors, at, weight, floor=spec.importance.floor)
+        base, floor, parts = start_of(vectors, resident.base), spec.importance.floor, self.problem.parts()
+        if len(parts) == 1:
+            seconds = merge_into_(resident.model, base, vectors, at, weight, floor=floor)
+        else:
+            gathered = InParts(self.importances, list(base), self.progress)
+            seconds = merge_parts_into_(resident.model, base, vectors, at, importance, parts, floor=floor)
         if directions:
             parameters = dict(resident.model.named_parameters())
             damp_(parameters, resident.base, directions, point.parameters[STRENGTH.name])

@@ -93,6 +93,7 @@ class Problem:
         expert_answers: what each task's own expert answers, by task and split, as far as it is known.
         ranks: the processes that have all this loaded and share the work.
         classes: names of the classes of each task's head, as far as they are known.
+        part_entries: entries of the parameters whose importance and sums are in memory at a time; None for all.
     """
 
     spec: StudySpec
@@ -106,6 +107,7 @@ class Problem:
     known_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     expert_answers: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     rehearsed: set[tuple[str, str]] = field(default_factory=set)
+    part_entries: int | None = None
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -140,6 +142,24 @@ class Problem:
     def layers(self) -> Groups:
         """Names of the parameters of each layer."""
         return layer_groups(self.resident.model, self.resident.names)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Entries of each parameter that some expert changed."""
+        parameters = dict(self.resident.model.named_parameters())
+        return {name: parameters[name].numel() for name in self.resident.names}
+
+    def parts(self, names: Sequence[str] | None = None) -> list[list[str]]:
+        """Names of parameters in the parts that importances are computed and merged in, in order.
+
+        Args:
+            names: those to split; those on which an expert differs by default.
+        """
+        names = list(self.resident.names if names is None else names)
+        if self.part_entries is None or not names:
+            return [names]
+        parameters = dict(self.resident.model.named_parameters())
+        return split_names({name: parameters[name].numel() for name in names}, self.part_entries)
 
     def fisher_indices(self) -> dict[str, list[int]]:
         """Validation rows of the Fisher inputs, by task; guards have none."""
@@ -202,6 +222,25 @@ class Problem:
             for known in (self.reference_scores, self.expert_answers):
                 for key in [key for key in known if key[1] == "holdout"]:
                     del known[key]
+
+
+def split_names(entries: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in runs of at most so many entries, as even as their sizes allow; one that is larger is alone.
+
+    Args:
+        entries: of each name.
+        most: entries of one part.
+    """
+    wanted = -(-sum(entries.values()) // max(1, -(-sum(entries.values()) // most)))
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, own in entries.items():
+        if parts[-1] and (size + own > most or size >= wanted):
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += own
+    return parts
 
 
 def find_checkpoints(spec: StudySpec) -> Checkpoints:
@@ -292,6 +331,8 @@ def _check_alike(problem: Problem, splits: Sequence[Split]) -> None:
 def _load_problem(
     spec: StudySpec, indices: Mapping[str, list[int]] | None, progress: Progress, ranks: Ranks
 ) -> Problem:
+    from dfmerge_studies.objective.memory import place_  # which measures what is loaded here
+
     steps = len(spec.experts) + 2 + len(spec.tasks)
     progress("checking files", 0, steps)
     checkpoints = find_checkpoints(spec)
@@ -310,6 +351,7 @@ def _load_problem(
         unite=spec.tokenizer == "union",
         dtype=dtype,
         device=device,
+        stay=True,
         loading=lambda name: progress(f"loading {name}", 1 + list(spec.experts).index(name), steps),
     )
     tasks = {}
@@ -336,8 +378,10 @@ def _load_problem(
     with computing(spec, device):  # the model has the base's weights, on every rank
         for name, task in tasks.items():
             settle_folding(resident.model, checkpoints.kinds[name], task.validation, pad_id)
+    problem = Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes)
+    place_(problem)
     progress("ready", steps, steps)
-    return Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes)
+    return problem
 
 
 def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:

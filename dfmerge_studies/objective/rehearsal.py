@@ -90,7 +90,7 @@ def _score(problem: Problem, task: str) -> None:
         _ask(problem, task, pair)
         if not all(each.choices for each in pair):
             return
-    with _named(problem, task, "scored"):
+    with named(problem, task, "scored"):
         alone = [losses([example])[0] for example in pair]
         together = losses(pair)
     tolerance = _tolerance(model)
@@ -102,7 +102,7 @@ def _score(problem: Problem, task: str) -> None:
 def _ask(problem: Problem, task: str, pair: Sequence[Encoded]) -> None:
     """Two questions of lm-evaluation-harness, which asks in batches of its own: what it raises is found out here."""
     settings, kind, tokenizer = problem.spec.tasks[task], problem.kinds[task], problem.resident.tokenizer
-    with _named(problem, task, "scored"):
+    with named(problem, task, "scored"):
         given = given_answers(problem.resident.model, settings, kind, pair, tokenizer=tokenizer, pad_id=problem.pad_id)
         with suppress(RunError):  # of two rows a number such as a correlation need not be there
             judged(settings, given, wanted_answers(settings, pair))
@@ -127,14 +127,14 @@ def _sees_neighbours(
 def _write(problem: Problem, task: str, writer: Writer, pair: Sequence[Encoded]) -> None:
     """A few tokens of two inputs, of which the scores of all tokens are compared as far as both ways write the same."""
     model, kind = problem.resident.model, problem.kinds[task]
-    few = replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))
+    few = shortened(writer)
 
     def steps(inputs: Sequence[Encoded]) -> tuple[list[tuple[int, ...]], list[Tensor]]:
         scores: list[Tensor] = []
         with torch.inference_mode():
             return written(model, kind, inputs, few, problem.pad_id, scores.append), scores
 
-    with _named(problem, task, "scored"):
+    with named(problem, task, "scored"):
         together, scores = steps(pair)
         alone = [steps([example]) for example in pair]
     for row, (example, ((one,), own)) in enumerate(zip(pair, alone, strict=True)):
@@ -146,41 +146,60 @@ def _write(problem: Problem, task: str, writer: Writer, pair: Sequence[Encoded])
                 raise _sees_neighbours(problem, task, example, [float(other[place])], [float(mine[place])])
 
 
+def shortened(writer: Writer) -> Writer:
+    """The same for a few tokens.
+
+    Args:
+        writer: how a task's texts are written.
+    """
+    return replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))
+
+
 def _weigh(problem: Problem, method: Method, task: str) -> None:
     inputs = sorted(problem.tasks[task].fisher, key=lambda example: row_length(example, problem.kinds[task]))
     writer = writer_for(problem, task)
     estimator = check_importance(problem, method)
     if writer is not None:
-        writer = replace(writer, max_gen_toks=min(writer.max_gen_toks, REHEARSED_TOKENS))
+        writer = shortened(writer)
         estimator = estimator.of_texts
-    with _named(problem, task, "differentiated"):
-        task_fisher(
-            problem.resident.model,
-            problem.kinds[task],
-            [inputs[0], inputs[len(inputs) // 2]],
-            pad_id=problem.pad_id,
-            names=problem.resident.names,
-            estimator=estimator,
-            writer=writer,
-            generator=torch_generator(problem.spec.search.seed, "sampled", task),
-            row_budget=problem.spec.importance.row_budget,
-            compact=True,
-            blocks=method.importance.blocks,
-        )
+    with named(problem, task, "differentiated"):
+        for names in problem.parts():
+            task_fisher(
+                problem.resident.model,
+                problem.kinds[task],
+                [inputs[0], inputs[len(inputs) // 2]],
+                pad_id=problem.pad_id,
+                names=names,
+                estimator=estimator,
+                writer=writer,
+                generator=torch_generator(problem.spec.search.seed, "sampled", task),
+                row_budget=problem.spec.importance.row_budget,
+                compact=True,
+                blocks=method.importance.blocks,
+            )
 
 
 def _descend(problem: Problem, task: str) -> None:
     """The loss of all answers must be there to descend on, and its gradient of two."""
     examples = sorted(problem.examples(task, "validation"), key=lambda each: row_length(each, problem.kinds[task]))
-    with _named(problem, task, "differentiated"):
+    with named(problem, task, "differentiated"):
         for example in examples:
             check_answer(problem.kinds[task], example)
         loss_gradient(problem, Sample({task: [0, len(examples) - 1]}, {task: 1.0}), silent)
 
 
 @contextmanager
-def _named(problem: Problem, task: str, what: str) -> Iterator[None]:
-    """Whatever a model's own code raises says which model it was, and for which task."""
+def named(problem: Problem, task: str, what: str) -> Iterator[None]:
+    """Whatever a model's own code raises says which model it was, and for which task.
+
+    Args:
+        problem: what is loaded.
+        task: name of the task.
+        what: what is done with the model, as a participle.
+
+    Raises:
+        InputError: for an error of another kind than ours.
+    """
     try:
         yield
     except DFMergeError:

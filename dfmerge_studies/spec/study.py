@@ -81,6 +81,11 @@ class StudySpec(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
+    memory: str = Field(
+        "auto",
+        description="that a run may take of its device, e.g. 16GiB; auto: what a GPU has free. Where it is too little, "
+        "importances are computed part by part: changes results by rounding only",
+    )
     compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
         "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"
     )
@@ -389,6 +394,13 @@ class StudySpec(Settings):
     def _device_has_a_known_form(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
             raise ValueError("expected auto, cpu, cuda, cuda:N or mps")
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, value: str) -> str:
+        if value != "auto" and parse_size(value) < 1:
+            raise ValueError("expected auto or a size such as 16GiB")
         return value
 
     @field_validator("cache_limit")

@@ -1,7 +1,7 @@
 """Whether several workers fit into the memory of the devices that they share, asked before all of them have loaded.
 
 held    bytes that a worker took when it loaded: weights and task vectors
-peak    bytes of a worker in a trial, the activations of a batch aside, as `validate` estimates them
+peak    bytes of a worker in a trial, as `validate` estimates them
 free    bytes of a device that nobody holds, when one worker has loaded and the others have not
 """
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
-from dfmerge_studies.checkpoints.factored import kept_tensors
 from dfmerge_studies.checkpoints.resident import head_classes
 from dfmerge_studies.errors import DFMergeError, InputError, did_you_mean
-from dfmerge_studies.importance.factors import factor_entries
-from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
-from dfmerge_studies.objective.importances import check_importance, writer_for
+from dfmerge_studies.objective.importances import writer_for
 from dfmerge_studies.objective.inputs import read_split
+from dfmerge_studies.objective.memory import activations_of, fisher_bytes, held_bytes, memory_of
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
@@ -34,7 +32,6 @@ from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files
 from dfmerge_studies.tasks.shown import Shown, shown_input
-from dfmerge_studies.transforms import TRANSFORMS
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,10 @@ class Estimate:
         fisher_bytes: of one Fisher in the cache.
         cache: what a whole study writes there: `policy`, `fishers` and `bytes` under it, `all_bytes` if all is kept,
             and `limit` in bytes, None for no limit.
-        peak_bytes: of a trial, the activations of a batch aside.
-        available_bytes: of the device.
+        peak_bytes: of a trial on the device that computes.
+        host_bytes: of the host's memory, beside a device that is no CPU.
+        memory: both by what they are for, `device` and `host`; and `parts`, in how many the parameters are merged.
+        available_bytes: of the device, free or held by this process.
         groups: parameters of each group that has coefficients of its own; empty where experts have one each.
     """
 
@@ -65,6 +64,8 @@ class Estimate:
     fisher_bytes: int
     cache: dict[str, Any]
     peak_bytes: int
+    host_bytes: int
+    memory: dict[str, Any]
     available_bytes: int
     groups: dict[str, int]
 
@@ -153,43 +154,23 @@ def _shown(problem: Problem, task: str) -> Shown:
 
 
 def memory_estimate(problem: Problem) -> Estimate:
-    """Bytes that a trial needs at its peak, activations of a batch aside, and what there is.
-
-    The resident model; theta_pre and one task vector per expert (of a LoRA adapter its factors) for the parameters that
-    an expert changed; the two
-    sums of the merge and one importance, in float32; the blocks of all experts; what the transform keeps; a trial's
-    Fishers that wait to be written to the cache.
-    """
+    """Bytes that a trial needs at its peak, by what they are for, and what there is; see `objective.memory`."""
     resident = problem.resident
-    parameters = sum(p.numel() for p in resident.model.parameters())
-    changed = sum(resident.base[name].numel() for name in resident.names)
-    width = torch.empty((), dtype=getattr(torch, problem.spec.dtype)).element_size()
-    method = problem.spec.row
-    importance = method.importance is not Importance.UNIFORM
-    nodes = importance and check_importance(problem, method) is Estimator.MASK_NODES
-    blocks = method.importance.blocks
-    stored = sum(mask.units for mask in masks_of(resident.model)) if nodes else changed
-    if blocks is not None:
-        stored = factor_entries(resident.model, resident.names, blocks)
-    sums = (3 if importance else 1) * 4 * changed
-    vectors = sum(delta.numel() for vector in resident.task_vectors for delta in vector.deltas.values())
-    kept_vectors = sum(t.numel() * t.element_size() for v in resident.task_vectors for t in kept_tensors(v.deltas))
-    kept = TRANSFORMS[method.transform].kept(vectors, changed)
-    fisher_bytes = (2 if problem.spec.importance.rounding == "bfloat16" and blocks is None else 4) * stored
-    kept += len(resident.task_vectors) * fisher_bytes if blocks is not None else 0  # all experts' until the merge
-    waiting = len(resident.task_vectors) * fisher_bytes if importance and problem.spec.cache_place is not None else 0
+    memory, size = memory_of(problem, activations_of(problem)), fisher_bytes(problem)
     return Estimate(
-        parameters=parameters,
-        changed_parameters=changed,
+        parameters=sum(p.numel() for p in resident.model.parameters()),
+        changed_parameters=sum(problem.sizes.values()),
         experts=len(resident.task_vectors),
         validation_inputs={name: len(task.splits["validation"]) for name, task in problem.tasks.items()},
         fisher_inputs={name: len(task.fisher) for name, task in problem.tasks.items()},
         truncated_inputs={n: sum(e.truncated for e in t.splits["validation"]) for n, t in problem.tasks.items()},
-        fisher_bytes=fisher_bytes,
-        cache=_cache(problem.spec, fisher_bytes),
-        peak_bytes=width * (parameters + changed) + kept_vectors + sums + kept + waiting,
+        fisher_bytes=size,
+        cache=_cache(problem.spec, size),
+        peak_bytes=memory.device.total,
+        host_bytes=memory.host.total,
+        memory={"device": asdict(memory.device), "host": asdict(memory.host), "parts": len(problem.parts())},
         available_bytes=_available(problem),
-        groups={group: sum(resident.base[n].numel() for n in names) for group, names in problem.groups.items()},
+        groups={group: sum(problem.sizes[n] for n in names) for group, names in problem.groups.items()},
     )
 
 
@@ -208,8 +189,8 @@ def _cache(spec: StudySpec, fisher_bytes: int) -> dict[str, Any]:
 def _available(problem: Problem) -> int:
     device = problem.resident.device
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().available)
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    return int(psutil.virtual_memory().available) + held_bytes(problem)
 
 
 def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:

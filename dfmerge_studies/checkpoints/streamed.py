@@ -1,0 +1,95 @@
+"""Tensors that stay in the host's memory and are copied to a device one by one, when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from dfmerge_studies.checkpoints.factored import Factored, Factors
+
+
+class Streamed(Mapping[str, Tensor]):
+    """Tensors by name, each copied when it is looked up, and not kept on the device.
+
+    Copies of pinned memory are queued: the host does not wait for them.
+
+    Args:
+        held: in the host's memory.
+        device: where they are used.
+    """
+
+    def __init__(self, held: Mapping[str, Tensor], device: torch.device) -> None:
+        self.held = held
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.held[name].to(self._device, non_blocking=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.held  # without a copy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+
+def streamed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """The same tensors, to be used on a device and kept on the host; factors of matrices, which are small, go there.
+
+    Args:
+        tensors: in the host's memory, theta_pre or a task vector.
+        device: where they are used.
+    """
+    if not isinstance(tensors, Factored):
+        return Streamed({name: _pinned(tensor, device) for name, tensor in tensors.items()}, device)
+    kept = {
+        name: entry.to(device) if isinstance(entry, Factors) else _pinned(entry, device)
+        for name, entry in tensors.entries.items()
+    }
+    return Streamed(Factored(kept), device)
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """The same tensors on a device.
+
+    Args:
+        tensors: in the host's memory, theta_pre or a task vector.
+        device: where they go.
+    """
+    if isinstance(tensors, Factored):
+        return tensors.to(device)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def kept_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """What a task vector or theta_pre takes: bytes where it is used, and bytes of the host that are copied from.
+
+    Args:
+        tensors: by name.
+    """
+    inner = tensors.held if isinstance(tensors, Streamed) else tensors
+    factors = 0
+    if isinstance(inner, Factored):
+        pairs = [entry for entry in inner.entries.values() if isinstance(entry, Factors)]
+        factors = sum(_size(pair.left) + _size(pair.right) for pair in pairs)
+        whole = [entry for entry in inner.entries.values() if isinstance(entry, Tensor)]
+    else:
+        whole = list(inner.values())
+    dense = sum(map(_size, whole))
+    return (factors, dense) if isinstance(tensors, Streamed) else (factors + dense, 0)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # a system may allow no more of it: copies are slower then
+            return tensor.pin_memory()
+    return tensor
