@@ -18,6 +18,7 @@ from dfmerge_studies import InputError, StudySpec, load_problem, optimize_merge
 from dfmerge_studies.descent import adam_step
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.objective.slopes import Sample
 from dfmerge_studies.points import Point, fine_name
 from dfmerge_studies.search import make_sampler
@@ -205,6 +206,23 @@ def test_slopes_are_those_of_the_equation_with_the_importance_held_fixed(
     assert list(slope.slopes) == list(expected)
     for name, value in expected.items():
         assert slope.slopes[name] == pytest.approx(value, rel=2e-4, abs=1e-9), name  # T5's norms compute in float32
+
+
+def test_a_merge_in_parts_has_the_slopes_of_one_without_importance_and_is_refused_with_one(project: Project) -> None:
+    spec = descending(project, method="gta")
+    slopes = []
+    for parts in (1, 3):
+        problem = load_problem(spec)
+        problem.part_entries = sum(problem.sizes.values()) // parts if parts > 1 else None
+        rehearse_(problem, spec.row)
+        merger = Merger(problem, spec.row, None)
+        slopes.append(merger.run(coefficients(problem, False), sample=Sample(ROWS, WEIGHTS)).slope)
+    assert slopes[0] == slopes[1]
+    problem = load_problem(descending(project, method="df-merge"))
+    problem.part_entries = sum(problem.sizes.values()) // 3
+    with pytest.raises(InputError, match="importances of all experts") as refused:
+        rehearse_(problem, problem.spec.row)
+    assert str(refused.value.where).endswith("memory")
 
 
 def test_a_slope_leaves_the_merge_its_scores_and_the_model_as_they_are(project: Project) -> None:

@@ -232,6 +232,8 @@ class Merger:
         if len(parts) == 1:
             seconds = merge_into_(resident.model, base, vectors, at, weight, floor=floor)
         else:
+            if keep and self.method.importance is Importance.UNIFORM:
+                self._weighed = [None] * len(vectors)  # others have been refused
             gathered = InParts(self.importances, list(base), self.progress)
             seconds = merge_parts_into_(resident.model, base, vectors, at, importance, parts, floor=floor)
         if directions:
