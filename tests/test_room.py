@@ -103,7 +103,7 @@ def test_without_a_limit_the_machine_is_the_limit(tmp_path: Path, monkeypatch, l
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """An encoder of which a worker needs 30 MB: the model, base values, two task vectors, the sums of a merge."""
+    """An encoder of 3.6 MB, of which a worker holds four times as much: model, base values and two task vectors."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"hidden_size": 96, "intermediate_size": 384}.items():
             patch.setitem(models._BERT, name, value)
@@ -111,8 +111,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def _begin_small(arguments: list[str]) -> None:
-    """A worker that finds a machine of 45 MB."""
-    vars(worker)["host_room"] = lambda: Room(0, 45_000_000)
+    """A worker that finds a machine of 20 MB."""
+    vars(worker)["host_room"] = lambda: Room(0, 20_000_000)
     command(arguments)
 
 
@@ -140,7 +140,7 @@ def test_workers_that_cannot_all_be_held_are_refused_before_anything_is_created(
     before = deep.files().keys()
     told = run(deep, Small, monkeypatch, check=2)
     assert "2 workers on this machine hold 0.0" in told
-    assert "has 0.04 GB in all. one fits, without --workers; dtype: bfloat16 takes half" in told
+    assert "has 0.02 GB in all. one fits, without --workers; dtype: bfloat16 takes half" in told
     assert deep.files().keys() == before
 
 
@@ -163,16 +163,16 @@ def test_a_worker_of_several_cards_says_what_is_free_on_its_own(project: Project
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 + device.index, 80))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     said: list[dict[str, Any]] = []
 
     def wait() -> None:
         raise Stop
 
+    leave = SimpleNamespace(wait=wait)
     for index in range(3):
         orders = Orders(fields, str(project.file), None, 1, [], index, 3)
         with pytest.raises(Stop):
-            worker.serve(orders, lambda kind, **content: said.append({"kind": kind, **content}), wait)
+            worker.serve(orders, lambda kind, **content: said.append({"kind": kind, **content}), leave)
     assert [each["device"] for each in said] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [(each["kind"], each["free"], each["total"]) for each in said] == [
         ("ready", 7, 80),
@@ -194,17 +194,23 @@ say("ready", **room)
 go_on()
 print("loads", file=sys.stderr, flush=True)
 held = 10_000_000_000
-say("loaded", held=held, peak=15_000_000_000, **{**room, "free": FREE - held})
+needs = {"held": held, "peak": 15_000_000_000, "beside": 1_000_000_000}
+say("loaded", **needs, **{**room, "free": FREE - held}, host={"free": HOST, "total": HOST})
 go_on()
 if index == DYING: sys.exit(3)
 say("joined", threads=1, device=room["device"])
 """
 
 
-def scripted(free: int, total: int, *, dying: int = -1, workers: int = 5) -> tuple[list[Notice], Pool]:
+Scripted = tuple[list[Notice], Pool]
+
+
+def scripted(
+    free: int, total: int, *, host: int = 64 * GB, dying: int = -1, workers: int = 5
+) -> tuple[list[Notice], Pool]:
     orders = [Orders({}, "spec.yaml", None, 1, [], index, workers) for index in range(workers)]
     notices: list[Notice] = []
-    values = {"FREE": free, "TOTAL": total, "DYING": dying}
+    values = {"FREE": free, "TOTAL": total, "HOST": host, "DYING": dying}
     script = reduce(lambda text, name: text.replace(name, str(values[name])), values, SCRIPT)
     made = Pool([sys.executable, "-c", script], orders, on_notice=notices.append, on_death=lambda: None)
     return notices, made
@@ -219,7 +225,7 @@ def test_on_several_cards_the_first_worker_loads_alone_and_the_fullest_card_deci
     made.run()
     said: dict[str, Any] = {notice.kind: notice.content for notice in notices}
     assert "3 workers on cuda:0 need about 35.00 GB more" in said["memory"]["text"]
-    assert "(--workers 4 fits)" in said["memory"]["text"]
+    assert "(--workers 4 fits; memory: 14666MB bounds each)" in said["memory"]["text"]
     order = kinds(notices)
     assert {worker for kind, worker in order if kind == "log"} == {1, 2, 3, 4, 5}
     assert all(order.index(("memory", 1)) < order.index(("log", each)) for each in (2, 3, 4, 5))
@@ -230,6 +236,14 @@ def test_workers_that_a_card_cannot_hold_are_refused_and_none_but_the_first_has_
     with pytest.raises(InputError, match=r"3 workers on cuda:0 hold 30.00 GB.*has 24.00 GB in all. --workers 4 fits"):
         made.run()
     assert kinds(notices) == [("log", 1)]
+
+
+def test_what_workers_of_cards_need_beside_them_is_looked_at_too() -> None:
+    notices, made = scripted(79 * GB, 80 * GB, host=3 * GB, workers=5)
+    made.run()
+    told = [notice.content["text"] for notice in notices if notice.kind == "memory"]
+    assert len(told) == 1
+    assert "5 workers need about 4.00 GB more of this machine, and 3.00 GB are free" in told[0]
 
 
 def test_a_worker_that_dies_and_is_started_again_loads_without_being_asked_anew() -> None:

@@ -28,11 +28,11 @@ def worker() -> None:
     from dfmerge_studies.study.worker import obey_parent, read_orders, reporting, serve
 
     orders = read_orders(sys.stdin.readline())
-    wait = obey_parent()
+    leave = obey_parent()
     common.load_libraries()
     with reporting() as say:
         try:
-            done = serve(orders, say, wait)
+            done = serve(orders, say, leave)
         except DFMergeError as error:
             say("error", what=error.what, where=error.where, hint=error.hint, exit_code=error.exit_code)
             raise typer.Exit(error.exit_code) from None

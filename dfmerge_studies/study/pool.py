@@ -82,12 +82,13 @@ class Notice:
     Attributes:
         worker: its number, from 1.
         pid: its process.
-        kind: "ready" with `device`, its `free` and `total` bytes, before it loads; "loaded" with the bytes that it has
-            `held` since then, its `peak`, `free` and `total`; "memory" with `text`, a warning that it may run out;
-            "joined" with `threads` and `device`; "study" with `name` and `total` when it starts on a study; "trial"
-            with the fields of an `Event` and `study`; "phase" with `what`, `done`, `total`; "log" with `text`, a line
-            of its standard error; "error" with `what`, `where`, `hint`, `exit_code`; "died" with `how` when it is
-            started again, "given up" with `how` when it is not; "stopped" when somebody else ended it.
+        kind: "ready" with `device`, its `free` and `total` bytes, before it loads; "loaded" with what it needs (`held`,
+            `peak`, `beside`), `device`, `free`, `total`, and `host` with those two of the host; "memory" with `text`, a
+            warning that it may run out; "joined" with `threads` and `device`; "study" with `name` and `total` when it
+            starts on a study; "trial" with the fields of an `Event` and `study`; "phase" with `what`, `done`, `total`;
+            "log" with `text`, a line of its standard error; "error" with `what`, `where`, `hint`, `exit_code`; "died"
+            with `how` when it is started again, "given up" with `how` when it is not; "stopped" when somebody else
+            ended it.
         content: the fields.
     """
 
@@ -262,8 +263,9 @@ class Pool:
             self._look(content["device"], content)
         elif kind == "loaded":
             if not self._fit:
-                self._need = Need(content["held"], content["peak"])
+                self._need = Need(content["held"], content["peak"], content["beside"])
                 self._look(content["device"], content)
+                self._look("cpu", content["host"])
         else:
             self._on_notice(Notice(member.orders.index + 1, process.pid, kind, content))
 

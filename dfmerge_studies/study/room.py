@@ -42,15 +42,11 @@ class Room:
 
 @dataclass(frozen=True)
 class Need:
-    """What a worker needs: `held` and `peak`, see the top of the module."""
+    """What a worker needs, see the top of the module."""
 
     held: int
     peak: int
-
-    @property
-    def whole(self) -> int:
-        """Bytes of a worker that has not loaded yet."""
-        return max(self.held, self.peak)
+    beside: int = 0
 
 
 def host_room() -> Room:
@@ -70,7 +66,7 @@ def check_room(devices: Sequence[str], rooms: Mapping[str, Room], need: Need) ->
 
     Args:
         devices: of each worker, in their order; no more than the first has loaded.
-        rooms: of each device.
+        rooms: of each device, and of the CPU where something is needed there.
         need: of a worker; all load the same.
 
     Returns:
@@ -81,7 +77,7 @@ def check_room(devices: Sequence[str], rooms: Mapping[str, Room], need: Need) ->
     """
 
     def missing(device: str, workers: int) -> int:
-        return workers * need.whole - (need.held if device == devices[0] else 0)
+        return workers * need.peak - (need.held if device == devices[0] else 0)
 
     def all_hold(device: str, workers: int) -> bool:
         return workers * need.held <= rooms[device].total
@@ -100,12 +96,20 @@ def check_room(devices: Sequence[str], rooms: Mapping[str, Room], need: Need) ->
             )
     for device, count in counts.items():
         if not all_run(device, count):
-            more = "more " if device == devices[0] else ""
+            loaded = need.held if device == devices[0] else 0
+            each = (rooms[device].free + loaded) // count
+            bound = f"; memory: {each // 10**6}MB bounds each" if each > need.held else ""
             return (
-                f"memory may run out: {_workers(count, device)} need about {_gb(missing(device, count))} {more}in their"
-                f" trials and the activations of a batch, and {_gb(rooms[device].free)} are free"
-                f" ({_advice(devices, all_run)})"
+                f"memory may run out: {_workers(count, device)} need about {_gb(missing(device, count))}"
+                f"{' more' if loaded else ''} in their trials, and {_gb(rooms[device].free)} are free"
+                f" ({_advice(devices, all_run)}{bound})"
             )
+    others = need.beside * (len(devices) - 1)
+    if "cpu" in rooms and "cpu" not in counts and others > rooms["cpu"].free:
+        return (
+            f"memory may run out: beside their devices, {len(devices)} workers need about {_gb(others)} more of this"
+            f" machine, and {_gb(rooms['cpu'].free)} are free"
+        )
     return None
 
 

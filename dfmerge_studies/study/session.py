@@ -296,7 +296,7 @@ def open_study(
         splits: what will be scored; each is read now, since a bad test split should not wait for the last trial.
         progress: told how far loading is.
         ranks: processes that share the work of a trial; only their leader calls this.
-        on_loaded: called when models and data are there, before anything is computed or written.
+        on_loaded: called when models and data are there and rehearsed, before anything is written.
 
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
@@ -323,14 +323,14 @@ def open_study(
     for split in splits:
         for task in spec.tasks_on(split):
             problem.examples(task, split)
-    if on_loaded is not None:
-        on_loaded(problem)
     fingerprint = provenance.whole_fingerprint(spec, problem)
     if stored is not None:
         provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     shelf = Shelf(cache, spec.cache_policy, together=len(spec.experts))
     merger = Merger(problem, plan.method, shelf, uses=Recurrence(plan).uses, progress=progress)
     rehearse_(problem, plan.method)
+    if on_loaded is not None:
+        on_loaded(problem)
     study = _join(plan, fingerprint, problem, warm)
     plan = plan.joined(study)
     study.sampler = plan.sampler()

@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
@@ -28,6 +27,7 @@ from dfmerge_studies.study import provenance
 from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
+from dfmerge_studies.study.room import host_room
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files
@@ -190,7 +190,7 @@ def _available(problem: Problem) -> int:
     device = problem.resident.device
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return int(psutil.virtual_memory().available) + held_bytes(problem)
+    return host_room().free + held_bytes(problem)
 
 
 def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:

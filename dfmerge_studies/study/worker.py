@@ -13,9 +13,9 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
-import psutil
 import torch
 
+from dfmerge_studies.objective.memory import held_bytes
 from dfmerge_studies.objective.problem import Problem, choose_device
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.signals import STOP, stop_this_process
@@ -28,7 +28,6 @@ from dfmerge_studies.study.variants import baseline_specs
 from dfmerge_studies.trials.results import Event
 
 Say = Callable[..., None]
-Wait = Callable[[], None]
 _PHASE_SECONDS = 0.25  # between two reports of how far a phase is
 _LOOK_SECONDS = 0.5  # after which one who waits notices a signal, where waiting cannot be interrupted
 
@@ -60,40 +59,56 @@ def reporting() -> Iterator[Say]:
         yield say
 
 
-def obey_parent() -> Wait:
+class Leave:
+    """The parent's leave to go on, a line of standard input each time."""
+
+    def __init__(self) -> None:
+        self._given = threading.Semaphore(0)
+
+    def give(self, times: int) -> None:
+        """What the parent does; from any thread."""
+        for _ in range(times):
+            self._given.release()
+
+    def is_given(self) -> bool:
+        """Take it if it is there already."""
+        return self._given.acquire(blocking=False)
+
+    def wait(self) -> None:
+        """Take it when it is there."""
+        while not self._given.acquire(timeout=_LOOK_SECONDS):
+            pass
+
+
+def obey_parent() -> Leave:
     """Stop this process, its trial handed back, when its standard input ends.
 
     Returns:
-        A function that waits for the next line there: the parent lets this worker go on.
+        What the parent gives by the lines there.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(STOP, interrupt)
-    allowed = threading.Semaphore(0)
+    leave = Leave()
 
     def listen() -> None:
         while said := os.read(0, 1024):
-            for _ in range(said.count(b"\n")):
-                allowed.release()
+            leave.give(said.count(b"\n"))
         stop_this_process()
 
-    def wait() -> None:
-        while not allowed.acquire(timeout=_LOOK_SECONDS):
-            pass
-
     threading.Thread(target=listen, name="obey-parent", daemon=True).start()
-    return wait
+    return leave
 
 
-def serve(orders: Orders, say: Say, wait: Wait) -> bool:
+def serve(orders: Orders, say: Say, leave: Leave) -> bool:
     """Work as ordered: on the study, then on those of its baselines.
 
     Args:
         orders: from `read_orders`.
         say: from `reporting`.
-        wait: from `obey_parent`.
+        leave: from `obey_parent`.
 
     Returns:
         Whether the work was not interrupted.
@@ -107,14 +122,15 @@ def serve(orders: Orders, say: Say, wait: Wait) -> bool:
         torch.cuda.set_device(device)  # what names no device goes to the same one
     progress = _phases(say) if orders.phases else silent
     say("ready", device=str(device), **asdict(_room(device)))
-    before = _held(device)
-    wait()
+    leave.wait()
 
     def loaded(problem: Problem) -> None:
-        peak = memory_estimate(problem).peak_bytes
-        held = min(peak, max(0, _held(device) - before))  # more than that are modules that were imported meanwhile
-        say("loaded", device=str(device), held=held, peak=peak, **asdict(_room(device)))
-        wait()
+        if leave.is_given():  # others have loaded before: it is known that all fit
+            return
+        estimate, held = memory_estimate(problem), held_bytes(problem)
+        needs = {"held": held, "peak": estimate.peak_bytes, "beside": estimate.host_bytes}
+        say("loaded", device=str(device), **needs, **asdict(_room(device)), host=asdict(host_room()))
+        leave.wait()
 
     session = open_study(spec, splits=orders.splits, progress=progress, on_loaded=loaded)
     say("joined", threads=torch.get_num_threads(), device=str(session.problem.resident.device))
@@ -123,13 +139,6 @@ def serve(orders: Orders, say: Say, wait: Wait) -> bool:
 
 def _room(device: torch.device) -> Room:
     return Room(*torch.cuda.mem_get_info(device)) if device.type == "cuda" else host_room()
-
-
-def _held(device: torch.device) -> int:
-    """Bytes of a device that this process has for itself."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    return int(psutil.Process().memory_full_info().uss)
 
 
 def _others(session: Session) -> Iterator[Session]:
