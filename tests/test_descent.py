@@ -220,7 +220,7 @@ def test_a_merge_in_parts_has_the_slopes_of_one_without_importance_and_is_refuse
     assert slopes[0] == slopes[1]
     problem = load_problem(descending(project, method="df-merge"))
     problem.part_entries = sum(problem.sizes.values()) // 3
-    with pytest.raises(InputError, match="importances of all experts") as refused:
+    with pytest.raises(InputError, match="keeps the importances of all experts") as refused:
         rehearse_(problem, problem.spec.row)
     assert str(refused.value.where).endswith("memory")
 

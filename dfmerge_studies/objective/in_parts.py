@@ -36,10 +36,10 @@ def check_parts(problem: Problem, method: Method, estimator: Estimator) -> None:
         return
     if problem.spec.protect is not None:
         what = "`protect` keeps factors of all linear layers"
-    elif problem.spec.search.sampler == "gradient":
-        what = "sampler: gradient keeps the importances of all experts for the slope"
     elif method.importance is Importance.UNIFORM:
         return
+    elif problem.spec.search.sampler == "gradient":
+        what = "sampler: gradient keeps the importances of all experts for the slope"
     elif method.importance.blocks is not None:
         what = f"the method {method.name!r} keeps the blocks of all layers and experts"
     elif estimator is Estimator.MASK_NODES:

@@ -46,12 +46,6 @@ def rehearse_(problem: Problem, method: Method) -> None:
     """
     estimator = check_importance(problem, method)
     descends = problem.spec.search.sampler == "gradient" and method.searches
-    if descends and method.importance is not Importance.UNIFORM and len(problem.parts()) > 1:
-        raise InputError(
-            "sampler: gradient keeps the importances of all experts beside the model, and memory is too small for that",
-            where=problem.spec.where("memory"),
-            hint="Give more memory, or use sampler: auto",
-        )
     kind = " ".join(filter(None, (method.importance.blocks, estimator.value)))
     for task in problem.tasks:
         scored, weighed = (task, "scores"), (task, kind)
