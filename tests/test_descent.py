@@ -21,7 +21,10 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.objective.slopes import Sample
 from dfmerge_studies.points import Point, fine_name
+from dfmerge_studies.report.figures.trajectory import _kind
+from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
+from dfmerge_studies.storage import load_study, open_storage
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.supervised import answer_losses
@@ -396,6 +399,8 @@ def test_a_study_keeps_its_sampler_and_refuses_another_rate(project: Project) ->
     assert more["search"]["sampler"] == "gradient"
     status = project.cli("status", "spec.yaml").stdout
     assert "gradient (steps down the loss)" in status
+    view = StudyView.of(load_study(open_storage(f"sqlite:///{project.folder}/colours.db", create=False), "colours"))
+    assert [_kind(view, each) for each in view.trials] == ["known", "search", "search"]
     ends = more["descent"]
     assert (ends["first"]["trial"], ends["last"]["trial"]) == (0, 2)
     assert f"{ends['first']['loss']:.3f} in trial 0, {ends['last']['loss']:.3f} in trial 2" in status
@@ -428,6 +433,13 @@ def test_what_has_no_slope_is_refused_with_the_field_and_the_way_out(
     refused = project.cli("validate", "spec.yaml", check=2).stderr
     for message in messages:
         assert message in refused
+
+
+def test_patience_counts_from_the_first_step(project: Project) -> None:
+    spec = descending(project, method="gta", search={"trials": 12, "patience": 2, "rate": 1e-6})
+    summary = open_study(spec).run()
+    assert summary.stopped is not None
+    assert summary.stopped.after == 3
 
 
 def test_a_scoring_function_of_one_s_own_has_no_slopes() -> None:

@@ -96,7 +96,8 @@ class Rule:
         """The rule of a search, None where it has none."""
         if search.patience is None and search.stop == "none":
             return None
-        return cls(search.patience, search.stop == "gain", max(1, search.startup_trials), noise)
+        startup = 1 if search.sampler == "gradient" else max(1, search.startup_trials)
+        return cls(search.patience, search.stop == "gain", startup, noise)
 
     def stop(self, trials: Sequence[FrozenTrial], first: int) -> Stop | None:
         """Where the search stops, or would have stopped: after the first trial after which the rule holds.

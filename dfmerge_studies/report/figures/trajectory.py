@@ -356,7 +356,10 @@ def _kind(view: StudyView, trial: FrozenTrial) -> str:
         return "known"
     if view.policy is Coefficients.SHARED_GRID:
         return "grid"
-    random = sampler_of(view.fingerprint) == "random"
+    sampler = sampler_of(view.fingerprint)
+    if sampler == "gradient":
+        return "search" if expected_of(trial) else "startup"
+    random = sampler == "random"
     return "startup" if random or place_of(trial) < max(1, int(view.fingerprint["search.startup_trials"])) else "search"
 
 
