@@ -26,22 +26,20 @@ def measured(*arguments: str) -> dict[str, float]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is the Linux kernel's")
-@pytest.mark.parametrize(
-    "arguments",
-    [("--size", "small", "--tokens", "30"), ("--size", "causal-135m", "--lora", "16", "--tokens", "20")],
-    ids=["a T5 of 60M", "LoRA experts of a decoder of 135M"],
-)
-def test_the_estimate_is_within_a_tenth_of_what_a_process_takes(arguments: tuple[str, ...]) -> None:
-    found = measured(*arguments, "--inputs", "2", "--experts", "2")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is the Linux kernel's"),
+]
+
+
+def test_the_estimate_is_within_a_tenth_of_what_a_process_takes_for_lora_experts_of_a_decoder_of_135m() -> None:
+    found = measured("--size", "causal-135m", "--lora", "16", "--tokens", "20", "--inputs", "2", "--experts", "2")
     assert found["estimate"] == pytest.approx(found["peak"], rel=0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is the Linux kernel's")
-def test_a_process_stays_within_the_memory_that_it_is_given() -> None:
-    found = measured("--size", "small", "--tokens", "30", "--inputs", "2", "--experts", "2", "--memory", "1.5GB")
+def test_a_process_stays_within_the_memory_that_it_is_given_for_a_t5_of_60m() -> None:
+    found = measured("--size", "small", "--tokens", "8", "--inputs", "1", "--experts", "2", "--memory", "1.5GB")
     assert found["parts"] > 1
     assert found["estimate"] <= 1.5e9
+    assert found["estimate"] == pytest.approx(found["peak"], rel=0.1)
     assert found["peak"] <= 1.05 * 1.5e9
