@@ -50,8 +50,11 @@ def overwrite(file: Path) -> None:
         stream.write(b"\x3d" * (size - start))  # 0.046 in float32
 
 
-def with_adapters(project: Project) -> Project:
-    """The same project with low-rank adapters as experts, which leave most of the base's parameters alone."""
+def with_adapters(project: Project, *, dora: bool = False) -> Project:
+    """The same project with low-rank adapters as experts, which leave most of the base's parameters alone.
+
+    Those of DoRA have to be folded into a copy of the base, which is read for each of them.
+    """
     classification = project.family in ("bert", "distilbert", "roberta")
     auto = AutoModelForSequenceClassification if classification else AutoModelForCausalLM
     targets = ["query"] if classification else ["c_attn"]
@@ -60,7 +63,9 @@ def with_adapters(project: Project) -> Project:
         model = auto.from_pretrained(project.folder / "base", **labels)
         torch.manual_seed(number)
         kind = "SEQ_CLS" if classification else "CAUSAL_LM"
-        config = peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=not classification, task_type=kind)
+        config = peft.LoraConfig(
+            r=2, target_modules=targets, fan_in_fan_out=not classification, task_type=kind, use_dora=dora
+        )
         config.modules_to_save = ["classifier", "pooler"] if classification else None
         wrapped = peft.get_peft_model(model, config)
         with torch.no_grad():
@@ -165,7 +170,7 @@ def test_the_digest_is_that_of_the_weights_in_memory_when_a_file_is_swapped_befo
 def test_a_base_that_is_swapped_before_an_adapter_reads_it_again_is_refused_by_name(
     project_of: Callable[[str], Project], tmp_path: Path
 ) -> None:
-    project = with_adapters(project_of("gpt2"))
+    project = with_adapters(project_of("gpt2"), dora=True)
     file = project.folder / "base" / "model.safetensors"
     other = changed_copy(file, tmp_path / "other.safetensors")
 
@@ -175,6 +180,26 @@ def test_a_base_that_is_swapped_before_an_adapter_reads_it_again_is_refused_by_n
 
     with pytest.raises(RunError, match=r"base/model\.safetensors: changed while"):
         load_problem(StudySpec.from_yaml(project.file), progress=swap)
+
+
+def test_a_base_that_is_swapped_after_it_was_read_once_for_all_adapters_is_the_one_that_was_read(
+    project_of: Callable[[str], Project], tmp_path: Path
+) -> None:
+    project = with_adapters(project_of("gpt2"))
+    file = project.folder / "base" / "model.safetensors"
+    other = changed_copy(file, tmp_path / "other.safetensors")
+    spec = StudySpec.from_yaml(project.file)
+    before = load_problem(spec)
+
+    def swap(step: str, done: int, total: int) -> None:
+        if step == "loading blue":
+            replace(file, other)
+
+    after = load_problem(spec, progress=swap)
+    assert after.base_digest == before.base_digest
+    for name, tensor in before.resident.base.items():
+        assert torch.equal(after.resident.base[name], tensor)
+    assert load_problem(spec).base_digest != before.base_digest
 
 
 @pytest.mark.parametrize(
