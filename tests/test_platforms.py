@@ -56,7 +56,7 @@ def test_every_module_of_the_package_that_is_its_own_code_can_be_imported(system
     ]  # those that ask the system for signals, locks, processes or cores  # fmt: skip
     # The libraries first: what they need of a system is their own affair.
     code = "\n".join(f"import dfmerge_studies.{name}" for name in modules)
-    libraries = "import optuna, torch, sqlalchemy, optuna.storages\n"
+    libraries = "import optuna, psutil, torch, sqlalchemy, optuna.storages\n"
     done = subprocess.run(
         [sys.executable, "-c", libraries + ABSENT[system] + REFUSE.format(missing=MISSING[system]) + code],
         capture_output=True,

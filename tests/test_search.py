@@ -81,7 +81,7 @@ def test_trial_seeds_depend_on_each_of_their_parts_and_on_nothing_else() -> None
 
 
 def test_unknown_samplers_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match="gp, random, grid, ucb"):
+    with pytest.raises(InputError, match="auto, gp, random, gradient, grid, ucb"):
         make_sampler("tpe", seed=0, study_name="s", space=SPACE)
 
 
