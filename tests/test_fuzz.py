@@ -140,7 +140,7 @@ def test_any_header_of_weights_is_read_or_refused(original: Project, data: st.Da
         check(project, "validate", "spec.yaml")
 
 
-@bounded(18)
+@bounded(12)
 @given(data=st.data(), name=st.sampled_from(["config.json", "tokenizer_config.json", "generation_config.json"]))
 def test_any_configuration_is_read_or_refused(original: Project, data: st.DataObject, name: str) -> None:
     with copied(original) as project:

@@ -1,4 +1,4 @@
-"""What `validate` says a trial takes, beside what a process of its own does take."""
+"""What `validate` says a trial takes, beside what a process of its own does take: a T5 of 60M parameters."""
 
 from __future__ import annotations
 
@@ -32,12 +32,7 @@ pytestmark = [
 ]
 
 
-def test_the_estimate_is_within_a_tenth_of_what_a_process_takes_for_lora_experts_of_a_t5_of_60m() -> None:
-    found = measured("--size", "small", "--lora", "16", "--tokens", "20", "--inputs", "2", "--experts", "2")
-    assert found["estimate"] == pytest.approx(found["peak"], rel=0.1)
-
-
-def test_a_process_stays_within_the_memory_that_it_is_given_for_a_t5_of_60m() -> None:
+def test_a_process_takes_what_was_estimated_and_stays_within_the_memory_that_it_is_given() -> None:
     found = measured("--size", "small", "--tokens", "8", "--inputs", "1", "--experts", "2", "--memory", "1.5GB")
     assert found["parts"] > 1
     assert found["estimate"] <= 1.5e9
