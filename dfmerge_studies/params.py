@@ -13,7 +13,7 @@ Buffers and integer tensors are no parameters here: they stay the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -151,3 +151,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def tracking(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Let gradients reach some parameters and no others for a while; afterwards all as before, also after an error.
+
+    Args:
+        model: whose parameters.
+        names: of those that gradients reach.
+    """
+    asked, flags = set(names), [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter) for name, parameter in model.named_parameters() if name in asked}
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in wanted)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -56,13 +56,15 @@ def lora(**settings: Any) -> peft.PeftConfig:
     return peft.LoraConfig(**{"r": 3, "lora_alpha": 7} | settings)
 
 
-def save_adapter(base: Path, kind: Kind, config: peft.PeftConfig, path: Path) -> peft.PeftModel:
+def save_adapter(
+    base: Path, kind: Kind, config: peft.PeftConfig, path: Path, *, seed: int = 0, **loading: Any
+) -> peft.PeftModel:
     """Save an adapter with random weights; returns the live one."""
     auto, _, task_type = AUTO[kind]
     config.task_type = config.task_type or task_type
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        live = peft.get_peft_model(auto.from_pretrained(base), config)
+        torch.manual_seed(seed)
+        live = peft.get_peft_model(auto.from_pretrained(base, **loading), config)
         with torch.no_grad():
             for parameter in live.parameters():
                 if parameter.requires_grad:

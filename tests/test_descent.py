@@ -35,6 +35,7 @@ from dfmerge_studies.trials.space import Space
 from tests import ranks_child
 from tests.models import make_model
 from tests.project import EXPERTS, Project, make_project, start_ranks
+from tests.test_fisher import loop_losses
 from tests.test_generate_tasks import generating
 from tests.test_in_memory import target_score, toys
 from tests.test_lm_eval import CASES, harness_project
@@ -54,20 +55,6 @@ def descending(project: Project, **changes: Any) -> StudySpec:
 # The loss
 
 
-def mean_over_choices(model: Any, kind: Kind, example: Encoded) -> list[float]:
-    """Mean negative log-likelihood of each choice's tokens, one row after the other, from the model's own logits."""
-    found = []
-    for tokens in example.choices:
-        targets = torch.tensor(tokens)
-        if kind is Kind.TEXT_TO_TEXT:
-            logits = model(input_ids=torch.tensor([example.input_ids]), labels=targets[None]).logits[0]
-        else:
-            whole = torch.tensor([[*example.input_ids, *tokens]])
-            logits = model(input_ids=whole).logits[0, len(example.input_ids) - 1 : -1]
-        found.append(float(cross_entropy(logits.double(), targets)))
-    return found
-
-
 @pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
 def test_the_loss_of_an_answer_is_that_of_the_model_s_own_logits_row_by_row(family: str, tmp_path: Path) -> None:
     problem = load_problem(descending(make_project(tmp_path, family), dtype="float64"))
@@ -77,11 +64,8 @@ def test_the_loss_of_an_answer_is_that_of_the_model_s_own_logits_row_by_row(fami
     with torch.no_grad():
         found = answer_losses(model, kind, examples, pad_id=problem.pad_id)
         for example, loss in zip(examples, found.tolist(), strict=True):
-            if kind is Kind.CLASSIFICATION:
-                scores = -model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
-            else:
-                scores = torch.tensor(mean_over_choices(model, kind, example), dtype=torch.float64)
-            assert loss == pytest.approx(-float(torch.log_softmax(-scores, 0)[example.label or 0]), rel=1e-6)
+            losses = loop_losses(model, kind, example).double()
+            assert loss == pytest.approx(-float(torch.log_softmax(-losses, 0)[example.label or 0]), rel=1e-6)
 
 
 def test_the_loss_of_a_text_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
@@ -89,7 +73,7 @@ def test_the_loss_of_a_text_is_the_mean_over_its_tokens(tmp_path: Path) -> None:
     example = problem.examples("red", "validation")[0]
     with torch.no_grad():
         found = answer_losses(problem.resident.model, problem.kinds["red"], [example], pad_id=problem.pad_id)
-        (expected,) = mean_over_choices(problem.resident.model, problem.kinds["red"], example)
+        (expected,) = loop_losses(problem.resident.model, problem.kinds["red"], example).tolist()
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 

@@ -10,13 +10,13 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.checkpoints import resident as resident_module
 from dfmerge_studies.checkpoints.factored import Factored, Factors
-from dfmerge_studies.checkpoints.load import ModelClass, load_model
-from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
+from dfmerge_studies.checkpoints.load import load_model
+from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.checkpoints.resident import Resident, load_resident
 from dfmerge_studies.checkpoints.streamed import kept_bytes
 from dfmerge_studies.errors import InputError
@@ -24,34 +24,7 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import FAMILIES, save_model_directory
 from tests.project import Project, make_project
-
-AUTO: dict[Kind, tuple[Any, ModelClass, str]] = {
-    Kind.TEXT_TO_TEXT: (AutoModelForSeq2SeqLM, ModelClass.SEQ2SEQ, "SEQ_2_SEQ_LM"),
-    Kind.CAUSAL: (AutoModelForCausalLM, ModelClass.CAUSAL, "CAUSAL_LM"),
-    Kind.CLASSIFICATION: (AutoModelForSequenceClassification, ModelClass.CLASSIFICATION, "SEQ_CLS"),
-}
-
-
-def lora(**settings: Any) -> peft.LoraConfig:
-    return peft.LoraConfig(**{"r": 3, "lora_alpha": 7} | settings)
-
-
-def save_adapter(base: Path, family: str, config: peft.PeftConfig, path: Path, *, seed: int = 0, **loading: Any) -> Any:
-    """Save an adapter whose every trained number is random; returns the live one."""
-    auto, _, config.task_type = AUTO[FAMILIES[family].kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        live = peft.get_peft_model(auto.from_pretrained(base, **loading), config)
-        with torch.no_grad():
-            for parameter in live.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    live.save_pretrained(path)
-    return live.eval()
-
-
-def at(path: Path) -> Checkpoint:
-    return resolve(str(path), root=Path("/"), where="spec.yaml: base")
+from tests.test_adapters import AUTO, at, lora, save_adapter
 
 
 def resident_of(base: Path, family: str, *paths: Path, dtype: torch.dtype = torch.float32) -> Resident:
@@ -113,7 +86,7 @@ def test_kept_factors_are_the_folded_adapter_at_every_coefficient(
 ) -> None:
     family, config = KEPT[case]
     base = save_model_directory(tmp_path / "base", family)
-    live = save_adapter(base, family, config(), tmp_path / "red")
+    live = save_adapter(base, FAMILIES[family].kind, config(), tmp_path / "red")
     ours = resident_of(base, family, tmp_path / "red")
     assert factors(ours)
     assert next(scaled(ours, [0.0])).keys() == dict(ours.model.named_parameters()).keys()
@@ -145,7 +118,7 @@ def test_the_base_is_bit_for_bit_what_its_files_hold(tmp_path: Path, case: str) 
     family, config = KEPT[case]
     base = save_model_directory(tmp_path / "base", family)
     for seed in (0, 1):
-        save_adapter(base, family, config(), tmp_path / f"expert{seed}", seed=seed)
+        save_adapter(base, FAMILIES[family].kind, config(), tmp_path / f"expert{seed}", seed=seed)
     resident = resident_of(base, family, tmp_path / "expert0", tmp_path / "expert1")
     model_class = AUTO[FAMILIES[family].kind][1]
     plain = load_model(at(base), model_class, dtype=torch.float32).model
@@ -162,7 +135,7 @@ def test_the_base_is_bit_for_bit_what_its_files_hold(tmp_path: Path, case: str) 
 def test_the_base_is_read_once_however_many_adapters_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model_directory(tmp_path / "base", "llama")
     for seed in range(3):
-        save_adapter(base, "llama", lora(target_modules=["q_proj"]), tmp_path / f"expert{seed}", seed=seed)
+        save_adapter(base, Kind.CAUSAL, lora(target_modules=["q_proj"]), tmp_path / f"expert{seed}", seed=seed)
     reads: list[Path] = []
 
     def counted(checkpoint: Checkpoint, *arguments: Any, **keywords: Any) -> Any:
@@ -178,7 +151,7 @@ def test_the_base_is_read_once_however_many_adapters_there_are(tmp_path: Path, m
 @pytest.mark.parametrize(("stored", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_an_expert_keeps_its_factors_and_no_matrix(tmp_path: Path, stored: torch.dtype, width: int) -> None:
     base = save_model_directory(tmp_path / "base", "llama")
-    live = save_adapter(base, "llama", lora(target_modules=["q_proj", "up_proj"]), tmp_path / "red")
+    live = save_adapter(base, Kind.CAUSAL, lora(target_modules=["q_proj", "up_proj"]), tmp_path / "red")
     live.to(stored).save_pretrained(tmp_path / "red")
     resident = resident_of(base, "llama", tmp_path / "red")
     (vector,) = resident.task_vectors
@@ -191,7 +164,7 @@ def test_in_bfloat16_kept_factors_are_nearer_to_the_adapter_than_a_fold(
     tmp_path: Path, folding: Callable[[], None]
 ) -> None:
     base = save_model_directory(tmp_path / "base", "llama", dtype=torch.bfloat16)
-    save_adapter(base, "llama", lora(target_modules="all-linear"), tmp_path / "red")
+    save_adapter(base, Kind.CAUSAL, lora(target_modules="all-linear"), tmp_path / "red")
     ours = resident_of(base, "llama", tmp_path / "red", dtype=torch.bfloat16)
     exact = resident_of(base, "llama", tmp_path / "red", dtype=torch.float32)
     folding()
@@ -218,7 +191,7 @@ def test_in_bfloat16_kept_factors_are_nearer_to_the_adapter_than_a_fold(
 )
 def test_what_is_more_than_factors_is_folded_as_before(tmp_path: Path, family: str, config: peft.PeftConfig) -> None:
     base = save_model_directory(tmp_path / "base", family)
-    save_adapter(base, family, config, tmp_path / "red")
+    save_adapter(base, FAMILIES[family].kind, config, tmp_path / "red")
     resident = resident_of(base, family, tmp_path / "red")
     assert resident.names
     assert not factors(resident)
@@ -227,7 +200,12 @@ def test_what_is_more_than_factors_is_folded_as_before(tmp_path: Path, family: s
 def test_a_classifier_of_other_classes_than_the_bases_keeps_factors_and_brings_its_head(tmp_path: Path) -> None:
     base = save_model_directory(tmp_path / "base", "bert", num_labels=3)
     save_adapter(
-        base, "bert", lora(target_modules=["query"]), tmp_path / "red", num_labels=5, ignore_mismatched_sizes=True
+        base,
+        FAMILIES["bert"].kind,
+        lora(target_modules=["query"]),
+        tmp_path / "red",
+        num_labels=5,
+        ignore_mismatched_sizes=True,
     )
     resident = resident_of(base, "bert", tmp_path / "red")
     assert factors(resident) == set(resident.names)
@@ -237,7 +215,7 @@ def test_a_classifier_of_other_classes_than_the_bases_keeps_factors_and_brings_i
 
 def test_factors_under_which_the_base_answers_otherwise_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
     base = save_model_directory(tmp_path / "base", "llama")
-    save_adapter(base, "llama", lora(target_modules=["q_proj", "up_proj"]), tmp_path / "red")
+    save_adapter(base, Kind.CAUSAL, lora(target_modules=["q_proj", "up_proj"]), tmp_path / "red")
     monkeypatch.setattr(Factors, "dense", lambda self: 1.1 * self.scale * (self.left @ self.right))
     with pytest.raises(InputError, match="the adapter answers otherwise than live"):
         resident_of(base, "llama", tmp_path / "red")
@@ -245,7 +223,7 @@ def test_factors_under_which_the_base_answers_otherwise_are_refused(tmp_path: Pa
 
 def test_a_factor_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     base = save_model_directory(tmp_path / "base", "llama")
-    live = save_adapter(base, "llama", lora(target_modules=["up_proj"]), tmp_path / "red")
+    live = save_adapter(base, Kind.CAUSAL, lora(target_modules=["up_proj"]), tmp_path / "red")
     with torch.no_grad():
         next(p for name, p in live.named_parameters() if "layers.1" in name and "lora_B" in name)[0, 0] = torch.nan
     live.save_pretrained(tmp_path / "red")
@@ -270,7 +248,12 @@ def _with_adapters(folder: Path, family: str) -> Project:
     for seed, name in enumerate(("red", "blue")):
         extra = {"num_labels": labels[name], "ignore_mismatched_sizes": True} if labels else {}
         live = save_adapter(
-            project.folder / "base", family, lora(target_modules=targets), folder / f"{name}-lora", seed=seed, **extra
+            project.folder / "base",
+            FAMILIES[family].kind,
+            lora(target_modules=targets),
+            folder / f"{name}-lora",
+            seed=seed,
+            **extra,
         )
         live.config.save_pretrained(folder / f"{name}-lora")
     return project

@@ -13,7 +13,7 @@ from dfmerge_studies.checkpoints.function import check_adapter_config
 from dfmerge_studies.checkpoints.header import read_header
 from dfmerge_studies.checkpoints.load import ModelClass, load_model, loading, quiet_transformers
 from dfmerge_studies.checkpoints.missing import check_answers
-from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, Checkpoint
+from dfmerge_studies.checkpoints.reference import ADAPTER_CONFIG, ADAPTER_PREFIX, Checkpoint
 from dfmerge_studies.checkpoints.token_rows import resize_, rows_of, tables_of
 from dfmerge_studies.checkpoints.weights import private_copy
 from dfmerge_studies.errors import InputError
@@ -233,7 +233,7 @@ def attached(
         wrapped: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)(model, config)
         # PeftModel.from_pretrained only warns of what is missing, and leaves it random.
         result = wrapped.load_adapter(str(folder), "default")
-        brought = {name.removeprefix("base_model.model.") for name in load_peft_weights(str(folder), device="cpu")}
+        brought = {name.removeprefix(ADAPTER_PREFIX) for name in load_peft_weights(str(folder), device="cpu")}
     missing, odd = _missing(wrapped, result.missing_keys), _odd(config, result.unexpected_keys)
     for what, names in (("is missing", missing), ("has no place in the base", odd)):
         if names:
@@ -247,7 +247,7 @@ def attached(
 
 def _rows_of_its_own(checkpoint: Checkpoint, model: PreTrainedModel) -> int | None:
     """Rows of the embeddings that an adapter brings whole, as with tokens that were added in training; or None."""
-    names = {f"base_model.model.{name}" for name in tables_of(model)}
+    names = {f"{ADAPTER_PREFIX}{name}" for name in tables_of(model)}
     for file in weights_files(checkpoint):
         if file.suffix == ".safetensors":
             with file.open("rb") as stream:

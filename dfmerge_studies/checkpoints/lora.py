@@ -24,7 +24,7 @@ from dfmerge_studies.checkpoints.function import check_adapter_config
 from dfmerge_studies.checkpoints.in_place import put_head_on_
 from dfmerge_studies.checkpoints.load import Loaded, ModelClass, loading, quiet_transformers
 from dfmerge_studies.checkpoints.probe import probe_inputs, probe_logits
-from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.reference import ADAPTER_PREFIX, Checkpoint
 from dfmerge_studies.checkpoints.weights import read_weights
 from dfmerge_studies.params import check_finite, float_parameters
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
 # Settings that say where factors sit and how large they are; one of any other setting makes more than factors of them.
 _WHERE = (
     "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save fan_in_fan_out megatron_core"
@@ -88,7 +87,9 @@ def keep_factors(
     if not _is_plain(config):
         return None
     brought = read_weights(checkpoint, contents, dtype=torch.float16)  # each in the type that it is stored in
-    brought = {name.removeprefix(_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in brought.items()}
+    brought = {
+        name.removeprefix(ADAPTER_PREFIX).replace(".base_layer.", "."): tensor for name, tensor in brought.items()
+    }
     parameters = dict(model.named_parameters())
     resized = {n: t for n, t in brought.items() if n in parameters and t.shape != parameters[n].shape}
     if not _same_rows(checkpoint, model, resized, own, model_class):

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dfmerge_studies.checkpoints.precision import rounded
-from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.reference import ADAPTER_PREFIX, Checkpoint
 from dfmerge_studies.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WHERE, _WHOLE = "--as-adapter", "Leave it out: the whole model holds everything"
-_PREFIX = "base_model.model."  # of tensors in PEFT's files
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,9 @@ def save_adapter(
     )
     config.save_pretrained(str(folder))
     tensors = {
-        f"{_PREFIX}{name}.lora_{which}.weight": t for name, p in parts.items() for which, t in (("A", p.a), ("B", p.b))
+        f"{ADAPTER_PREFIX}{name}.lora_{which}.weight": t
+        for name, p in parts.items()
+        for which, t in (("A", p.a), ("B", p.b))
     }
-    tensors |= {f"{_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in (head or {}).items()}
+    tensors |= {f"{ADAPTER_PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in (head or {}).items()}
     save_file(rounded(tensors, dtype), folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -19,6 +19,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", 
 _HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # only where there are no safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"  # by which an adapter of PEFT is known
+ADAPTER_PREFIX = "base_model.model."  # of tensors in PEFT's files
 
 
 @dataclass(frozen=True)

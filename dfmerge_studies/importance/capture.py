@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.layers import Call, Unseparable, is_known, parts, tensors_of, versions_of
 from dfmerge_studies.importance.squares import Part, Whole, add_squares_
-from dfmerge_studies.params import at_least_float32, evaluating
+from dfmerge_studies.params import at_least_float32, evaluating, tracking
 
 
 @dataclass(slots=True)
@@ -125,11 +125,8 @@ class Capture:
     @contextmanager
     def attached(self) -> Iterator[Capture]:
         """Hooks on, weights without gradients, evaluation mode; afterwards all as before, also after an error."""
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
         handles: list[Any] = []
         try:
-            for p, _ in flags:
-                p.requires_grad_(False)
             for path, module in self.model.named_modules():
                 own = {name: p for name, p in module._parameters.items() if p is not None}
                 wanted = {name: self._name_of[id(p)] for name, p in own.items() if id(p) in self._name_of}
@@ -141,13 +138,11 @@ class Capture:
                 if isinstance(bias, nn.Embedding) and id(bias.weight) in self._name_of:
                     before = partial(self._expand_relative_bias, path, bias)
                     handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            with evaluating(self.model):
+            with tracking(self.model, ()), evaluating(self.model):
                 yield self
         finally:
             for handle in handles:
                 handle.remove()
-            for p, flag in flags:
-                p.requires_grad_(flag)
             self._stage = self._pass = None
             self._pending.clear()
 

@@ -15,7 +15,7 @@ from dfmerge_studies.importance.capture import check_names, refuse_unused
 from dfmerge_studies.importance.directions import directions
 from dfmerge_studies.importance.passes import Job, check_finite, drawn_tokens, only_chosen
 from dfmerge_studies.methods import Estimator
-from dfmerge_studies.params import at_least_float32, evaluating
+from dfmerge_studies.params import at_least_float32, evaluating, tracking
 from dfmerge_studies.tasks.batches import device_of, make_rows
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
 from dfmerge_studies.tasks.scoring import Relabel, continuation_losses, decode, encode, head_outputs, probabilities
@@ -42,25 +42,17 @@ def sum_by_rows(
     check_names(model, names)
     asked = set(names)
     wanted = {name: p for name, p in model.named_parameters() if name in asked}
-    ids = {id(p) for p in wanted.values()}
     sums = {name: torch.zeros_like(p, dtype=at_least_float32(p), requires_grad=False) for name, p in wanted.items()}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     used: set[str] = set()
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in ids)
-        with evaluating(model):
-            for i in range(len(job.examples)):
-                for output, direction in _rows(job, i):
-                    for name, gradient in zip(wanted, _gradients(model, output, direction, wanted), strict=True):
-                        if gradient is not None:
-                            used.add(name)
-                            gradient = gradient.to(sums[name].dtype)
-                            sums[name].addcmul_(gradient, gradient)
-                done(1)
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    with tracking(model, names), evaluating(model):
+        for i in range(len(job.examples)):
+            for output, direction in _rows(job, i):
+                for name, gradient in zip(wanted, _gradients(model, output, direction, wanted), strict=True):
+                    if gradient is not None:
+                        used.add(name)
+                        gradient = gradient.to(sums[name].dtype)
+                        sums[name].addcmul_(gradient, gradient)
+            done(1)
     refuse_unused(set(sums) - used)
     return sums
 

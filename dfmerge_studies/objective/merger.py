@@ -169,6 +169,7 @@ class Merger:
             RunError: something is not finite, or memory ran out.
         """
         self.ask_experts_("validation")
+        point = self._whole(point)
         merged = self.merge_(point, keep=sample is not None)
         start = time.perf_counter()
         slope = self._slope(point, sample) if sample is not None else None
@@ -193,17 +194,10 @@ class Merger:
         Raises:
             RunError: an importance or a weight is not finite.
         """
-        if not isinstance(point, Point):
-            point = Point(point, self.method.complete({}))
+        point = self._whole(point)
         resident, spec, at = self.problem.resident, self.problem.spec, self._coefficients(point)
-        hits: list[bool] = []
-        self._weighed = []
-
-        def weight(index: int) -> Weights | None:
-            values = importance(index)
-            if keep:
-                self._weighed.append(values)
-            return values
+        uniform, hits = self.method.importance is Importance.UNIFORM, list[bool]()
+        self._weighed = [None] * len(self.problem.experts) if keep and uniform else []
 
         def found(index: int, names: Sequence[str] | None = None) -> Mapping[str, Tensor]:
             """The importance of an expert, or a part of it."""
@@ -217,23 +211,24 @@ class Merger:
             return values
 
         def importance(index: int, names: Sequence[str] | None = None) -> Weights | None:
-            if self.method.importance is Importance.UNIFORM:
+            if uniform:
                 return None
             values = found(index, names)
             if self.method.importance.blocks is not None:
                 shrink = point.parameters.get("alpha", 1.0)
                 return blocks_of(resident.model, values, list(resident.base), shrink=shrink)
-            return scaled(values, self.method.scale_for(spec.importance.scale))
+            weights = scaled(values, self.method.scale_for(spec.importance.scale))
+            if keep:
+                self._weighed.append(weights)
+            return weights
 
         start = time.perf_counter()
         directions, vectors = self._protected, self._transformed(point.parameters)
         preparing = time.perf_counter() - start
         base, floor, parts = start_of(vectors, resident.base), spec.importance.floor, self.problem.parts()
         if len(parts) == 1:
-            seconds = merge_into_(resident.model, base, vectors, at, weight, floor=floor)
+            seconds = merge_into_(resident.model, base, vectors, at, importance, floor=floor)
         else:
-            if keep and self.method.importance is Importance.UNIFORM:
-                self._weighed = [None] * len(vectors)  # others have been refused
             gathered = InParts(self.importances, list(base), self.progress)
             seconds = merge_parts_into_(resident.model, base, vectors, at, importance, parts, floor=floor)
         if directions:
@@ -243,15 +238,17 @@ class Merger:
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
     @memory_errors()
-    def _slope(self, point: Point | Mapping[str, float], sample: Sample) -> Slope:
+    def _slope(self, point: Point, sample: Sample) -> Slope:
         """Slope of the loss at the merge that has just been made, whose importances were kept."""
-        if not isinstance(point, Point):
-            point = Point(point, self.method.complete({}))
         weighed, self._weighed = self._weighed, []
         loss, gradient = loss_gradient(self.problem, sample, self.progress)
         groups = self._groups if point.groups else {}
         vectors, floor = self._transformed(point.parameters), self.problem.spec.importance.floor
         return Slope(loss, slopes_along(gradient, vectors, weighed, groups, floor=floor))
+
+    def _whole(self, point: Point | Mapping[str, float]) -> Point:
+        """A point with the method's parameters; of coefficients alone, with their defaults."""
+        return point if isinstance(point, Point) else Point(point, self.method.complete({}))
 
     def _coefficients(self, point: Point) -> dict[str, Coefficient]:
         return point.spread(self._groups if point.groups else {})

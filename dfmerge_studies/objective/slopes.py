@@ -13,8 +13,7 @@ left out: its derivative would need third derivatives of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.merging import Weights
 from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.problem import Problem
-from dfmerge_studies.params import TaskVector, at_least_float32, evaluating
+from dfmerge_studies.params import TaskVector, at_least_float32, evaluating, tracking
 from dfmerge_studies.points import fine_name
 from dfmerge_studies.progress import Progress, counted
 from dfmerge_studies.tasks.evaluate import length_batches, token_cost
@@ -76,7 +75,7 @@ def loss_gradient(problem: Problem, sample: Sample, progress: Progress) -> tuple
     sums = {name: torch.zeros_like(p, dtype=at_least_float32(p), requires_grad=False) for name, p in wanted.items()}
 
     def compute() -> float:
-        with evaluating(resident.model), torch.enable_grad(), _tracked(wanted.values()):
+        with evaluating(resident.model), torch.enable_grad(), tracking(resident.model, resident.names):
             return sum(_add_task_(problem, task, sample, wanted, sums, progress) for task in sample.rows)
 
     loss = sum(ranks.agreed(compute))
@@ -112,19 +111,6 @@ def _add_task_(
                 sums[name].add_(gradient)
         done(len(chunk))
     return found
-
-
-@contextmanager
-def _tracked(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let gradients reach some parameters for a while."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @torch.no_grad()

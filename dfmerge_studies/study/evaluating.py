@@ -16,7 +16,7 @@ from dfmerge_studies.study.proposals import inside
 from dfmerge_studies.study.provenance import TRACED_POINT
 from dfmerge_studies.study.races import Races
 from dfmerge_studies.study.rows import rows_attribute
-from dfmerge_studies.study.value import rounded_seconds, standing, task_weights, trial_result
+from dfmerge_studies.study.value import counted_weights, rounded_seconds, standing, trial_result
 from dfmerge_studies.tasks.sampling import draw_rows, seeded_generator
 from dfmerge_studies.trials.marks import FISHERS, GRADIENT, SECONDS
 from dfmerge_studies.trials.reading import results
@@ -58,15 +58,14 @@ class Trials:
         session, spec = self._session, self._session.spec
         if session.plan.proposer != "gradient" or not session.method.searches:
             return None
-        weights = task_weights(spec.objective, dict.fromkeys(spec.aims, 0.0))
+        weights = counted_weights(spec.objective, spec.aims)
         rows = {
             task: draw_rows(
                 len(session.problem.examples(task, "validation")),
                 spec.search.gradient_rows,
                 seeded_generator(spec.search.seed, "gradient", task, str(place)),
             )
-            for task, weight in weights.items()
-            if weight > 0
+            for task in weights
         }
         return Sample(rows, weights)
 

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial
 from dfmerge_studies.points import Point
 from dfmerge_studies.racing import Rival
 from dfmerge_studies.study.rows import trial_rows
-from dfmerge_studies.study.value import best_trial, task_weights
+from dfmerge_studies.study.value import best_trial, counted_weights
 from dfmerge_studies.trials.marks import RACED, place_of
 from dfmerge_studies.trials.reading import results, violation
 from dfmerge_studies.trials.results import TrialResult
@@ -72,12 +72,8 @@ class Races:
 
     @property
     def _weights(self) -> dict[str, float]:
-        """Of each task that counts in the objective; of `min`, where any task can decide, 1."""
-        objective, aims = self._session.spec.objective, self._session.spec.metrics("validation").aims
-        if objective.kind == "min":
-            return dict.fromkeys(aims, 1.0)
-        weights = task_weights(objective, dict.fromkeys(aims, 0.0))
-        return {task: weight for task, weight in weights.items() if weight > 0}
+        spec = self._session.spec
+        return counted_weights(spec.objective, spec.metrics("validation").aims)
 
     def rival(self, incumbent: FrozenTrial | None) -> Rival | None:
         """What a merge is scored against.

@@ -147,6 +147,19 @@ def task_weights(objective: ObjectiveSettings, worths: Mapping[str, float]) -> d
     return {task: weights.get(task, 0.0) / total for task in worths}
 
 
+def counted_weights(objective: ObjectiveSettings, tasks: Iterable[str]) -> dict[str, float]:
+    """The same before any score is known, of those tasks that count: of `min`, where any task can decide, 1.
+
+    Args:
+        objective: how task scores become one value.
+        tasks: that it is about.
+    """
+    if objective.kind == "min":
+        return dict.fromkeys(tasks, 1.0)
+    weights = task_weights(objective, dict.fromkeys(tasks, 0.0))
+    return {task: weight for task, weight in weights.items() if weight > 0}
+
+
 def standing(values: Sequence[float], constraints: Iterable[float], objective: ObjectiveSettings) -> tuple[float, ...]:
     """What trials are compared by, the larger the better: points by which constraints are missed, then the worth.
 
