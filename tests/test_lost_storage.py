@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,12 @@ from pathlib import Path
 import optuna
 import pytest
 
+from dfmerge_studies.cli.bars import TrialBars
+from dfmerge_studies.cli.workers import _Display
+from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import join_study, open_storage
+from dfmerge_studies.study.pool import Notice
+from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.trials.reading import results
 from tests.loop_child import objective
 from tests.place import Place, wait_for
@@ -116,22 +122,53 @@ def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_whose_database_is_deleted_ends_with_code_1_and_the_next_one_goes_on(
     project: Project, workers: int
 ) -> None:
-    project.write(search={**project.spec["search"], "trials": 8})
+    project.write(search={**project.spec["search"], "trials": 8 * workers})
     process = project.start("run", "spec.yaml", "--workers", str(workers), "--no-test")
+    waits_for = {"colours: 2/8"} if workers == 1 else {"worker 1: colours: ", "worker 2: colours: "}
     seen = ""
-    while "colours: 2/8" not in seen:
+    while not all(each in seen for each in waits_for):
         line = process.stderr.readline()
         assert line, seen
         seen += line
     (project.folder / "colours.db").unlink()
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, (output, errors)
-    assert "colours.db: the study's file was deleted while it was in use" in errors
+    # replaced: by the first worker that noticed, and wrote it again
+    assert re.search(
+        r"colours\.db: the study's file was (deleted|replaced by another file) while it was in use", errors
+    )
     assert "Traceback" not in errors
     assert project.json("status", "spec.yaml")["trials"]["complete"] >= 2
     done = project.json("run", "spec.yaml", "--no-test")
-    assert done["trials"]["complete"] == 8
+    assert done["trials"]["complete"] == 8 * workers
+
+
+@pytest.mark.slow
+def test_progress_is_read_from_the_file_that_the_last_worker_has_joined(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.write(search={**project.spec["search"], "trials": 2})
+    project.cli("run", "spec.yaml", "--no-test")
+    spec = StudySpec.from_yaml(project.folder / "spec.yaml")
+    event = {"event": "completed", "number": 2, "place": 3, "values": [0.5], "message": "", "study": "colours"}
+    with TrialBars() as bars:
+        show = _Display(bars, spec)
+        show.notice(Notice(1, 1, "study", {"name": "colours", "total": 8}))
+        for file in project.folder.glob("colours.db*"):
+            file.rename(project.folder / f"kept-{file.name}")
+        show.notice(Notice(1, 1, "trial", event))
+        bars.studies[0]._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        show.notice(Notice(3, 3, "trial", event))
+        for file in project.folder.glob("kept-colours.db*"):
+            shutil.copy(file, project.folder / file.name.removeprefix("kept-"))
+        stored_study(spec).add_trial(optuna.trial.create_trial(value=0.5))
+        show.notice(Notice(2, 2, "study", {"name": "colours", "total": 8}))
+        show.notice(Notice(2, 2, "trial", event))
+    printed = capsys.readouterr().err
+    assert "worker 1: colours: 2/8" in printed  # of the file that is gone, which is all that it can know
+    assert "worker 3: colours: 2/8" in printed  # of nothing: what was seen last stands
+    assert "worker 2: colours: 3/8" in printed

@@ -28,6 +28,8 @@ class _Followed:
     total: int
     bar: TaskID
     stopped: bool = False
+    done: int = 0  # when it was last read
+    best: str = ""
 
     def shown(self, values: Sequence[float] | None) -> str:
         return self.spec.metrics("validation").value_text(values) if values else ""
@@ -79,14 +81,16 @@ class TrialBars:
         self._bars.__exit__(*exception)
 
     def follow(self, study: optuna.Study, spec: StudySpec, total: int) -> None:
-        """Show a study.
+        """Show a study; one that is shown is read from this handle from now on.
 
         Args:
             study: the stored study.
             spec: what its trials are judged by.
             total: the trials that it should reach.
         """
-        if study.study_name not in self._studies:
+        if study.study_name in self._studies:
+            self._studies[study.study_name].study = study
+        else:
             bar = self._bars.add_task(study.study_name, total=total, best="")
             self._studies[study.study_name] = _Followed(study, spec, total, bar)
             self._refresh(study.study_name)
@@ -164,18 +168,26 @@ class TrialBars:
         self._bars.update(self._phases[who], description=label, completed=done, total=total, visible=True)
 
     def _refresh(self, name: str) -> tuple[int, str]:
-        """Look at a study once: how many trials have ended, and the best of those that are complete."""
+        """Look at a study once: how many trials have ended, and the best of those that are complete.
+
+        A storage that does not answer leaves what was seen last: who needs it says so.
+        """
+        from dfmerge_studies.storage import STORAGE_FAILURES
         from dfmerge_studies.study.totals import stored_total
         from dfmerge_studies.study.value import best_trial
         from dfmerge_studies.trials.reading import counts_of, ended, results_of
 
         shown = self._studies[name]
-        trials = shown.study.get_trials(deepcopy=False)
-        completed, done = results_of(trials), ended(counts_of(trials))
-        if done >= shown.total:  # somebody may have raised it meanwhile
-            shown.total = max(shown.total, stored_total(shown.study))
+        try:
+            trials = shown.study.get_trials(deepcopy=False)
+            completed, done = results_of(trials), ended(counts_of(trials))
+            if done >= shown.total:  # somebody may have raised it meanwhile
+                shown.total = max(shown.total, stored_total(shown.study))
+        except STORAGE_FAILURES + (KeyError,):  # noqa: RUF005 (mypy knows no unpacking here); KeyError: no such study
+            return shown.done, shown.best
         best = best_trial(completed, shown.spec.objective)
         metric = shown.spec.metrics("validation").short
         text = f"best {shown.shown(best.values)} {metric} (trial {best.number})" if best is not None else ""
+        shown.done, shown.best = done, text
         self._bars.update(shown.bar, completed=done, total=shown.total, best=text)
         return done, text

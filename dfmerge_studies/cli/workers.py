@@ -178,7 +178,10 @@ class _Display:
                 self._bars.message(str(error))
 
     def _follow(self, name: str, total: int) -> None:
+        from dfmerge_studies.storage import watch_of
         from dfmerge_studies.study.session import stored_study
 
-        if name not in (study.study_name for study in self._bars.studies):
+        followed = next((study for study in self._bars.studies if study.study_name == name), None)
+        watch = watch_of(followed) if followed is not None else None
+        if followed is None or (watch is not None and watch.lost(name, ()) is not None):
             self._bars.follow(stored_study(self._specs[name]), self._specs[name], total)
