@@ -379,7 +379,14 @@ def test_a_study_keeps_its_sampler_and_refuses_another_rate(project: Project) ->
     project.json("run", "spec.yaml", "--no-test")
     refused = project.cli("run", "spec.yaml", "--set", "search.rate=0.1", check=2).stderr
     assert "search.rate: the study has 0.05, this run has 0.1" in refused
-    more = project.json("run", "spec.yaml", "--no-test", "--set", "search.sampler=null", "--trials", "3")
+    left_open = ("--set", "search.sampler=null")
+    refused = project.cli("run", "spec.yaml", *left_open, "--set", "search.rate=0.1", check=2).stderr
+    assert "search.rate: the study has 0.05, this run has 0.1" in refused
+    needs = [project.json("validate", "spec.yaml", *each)["estimate"]["memory"] for each in ((), left_open)]
+    assert needs[0] == needs[1]
+    going_on = project.cli("run", "spec.yaml", "--no-test", *left_open, "--trials", "3", "--json")
+    assert "colours goes on with the sampler gradient" in going_on.stderr
+    more = json.loads(going_on.stdout)
     assert more["search"]["sampler"] == "gradient"
     status = project.cli("status", "spec.yaml").stdout
     assert "gradient (steps down the loss)" in status

@@ -110,7 +110,7 @@ def _run(settings: StudySpec, asked: _Asked, again: str, tracking: Tracking | No
 
         ranks = common.join_ranks(settings)
         session = open_study(settings, splits=splits, progress=progress, ranks=ranks)
-    _say_search(session)
+    _say_search(session, settings)
     if add is not None:
         session.add_trials(add)
     # Workers were told the total already: what somebody has added since must not be undone.
@@ -128,7 +128,7 @@ def _run(settings: StudySpec, asked: _Asked, again: str, tracking: Tracking | No
         raise typer.Exit(130)
 
 
-def _say_search(session: Session) -> None:
+def _say_search(session: Session, asked: StudySpec) -> None:
     """Say what a study starts from, and which sampler it goes on with where a new study would have another."""
     from dfmerge_studies.study.plan import Plan
     from dfmerge_studies.study.warm_start import origin_text
@@ -136,7 +136,7 @@ def _say_search(session: Session) -> None:
     plan = session.plan
     if session.warm is not None:
         common.warn(f"note: {plan.spec.name} tries first {origin_text(session.warm)}")
-    if plan.search is not None and plan.proposer != Plan.of(plan.spec).proposer:
+    if plan.search is not None and plan.proposer != Plan.of(asked).proposer:
         common.warn(f"note: {plan.spec.name} goes on with the sampler {plan.proposer}, which it was begun with")
 
 

@@ -38,7 +38,7 @@ def check_parts(problem: Problem, method: Method, estimator: Estimator) -> None:
         what = "`protect` keeps factors of all linear layers"
     elif method.importance is Importance.UNIFORM:
         return
-    elif problem.spec.search.sampler == "gradient":
+    elif problem.spec.search.descends:
         what = "sampler: gradient keeps the importances of all experts for the slope"
     elif method.importance.blocks is not None:
         what = f"the method {method.name!r} keeps the blocks of all layers and experts"

@@ -127,7 +127,7 @@ def memory_of(problem: Problem, activations: Activations) -> Memory:
     each = fisher_bytes(problem) if weighed else 0
     kept = TRANSFORMS[method.transform].kept(entries, changed)
     kept += len(resident.task_vectors) * each if method.importance.blocks is not None else 0  # until the merge
-    if spec.search.sampler == "gradient":  # importances of all experts; the loss's gradient, beside its sum
+    if spec.search.descends:  # importances of all experts; the loss's gradient, beside its sum
         kept += len(resident.task_vectors) * each + (0 if weighed else 4 * changed)
     waiting = len(resident.task_vectors) * each if spec.cache_place is not None else 0
     merged = width_of(problem) * changed if weighed and len(parts) > 1 else 0

@@ -45,7 +45,7 @@ def rehearse_(problem: Problem, method: Method) -> None:
         RunError: a loss is not finite, or memory ran out.
     """
     estimator = check_importance(problem, method)
-    descends = problem.spec.search.sampler == "gradient" and method.searches
+    descends = problem.spec.search.descends and method.searches
     kind = " ".join(filter(None, (method.importance.blocks, estimator.value)))
     for task in problem.tasks:
         scored, weighed = (task, "scores"), (task, kind)

@@ -156,7 +156,7 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
 def _without_slopes(spec: StudySpec) -> Iterator[Finding]:
     """What `sampler: gradient` cannot descend on."""
     search, row = spec.search, spec.row
-    if search.sampler != "gradient" or not row.searches:
+    if not search.descends or not row.searches:
         return
     if spec.objective.kind not in ("mean", "weighted"):
         what = f"sampler: gradient descends a mean of losses, and the objective is {spec.objective.kind}"

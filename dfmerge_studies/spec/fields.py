@@ -253,9 +253,14 @@ class SearchSettings(Settings):
 
     @model_validator(mode="after")
     def _steps_have_any_length(self) -> SearchSettings:
-        if self.sampler == "gradient" and self.step is not None:
+        if self.descends and self.step is not None:
             raise ValueError("sampler: gradient takes steps of any length; leave step out")
         return self
+
+    @property
+    def descends(self) -> bool:
+        """Whether trials are steps down the loss, and need its slopes."""
+        return self.sampler == "gradient"
 
     @property
     def stops(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def optimize_merge(
     if settings.race is not None:
         what = "`score` gives numbers of whole models: rows that a trial could be stopped on are not known"
         raise InputError(what, where="racing", hint="Leave it out")
-    if settings.sampler == "gradient":
+    if settings.descends:
         what = "`score` gives numbers and no slopes, and gradient descends"
         raise InputError(what, where="sampler", hint="Use auto, gp or random")
     if TRACED in settings.enqueue:

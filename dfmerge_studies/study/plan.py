@@ -62,7 +62,7 @@ class Plan:
         )
 
     def joined(self, study: optuna.Study) -> Plan:
-        """The plan as a study has it that is there already: with the sampler that it keeps where the spec names none.
+        """The plan as a study has it that is there already: with the sampler that it keeps.
 
         Args:
             study: its study.
@@ -70,8 +70,7 @@ class Plan:
         fingerprint = provenance.stored_fingerprint(study)
         if fingerprint is None:
             return self
-        stated, groups = self.spec.search.stated_sampler, provenance.groups_of(fingerprint)
-        proposer = provenance.sampler_of(fingerprint) if stated is None else self.proposer
+        groups, proposer = provenance.groups_of(fingerprint), provenance.sampler_of(fingerprint)
         return replace(self.with_groups(groups), proposer=proposer)
 
     def with_groups(self, groups: Sequence[str]) -> Plan:

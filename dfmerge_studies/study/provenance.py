@@ -110,7 +110,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         **stated_sampler(search),
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
-        **({f"search.{each}": getattr(search, each) for each in _OF_STEPS} if search.sampler == "gradient" else {}),
+        **({f"search.{each}": getattr(search, each) for each in _OF_STEPS} if search.descends else {}),
         "search.startup_trials": search.startup_trials,
         **({RACING: search.race.model_dump()} if search.race is not None and spec.row.coefficients.chosen else {}),
         **({GRANULARITY: granularity} if (granularity := _granularity(spec)) is not None else {}),
@@ -182,6 +182,8 @@ def as_stored(spec: StudySpec, stored: Mapping[str, Any] | None) -> StudySpec:
         spec = spec.derive(importance={"dtype": stored.get("importance.dtype", "float32")})
     if spec.compute == "auto" and spec.dtype == "float32":
         spec = spec.derive(compute=stored.get(COMPUTE, _FORMER_COMPUTE))
+    if spec.search.stated_sampler is None and sampler_of(stored) == "gradient":
+        spec = spec.derive(search={"sampler": "gradient"})  # the one sampler that asks more of models, data and memory
     return spec
 
 

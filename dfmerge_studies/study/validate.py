@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import optuna
 import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
@@ -130,12 +131,15 @@ def validate_examined(
                 problems.append(each)
     if spec is not None and not problems:
         try:
+            stored = Plan.of(spec).study_if_any()
+            if stored is not None:
+                spec = provenance.as_stored(spec, provenance.stored_fingerprint(stored))
             problem = load_problem(spec, progress=progress)
             shown = None if show is None else _shown(problem, show)
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:
                     problem.examples(task, "test")
-            search = _plan(spec, problem).search
+            search = _plan(spec, problem, stored).search
             rehearse_(problem, spec.row)
             notes += [*_adapter_notes(spec, problem), *_estimator_notes(spec, problem), *_split_notes(spec, problem)]
             estimate = memory_estimate(problem)
@@ -262,17 +266,15 @@ def _split_notes(spec: StudySpec, problem: Problem) -> Iterator[dict[str, str]]:
             yield {"where": spec.where(f"tasks.{task}.validation_split"), "what": what}
 
 
-def _plan(spec: StudySpec, problem: Problem) -> Plan:
+def _plan(spec: StudySpec, problem: Problem, stored: optuna.Study | None) -> Plan:
     """The plan of a spec, and of the study that it would join.
 
     Raises:
         InputError: that study is about something else.
     """
     plan = Plan.of(spec)
-    stored = plan.study_if_any()
     if stored is None:
         return plan.with_groups(list(problem.groups))
     found = provenance.stored_fingerprint(stored)
-    fingerprint = provenance.whole_fingerprint(provenance.as_stored(spec, found), problem)
-    provenance.refuse_other_fingerprint(spec.name, found, fingerprint, plan.place)
+    provenance.refuse_other_fingerprint(spec.name, found, provenance.whole_fingerprint(spec, problem), plan.place)
     return plan.joined(stored)
