@@ -25,6 +25,7 @@ from dfmerge_studies.report.figures.trajectory import _kind
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import load_study, open_storage
+from dfmerge_studies.study.provenance import stored_fingerprint
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.supervised import answer_losses
@@ -424,6 +425,21 @@ def test_what_has_no_slope_is_refused_with_the_field_and_the_way_out(
     refused = project.cli("validate", "spec.yaml", check=2).stderr
     for message in messages:
         assert message in refused
+
+
+def test_a_comparison_searches_by_scores_what_has_no_slopes_and_says_so(project: Project) -> None:
+    project.write(search={"sampler": "gradient", "trials": 2}, baselines=["df-merge-kfac"])
+    methods = "gta,df-merge-kfac,df-merge-agreement,averaging"
+    done = project.cli("compare", "spec.yaml", "--methods", methods, "--split", "test", "--json")
+    samplers = {}
+    for name in methods.split(","):
+        study = load_study(open_storage(f"sqlite:///{project.folder}/colours.db", create=False), f"colours.{name}")
+        assert all(trial.values for trial in study.trials)
+        samplers[name] = stored_fingerprint(study)["search.sampler"]
+    assert samplers == {**dict.fromkeys(samplers, "gradient"), "df-merge-kfac": "auto", "df-merge-agreement": "auto"}
+    assert "colours.df-merge-kfac (by auto: it has no slopes to descend)" in done.stderr
+    assert "colours.gta\n" in done.stderr
+    assert project.json("run", "spec.yaml", "--no-test")["search"]["sampler"] == "gradient"
 
 
 def test_patience_counts_from_the_first_step(project: Project) -> None:

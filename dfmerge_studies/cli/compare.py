@@ -134,7 +134,8 @@ def _compare(
 
 def _work(session: Session, total: int, planned: Planned, tracking: Tracking | None) -> Summary:
     """Run one study under a bar, and say at once if it fails: the comparison goes on without it."""
-    common.messages().print(f"study {planned.number} of {planned.of}: {planned.spec.name}", markup=False)
+    note = f" ({planned.note})" if planned.note else ""
+    common.messages().print(f"study {planned.number} of {planned.of}: {planned.spec.name}{note}", markup=False)
     try:
         with TrialBars(tracking) as bars:
             bars.follow(session.study, session.spec, total)

@@ -3,7 +3,7 @@
 Unknown keys are refused.  Relative paths are relative to the spec's own folder.  docs/specs.md documents every field.
 """
 
-from dfmerge_studies.spec.checks import check_coefficients
+from dfmerge_studies.spec.checks import check_coefficients, without_slopes
 from dfmerge_studies.spec.examine import Examined
 from dfmerge_studies.spec.fields import (
     DEFAULT_SAMPLER,
@@ -29,4 +29,5 @@ __all__ = [
     "WarmStart",
     "check_coefficients",
     "parse_size",
+    "without_slopes",
 ]

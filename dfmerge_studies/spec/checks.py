@@ -34,7 +34,7 @@ def reference_problems(spec: StudySpec) -> Iterator[tuple[str, InputError]]:
         *_nothing_to_split(spec),
         *_unknown_tasks(spec),
         *_unknown_protected(spec),
-        *_without_slopes(spec),
+        *without_slopes(spec),
         *_rows_lacking(spec),
     ):
         yield field, InputError(what, where=spec.where(field), hint=hint)
@@ -153,7 +153,7 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
         yield "search.granularity", what, f"Leave it out, use one of {of_experts}, or search: per-expert"
 
 
-def _without_slopes(spec: StudySpec) -> Iterator[Finding]:
+def without_slopes(spec: StudySpec) -> Iterator[Finding]:
     """What `sampler: gradient` cannot descend on."""
     search, row = spec.search, spec.row
     if not search.descends or not row.searches:

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import Plan, storage_url
@@ -160,6 +160,7 @@ class Planned:
         spec: its own spec.
         number: its position among the planned ones, from 1.
         of: how many there are.
+        note: what is not as the spec has it; empty where all is.
     """
 
     variant: Variant
@@ -167,6 +168,7 @@ class Planned:
     spec: StudySpec
     number: int
     of: int
+    note: str = ""
 
 
 Work: TypeAlias = "Callable[[Session, int, Planned], Summary]"
@@ -193,10 +195,10 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
         InputError: a study of that name is there and says that it is about something else.
     """
     pairs = [(spec.search.seed + offset, variant) for offset in range(seeds) for variant in variants]
-    planned = [
-        Planned(variant, seed, study_spec(spec, variant, seed), number, len(pairs))
-        for number, (seed, variant) in enumerate(pairs, 1)
-    ]
+    planned = []
+    for number, (seed, variant) in enumerate(pairs, 1):
+        derived = study_spec(spec, variant, seed)
+        planned.append(Planned(variant, seed, derived, number, len(pairs), _note(spec, derived)))
     for each in planned:
         own = Plan.of(each.spec)
         stored = own.study_if_any()
@@ -205,6 +207,11 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
             stated = provenance.stated_fingerprint(provenance.as_stored(own.spec, found))
             provenance.refuse_other_fingerprint(own.spec.name, found, stated, own.place)
     return planned
+
+
+def _note(spec: StudySpec, own: StudySpec) -> str:
+    searched_by_scores = spec.search.descends and own.search.sampler == DEFAULT_SAMPLER
+    return f"by {DEFAULT_SAMPLER}: it has no slopes to descend" if searched_by_scores else ""
 
 
 def compare(

@@ -9,7 +9,7 @@ from typing import Any
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS, find_method
 from dfmerge_studies.objective.preflight import installed
-from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec, without_slopes
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.plan import storage_url
 from dfmerge_studies.tasks.splits import Split
@@ -165,7 +165,12 @@ def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, Stu
     shared: dict[str, Any] = {"method": variant.method, "storage": storage_url(spec), "baselines": []}
     plain = spec.derive(**shared, search={"seed": seed})
     changes = {**variant.changes, "search": {**variant.changes.get("search", {}), "seed": seed}}
-    return plain, spec.derive(**shared, **changes)
+    return _searched(plain), _searched(spec.derive(**shared, **changes))
+
+
+def _searched(spec: StudySpec) -> StudySpec:
+    """The spec, by the default sampler where it would descend on what has no slopes."""
+    return spec.derive(search={"sampler": DEFAULT_SAMPLER}) if any(without_slopes(spec)) else spec
 
 
 def _is_comparable(spec: StudySpec, variant: Variant, split: Split) -> bool:
