@@ -38,21 +38,32 @@ def check_parts(problem: Problem, method: Method, estimator: Estimator) -> None:
         what = "`protect` keeps factors of all linear layers"
     elif method.importance is Importance.UNIFORM:
         return
-    elif problem.spec.search.descends:
-        what = "sampler: gradient keeps the importances of all experts for the slope"
     elif method.importance.blocks is not None:
         what = f"the method {method.name!r} keeps the blocks of all layers and experts"
     elif estimator is Estimator.MASK_NODES:
         what = "mask-nodes spreads its masks over all parameters"
-    elif method.scale_for(problem.spec.importance.scale).normalise == "expert":
-        what = "an importance over its mean needs the mean of all parameters"
     else:
         return
     raise InputError(
         f"there is memory for {len(problem.parts())} parts of the parameters in turn, and {what}",
         where=problem.spec.where("memory"),
-        hint="Give it more memory (validate says how much), or use df-merge with importance.normalise: tensor or none",
+        hint="Give it more memory (validate says how much), or use df-merge or df-merge-scaled, or no importance",
     )
+
+
+def gathered_on_host(problem: Problem, method: Method) -> bool:
+    """Whether a merge in parts keeps the importances of all experts on the host, to look at them twice.
+
+    A mean over all parameters is known when the last part is, and a slope is taken when the merge is done.
+
+    Args:
+        problem: what is loaded.
+        method: row of the method table.
+    """
+    spec = problem.spec
+    if len(problem.parts()) == 1 or method.importance is Importance.UNIFORM:
+        return False
+    return spec.search.descends or method.scale_for(spec.importance.scale).normalise == "expert"
 
 
 class Float32(Mapping[str, Tensor]):

@@ -10,7 +10,7 @@
     activations  of the larger of a chunk of importance and a batch of evaluation, logits included; measured
 
 What is on the host while a device computes: theta_pre and task vectors that are copied when they are used, merged
-values that wait for other parts, and a trial's Fishers that may be written to the cache.
+values that wait for other parts, and a trial's Fishers that may be written to the cache or that parts look at twice.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import rows_times_tokens, task_fisher
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.importances import check_importance, writer_for
+from dfmerge_studies.objective.in_parts import gathered_on_host
 from dfmerge_studies.objective.live_bytes import LiveBytes
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import named, shortened
@@ -127,9 +128,12 @@ def memory_of(problem: Problem, activations: Activations) -> Memory:
     each = fisher_bytes(problem) if weighed else 0
     kept = TRANSFORMS[method.transform].kept(entries, changed)
     kept += len(resident.task_vectors) * each if method.importance.blocks is not None else 0  # until the merge
-    if spec.search.descends:  # importances of all experts; the loss's gradient, beside its sum
-        kept += len(resident.task_vectors) * each + (0 if weighed else 4 * changed)
-    waiting = len(resident.task_vectors) * each if spec.cache_place is not None else 0
+    sums = (8 if weighed else 4) * largest
+    on_host = gathered_on_host(problem, method)
+    if spec.search.descends:  # importances of all experts; the loss's gradient and its sum, where the merge's sums were
+        kept += 0 if on_host else len(resident.task_vectors) * each
+        kept += max(0, (4 + width_of(problem)) * changed - sums)
+    waiting = len(resident.task_vectors) * each if on_host or spec.cache_place is not None else 0
     merged = width_of(problem) * changed if weighed and len(parts) > 1 else 0
     base, held_base = kept_bytes(resident.base)
     vectors = [kept_bytes(vector.deltas) for vector in resident.task_vectors]
@@ -140,11 +144,11 @@ def memory_of(problem: Problem, activations: Activations) -> Memory:
         "base": base,
         "vectors": sum(there for there, _ in vectors),
         "transform": kept,
-        "sums": (8 if weighed else 4) * largest,
+        "sums": sums,
         "importance": 4 * largest if weighed else 0,
     }
-    sums = device["sums"] + device["importance"]  # which are not there when a batch is scored
-    device["activations"] = max(activations.importance, activations.evaluation - sums)
+    folding = device["sums"] + device["importance"]  # which is not there when a batch is scored
+    device["activations"] = max(activations.importance, activations.evaluation - folding)
 
     host = {"base": held_base, "vectors": sum(held for _, held in vectors), "merged": merged, "waiting": waiting}
     if resident.device.type == "cpu":

@@ -31,7 +31,7 @@ from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.given import Given, point_of
 from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.importances import Importances, Uses, asked_once
-from dfmerge_studies.objective.in_parts import InParts
+from dfmerge_studies.objective.in_parts import InParts, gathered_on_host
 from dfmerge_studies.objective.layer_trace import layer_coefficients_
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.protection import Directions, damp_, directions_
@@ -199,38 +199,46 @@ class Merger:
         uniform, hits = self.method.importance is Importance.UNIFORM, list[bool]()
         self._weighed = [None] * len(self.problem.experts) if keep and uniform else []
 
-        def found(index: int, names: Sequence[str] | None = None) -> Mapping[str, Tensor]:
+        scale, gather = (
+            self.method.scale_for(spec.importance.scale),
+            keep or gathered_on_host(self.problem, self.method),
+        )
+        wholes: dict[int, Weights] = {}  # of a merge in parts, where one part needs all
+
+        def weights(index: int, names: Sequence[str] | None = None) -> Weights | None:
             """The importance of an expert, or a part of it."""
+            if uniform:
+                return None
+            if index in wholes:
+                return wholes[index]
             coefficient = importance_coefficient(self.method, at[self.problem.experts[index]])
             if names is None:
                 values, hit = self.importance(index, coefficient)
+            elif gather:
+                values, hit = gathered.whole(index, coefficient)
             else:
                 values, hit = gathered.at(index, coefficient, names)
             if names is None or names is parts[0]:
                 hits.append(hit)
-            return values
-
-        def importance(index: int, names: Sequence[str] | None = None) -> Weights | None:
-            if uniform:
-                return None
-            values = found(index, names)
             if self.method.importance.blocks is not None:
                 shrink = point.parameters.get("alpha", 1.0)
                 return blocks_of(resident.model, values, list(resident.base), shrink=shrink)
-            weights = scaled(values, self.method.scale_for(spec.importance.scale))
+            found = scaled(values, scale)
             if keep:
-                self._weighed.append(weights)
-            return weights
+                self._weighed.append(found)
+            if names is not None and gather:
+                wholes[index] = found
+            return found
 
         start = time.perf_counter()
         directions, vectors = self._protected, self._transformed(point.parameters)
         preparing = time.perf_counter() - start
         base, floor, parts = start_of(vectors, resident.base), spec.importance.floor, self.problem.parts()
         if len(parts) == 1:
-            seconds = merge_into_(resident.model, base, vectors, at, importance, floor=floor)
+            seconds = merge_into_(resident.model, base, vectors, at, weights, floor=floor)
         else:
             gathered = InParts(self.importances, list(base), self.progress)
-            seconds = merge_parts_into_(resident.model, base, vectors, at, importance, parts, floor=floor)
+            seconds = merge_parts_into_(resident.model, base, vectors, at, weights, parts, floor=floor)
         if directions:
             parameters = dict(resident.model.named_parameters())
             damp_(parameters, resident.base, directions, point.parameters[STRENGTH.name])
