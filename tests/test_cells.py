@@ -16,7 +16,7 @@ from dfmerge_studies.importance.cache import open_cache
 from dfmerge_studies.methods import METHODS, SHARED, Coefficients, cell_of, find_method, with_coefficients
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.spec.schema import spec_schema
-from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.tasks.sampling import torch_generator
@@ -93,7 +93,7 @@ def test_a_cell_has_the_parameters_of_its_transform_s_row_and_its_own_before_the
     project.write(method=TIES_FISHER, parameters={**given, NAME: {"density": [0.4, 0.8]}})
     spec = StudySpec.from_yaml(project.file)
     assert spec.row.space(["a"], (0.0, 1.0), None).own == {"density": (0.4, 0.8)}
-    assert provenance.stated_fingerprint(spec)["parameters"] == {"density": [0.4, 0.8]}
+    assert stated_fingerprint(spec)["parameters"] == {"density": [0.4, 0.8]}
     project.write(method=TIES_FISHER, parameters={"ties": {"density": [0.1, 0.2, 0.3]}})
     with pytest.raises(InputError, match=r"parameters.ties: .* the two ends of a range"):
         StudySpec.from_yaml(project.file)
@@ -103,8 +103,8 @@ def test_search_per_expert_searches_where_a_method_has_one_shared_value(project)
     spec = StudySpec.from_yaml(project.write(method="ties", search="per-expert"))
     assert Plan.of(spec).space.names == ("red", "blue")
     assert Plan.of(spec).trials == spec.search.trials
-    stated = provenance.stated_fingerprint(spec)
-    usual = provenance.stated_fingerprint(spec.derive(search={"coefficients": "method"}))
+    stated = stated_fingerprint(spec)
+    usual = stated_fingerprint(spec.derive(search={"coefficients": "method"}))
     assert (stated["method"], usual["method"]) == ("ties_uniform_per-expert", "ties")
     assert spec.derive(method="averaging").row is METHODS["averaging"]
     assert spec.derive(method="task-arithmetic").row is METHODS["gta"]

@@ -18,7 +18,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.report.notes import publish, trial_note
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.study.comparison import check_split
-from dfmerge_studies.study.provenance import stated_fingerprint, stored_metrics
+from dfmerge_studies.study.fingerprint import stated_fingerprint
+from dfmerge_studies.study.provenance import stored_metrics
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.tasks.metrics import Metrics, guarded
 from dfmerge_studies.trials.marks import DROPS, TASKS

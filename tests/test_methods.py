@@ -23,8 +23,8 @@ from dfmerge_studies.methods import (
     fixed_coefficients,
     importance_coefficient,
 )
-from dfmerge_studies.study import provenance
 from dfmerge_studies.study import value as attributes
+from dfmerge_studies.study.fingerprint import differences, stated_fingerprint
 from dfmerge_studies.transforms import TRANSFORMS
 from dfmerge_studies.trials import marks
 
@@ -144,9 +144,9 @@ def test_the_names_of_methods_are_checked_without_torch():
 def test_a_spec_s_density_is_searched_stored_shown_and_part_of_what_a_study_is_about(project):
     project.write(method="ties", parameters={"ties": {"density": [0.3, 0.6]}})
     spec = StudySpec.from_yaml(project.file)
-    assert provenance.stated_fingerprint(spec)["parameters"] == {"density": [0.3, 0.6]}
-    assert "parameters" not in provenance.stated_fingerprint(spec.derive(method="dare"))
-    assert "parameters" not in provenance.stated_fingerprint(spec.derive(parameters={}))
+    assert stated_fingerprint(spec)["parameters"] == {"density": [0.3, 0.6]}
+    assert "parameters" not in stated_fingerprint(spec.derive(method="dare"))
+    assert "parameters" not in stated_fingerprint(spec.derive(parameters={}))
     printed = project.json("run", "spec.yaml", "--no-test")
     assert printed["trials"]["complete"] == 22
     assert printed["best"]["density"] in (0.3, 0.6)
@@ -169,10 +169,10 @@ def test_a_spec_s_density_is_searched_stored_shown_and_part_of_what_a_study_is_a
 def test_a_study_of_the_usual_parameters_is_not_joined_with_others(project):
     project.write(method="ties")
     spec = StudySpec.from_yaml(project.file)
-    stored = provenance.stated_fingerprint(spec)  # as a version that knew no parameters stored it
-    assert provenance.differences(stored, provenance.stated_fingerprint(spec)) == []
-    other = provenance.stated_fingerprint(spec.derive(parameters={"ties": {"density": 0.5}}))
-    assert [line.split(":")[0] for line in provenance.differences(stored, other)] == ["parameters"]
+    stored = stated_fingerprint(spec)  # as a version that knew no parameters stored it
+    assert differences(stored, stated_fingerprint(spec)) == []
+    other = stated_fingerprint(spec.derive(parameters={"ties": {"density": 0.5}}))
+    assert [line.split(":")[0] for line in differences(stored, other)] == ["parameters"]
 
 
 def test_merges_in_python_take_parameters_by_name(project):

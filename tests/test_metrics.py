@@ -19,7 +19,7 @@ from dfmerge_studies.report.figures.base import Drawing
 from dfmerge_studies.report.notes import publish
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.spec import ObjectiveSettings
-from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.probes import reselect, row_scores
 from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.study.value import objective_values
@@ -176,11 +176,11 @@ def test_the_positive_class_may_be_named_by_its_text(project):
 
 
 def test_the_science_of_studies_of_accuracy_is_that_of_earlier_versions(project):
-    fingerprint = provenance.stated_fingerprint(StudySpec.from_yaml(project.file))
+    fingerprint = stated_fingerprint(StudySpec.from_yaml(project.file))
     assert fingerprint["metrics"] == {"red": "accuracy", "blue": "accuracy"}
     assert "positive" not in fingerprint
     project.write(tasks=with_metrics(project, red={"metric": "f1", "positive": 1}))
-    fingerprint = provenance.stated_fingerprint(StudySpec.from_yaml(project.file))
+    fingerprint = stated_fingerprint(StudySpec.from_yaml(project.file))
     assert (fingerprint["metrics"]["red"], fingerprint["positive"]) == ("f1", {"red": 1})
 
 

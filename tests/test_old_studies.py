@@ -13,7 +13,8 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.storage import load_study, open_storage
-from dfmerge_studies.study.provenance import FINGERPRINT, SAMPLER, SPEC
+from dfmerge_studies.study.fingerprint import SAMPLER
+from dfmerge_studies.study.provenance import FINGERPRINT, SPEC
 from dfmerge_studies.trials.marks import RETRY_OF, place_of
 from dfmerge_studies.trials.reading import results
 from tests.project import Project

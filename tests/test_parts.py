@@ -18,8 +18,8 @@ from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.live_bytes import LiveBytes
 from dfmerge_studies.objective.memory import Activations, activations_of, memory_of
 from dfmerge_studies.objective.problem import Problem, split_names
+from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.fishers import spec_cache
-from dfmerge_studies.study.provenance import stated_fingerprint
 from tests import models
 from tests.project import Project, make_project
 

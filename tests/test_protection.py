@@ -13,7 +13,7 @@ from dfmerge_studies.blocks import Block
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.objective.protection import directions_, leading
-from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import differences, stated_fingerprint
 from tests.project import Project
 from tests.test_blocks import moments
 
@@ -120,9 +120,9 @@ def test_a_guard_is_protected_and_the_strength_is_searched_stored_shown_and_merg
 
 def test_what_is_protected_is_part_of_what_a_study_is_about_and_old_studies_have_nothing(project):
     spec = StudySpec.from_yaml(project.file)
-    stored = provenance.stated_fingerprint(spec)
-    other = provenance.stated_fingerprint(spec.derive(protect={"task": "red", "strength": 0.5}))
-    lines = provenance.differences(stored, other)
+    stored = stated_fingerprint(spec)
+    other = stated_fingerprint(spec.derive(protect={"task": "red", "strength": 0.5}))
+    lines = differences(stored, other)
     assert [line.split(":")[0] for line in lines] == ["parameters", "protect"]
 
 

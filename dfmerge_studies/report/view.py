@@ -18,6 +18,7 @@ from dfmerge_studies.points import fine_name
 from dfmerge_studies.spec import ObjectiveSettings
 from dfmerge_studies.storage import storage_of, study_names
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import allowed_drops, groups_of, metrics_of, objective_of
 from dfmerge_studies.study.scores import results_in, scores_in
 from dfmerge_studies.study.value import objective_values, one_value, trial_value
 from dfmerge_studies.study.variants import variants
@@ -97,7 +98,7 @@ class StudyView:
     @cached_property
     def objective(self) -> ObjectiveSettings:
         """What makes one trial better than another."""
-        return provenance.objective_of(self.fingerprint)
+        return objective_of(self.fingerprint)
 
     @cached_property
     def best(self) -> FrozenTrial | None:
@@ -124,12 +125,12 @@ class StudyView:
 
     def metrics(self, split: Split) -> Metrics:
         """What the scores of a split are, by task."""
-        return provenance.metrics_of(self.fingerprint, self.spec, split)
+        return metrics_of(self.fingerprint, self.spec, split)
 
     @property
     def allowed(self) -> dict[str, float]:
         """Points that each task may lose, of those that have a bound: against its expert, a guard against the base."""
-        return provenance.allowed_drops(self.fingerprint)
+        return allowed_drops(self.fingerprint)
 
     @property
     def unit(self) -> str:
@@ -227,7 +228,7 @@ class StudyView:
     @property
     def dimensions(self) -> dict[str, str]:
         """What each trial chooses, as figures call it, by name of its Optuna parameter; nothing if all is fixed."""
-        groups = provenance.groups_of(self.fingerprint)
+        groups = groups_of(self.fingerprint)
         return self._chosen([fine_name(expert, group) for expert in self.experts for group in groups] or self.experts)
 
     def _chosen(self, coefficients: Iterable[str]) -> dict[str, str]:

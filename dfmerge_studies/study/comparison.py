@@ -13,6 +13,7 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprint, stated_fingerprint
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.scores import find_model, keep_multi_task_row, results_by_split
 from dfmerge_studies.study.selection import name_winner_
@@ -204,8 +205,8 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
         stored = own.study_if_any()
         if stored is not None:
             found = provenance.stored_fingerprint(stored)
-            stated = provenance.stated_fingerprint(provenance.as_stored(own.spec, found))
-            provenance.refuse_other_fingerprint(own.spec.name, found, stated, own.place)
+            stated = stated_fingerprint(as_stored(own.spec, found))
+            refuse_other_fingerprint(own.spec.name, found, stated, own.place)
     return planned
 
 

@@ -48,6 +48,7 @@ from dfmerge_studies.storage import (
     storage_file,
 )
 from dfmerge_studies.study import provenance, warm_start
+from dfmerge_studies.study.fingerprint import GUARDS, sampler_of, stated_sampler
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
@@ -298,7 +299,7 @@ class _Search(Generic[Model]):
 
     def _sampler(self, study: optuna.Study) -> BaseSampler:
         settings, goal = self.settings, goal_of(self.objective, self.metrics, self.allowed)
-        kept = provenance.sampler_of(provenance.stored_fingerprint(study) or {})
+        kept = sampler_of(provenance.stored_fingerprint(study) or {})
         return study_sampler(self.name, self.merger.method, self.space, settings, goal, settings.stated_sampler or kept)
 
     def _score_references(self, former: optuna.Study | None) -> None:
@@ -389,9 +390,9 @@ class _Search(Generic[Model]):
             "experts": [[expert, expert if expert in self.tasks else None] for expert in merger.experts],
             "tasks": self.tasks,
             "metrics": dict.fromkeys(self.tasks, _METRIC),
-            **({provenance.GUARDS: dict(self.guards)} if self.guards else {}),
+            **({GUARDS: dict(self.guards)} if self.guards else {}),
             **{f"search.{field}": value for field, value in searched.items()},
-            **provenance.stated_sampler(self.settings),
+            **stated_sampler(self.settings),
             "objective": self.objective.model_dump(),
             "importance.floor": merger.how.floor,
             **{f"importance.{field}": value for field, value in asdict(merger.scale).items()},

@@ -13,6 +13,7 @@ from dfmerge_studies.methods import Method
 from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
 from dfmerge_studies.storage import load_study, load_study_if_any, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import groups_of, sampler_of
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.totals import Asked
 from dfmerge_studies.trials.space import Space
@@ -70,7 +71,7 @@ class Plan:
         fingerprint = provenance.stored_fingerprint(study)
         if fingerprint is None:
             return self
-        groups, proposer = provenance.groups_of(fingerprint), provenance.sampler_of(fingerprint)
+        groups, proposer = groups_of(fingerprint), sampler_of(fingerprint)
         return replace(self.with_groups(groups), proposer=proposer)
 
     def with_groups(self, groups: Sequence[str]) -> Plan:

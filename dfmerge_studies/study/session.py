@@ -32,6 +32,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.evaluating import Trials, traced_points
+from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprint, stated_fingerprint, whole_fingerprint
 from dfmerge_studies.study.fishers import spec_cache
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.recurrence import Recurrence
@@ -308,8 +309,8 @@ def open_study(
     cache, stored, where = spec_cache(spec), plan.study_if_any(), plan.place
     if stored is not None:
         found = provenance.stored_fingerprint(stored)
-        spec = provenance.as_stored(spec, found)
-        provenance.refuse_other_fingerprint(spec.name, found, provenance.stated_fingerprint(spec), where)
+        spec = as_stored(spec, found)
+        refuse_other_fingerprint(spec.name, found, stated_fingerprint(spec), where)
     spec = with_compute(spec, choose_device(spec, ranks) if problem is None else problem.resident.device)
     plan = replace(plan, spec=spec)
     warm = taken_over(plan, stored)
@@ -323,9 +324,9 @@ def open_study(
     for split in splits:
         for task in spec.tasks_on(split):
             problem.examples(task, split)
-    fingerprint = provenance.whole_fingerprint(spec, problem)
+    fingerprint = whole_fingerprint(spec, problem)
     if stored is not None:
-        provenance.refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
+        refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     shelf = Shelf(cache, spec.cache_policy, together=len(spec.experts))
     merger = Merger(problem, plan.method, shelf, uses=Recurrence(plan).uses, progress=progress)
     rehearse_(problem, plan.method)

@@ -25,6 +25,7 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec
 from dfmerge_studies.storage import check_url
 from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprint, whole_fingerprint
 from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
@@ -133,7 +134,7 @@ def validate_examined(
         try:
             stored = Plan.of(spec).study_if_any()
             if stored is not None:
-                spec = provenance.as_stored(spec, provenance.stored_fingerprint(stored))
+                spec = as_stored(spec, provenance.stored_fingerprint(stored))
             problem = load_problem(spec, progress=progress)
             shown = None if show is None else _shown(problem, show)
             for task, settings in spec.tasks.items():
@@ -276,5 +277,5 @@ def _plan(spec: StudySpec, problem: Problem, stored: optuna.Study | None) -> Pla
     if stored is None:
         return plan.with_groups(list(problem.groups))
     found = provenance.stored_fingerprint(stored)
-    provenance.refuse_other_fingerprint(spec.name, found, provenance.whole_fingerprint(spec, problem), plan.place)
+    refuse_other_fingerprint(spec.name, found, whole_fingerprint(spec, problem), plan.place)
     return plan.joined(stored)

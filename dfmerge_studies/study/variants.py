@@ -10,7 +10,7 @@ from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS, find_method
 from dfmerge_studies.objective.preflight import installed
 from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec, without_slopes
-from dfmerge_studies.study import provenance
+from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.plan import storage_url
 from dfmerge_studies.tasks.splits import Split
 
@@ -189,4 +189,4 @@ def _adds_a_row(spec: StudySpec, variant: Variant) -> bool:
 
 
 def _same(one: StudySpec, other: StudySpec) -> bool:
-    return provenance.stated_fingerprint(one) == provenance.stated_fingerprint(other)
+    return stated_fingerprint(one) == stated_fingerprint(other)

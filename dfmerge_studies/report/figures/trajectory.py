@@ -40,7 +40,7 @@ from dfmerge_studies.report.figures.base import (
 )
 from dfmerge_studies.report.tables import bounds_text
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.provenance import sampler_of
+from dfmerge_studies.study.fingerprint import sampler_of
 from dfmerge_studies.study.value import best_trial
 from dfmerge_studies.trials.marks import FIXED, place_of
 from dfmerge_studies.trials.reading import violation
