@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from dfmerge_studies.redact import masked_text
 
@@ -85,6 +86,18 @@ def out_of_memory(error: BaseException) -> RunError | None:
     if not (named or said or numbered):
         return None
     return RunError("out of memory", hint="Lower importance.row_budget and token_budget, or use dtype: bfloat16")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn running out of memory, on any device, into a `RunError` that fails the trial and not the study."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
+        lacking = out_of_memory(error)
+        if lacking is None:
+            raise
+        raise lacking from error
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str | None:

@@ -26,6 +26,26 @@ Weights = Mapping[str, Tensor]
 _MEND_NAMES = "Base and experts must be one architecture; name the base that this expert was fine-tuned from"
 
 
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors that are made whenever they are asked for, so that they are not all in memory.
+
+    Args:
+        source: has their names, in their order.
+    """
+
+    def __init__(self, source: Mapping[str, object]) -> None:
+        self._names = source
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without making it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True)
 class TaskVector:
     """What fine-tuning changed: tau = theta_expert - theta_pre.

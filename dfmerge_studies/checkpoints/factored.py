@@ -9,13 +9,13 @@ A rank of 16 keeps of a 4096 x 4096 matrix 1/128 of what the matrix would take.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dfmerge_studies.params import at_least_float32
+from dfmerge_studies.params import OnDemand, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Factors:
         return Factors(self.left.to(device), self.right.to(device), self.scale, self.transposed)
 
 
-class Factored(Mapping[str, Tensor]):
+class Factored(OnDemand):
     """Tensors by name, some of them kept as factors.
 
     Args:
@@ -64,19 +64,11 @@ class Factored(Mapping[str, Tensor]):
 
     def __init__(self, entries: Mapping[str, Factors | Tensor]) -> None:
         self.entries = dict(entries)
+        super().__init__(self.entries)
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         return entry.dense() if isinstance(entry, Factors) else entry
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries  # without making the matrix
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def to(self, device: torch.device) -> Factored:
         """The same on a device."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.factored import Factored, Factors
+from dfmerge_studies.params import OnDemand
 
 
-class Streamed(Mapping[str, Tensor]):
+class Streamed(OnDemand):
     """Tensors by name, each copied when it is looked up, and not kept on the device.
 
     Copies of pinned memory are queued: the host does not wait for them.
@@ -22,20 +23,12 @@ class Streamed(Mapping[str, Tensor]):
     """
 
     def __init__(self, held: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__(held)
         self.held = held
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
         return self.held[name].to(self._device, non_blocking=True)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.held  # without a copy
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
-
-    def __len__(self) -> int:
-        return len(self.held)
 
 
 def streamed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:

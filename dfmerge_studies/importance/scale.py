@@ -15,12 +15,13 @@ the mean leaves it the first only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from dfmerge_studies.methods import UNSCALED, Scale
+from dfmerge_studies.params import OnDemand
 
 
 def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
@@ -33,10 +34,11 @@ def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
     return values if scale == UNSCALED else _Scaled(values, scale)
 
 
-class _Scaled(Mapping[str, Tensor]):
+class _Scaled(OnDemand):
     """C[i], worked out tensor by tensor when it is asked for, so that there is no second importance in memory."""
 
     def __init__(self, values: Mapping[str, Tensor], scale: Scale) -> None:
+        super().__init__(values)
         self._values = values
         self._scale = scale
         self._mean = self._mean_of_all() if scale.normalise == "expert" else None
@@ -46,12 +48,6 @@ class _Scaled(Mapping[str, Tensor]):
         if self._scale.normalise == "none":
             return value
         return _divided(value, float(value.double().mean()) if self._mean is None else self._mean)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def _raised(self, name: str) -> Tensor:
         value = self._values[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherKey
 from dfmerge_studies.methods import Estimator, Importance, Method
+from dfmerge_studies.params import OnDemand
 from dfmerge_studies.points import Coefficient
 from dfmerge_studies.progress import Progress, silent
 
@@ -66,7 +67,7 @@ def gathered_on_host(problem: Problem, method: Method) -> bool:
     return spec.search.descends or method.scale_for(spec.importance.scale).normalise == "expert"
 
 
-class Float32(Mapping[str, Tensor]):
+class Float32(OnDemand):
     """Tensors as they are stored, each of them in float32 when it is asked for.
 
     Args:
@@ -75,20 +76,12 @@ class Float32(Mapping[str, Tensor]):
     """
 
     def __init__(self, stored: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        super().__init__(stored)
         self._stored = stored
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
         return self._stored[name].to(self._device).float()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 @dataclass

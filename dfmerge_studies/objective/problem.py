@@ -274,7 +274,7 @@ class _Load:
 
     def __call__(self, memory: dict[str, Any]) -> None:
         memory["problem"] = load_problem(self.spec, indices=self.indices, splits=self.splits, ranks=memory["ranks"])
-        memory.pop("merger", None)
+        memory.pop("made", None)
 
 
 def load_problem(

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
 from pydantic import ValidationError
 
-from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.errors import InputError, RunError, memory_errors
 from dfmerge_studies.importance.cache.file import checksum
 from dfmerge_studies.methods import Normalise, Scale, method_named, per_expert
 from dfmerge_studies.objective.in_memory import (
@@ -34,7 +34,6 @@ from dfmerge_studies.objective.in_memory import (
     finite_scores,
     not_finite,
 )
-from dfmerge_studies.objective.merger import memory_errors
 from dfmerge_studies.spec import DEFAULT_SAMPLER, TRACED, ObjectiveSettings, SearchSettings
 from dfmerge_studies.spec.messages import explain
 from dfmerge_studies.storage import (

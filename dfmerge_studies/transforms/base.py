@@ -5,13 +5,13 @@ Transformed tensors are computed when they are looked up and not kept: a trial n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dfmerge_studies.params import TaskVector
+from dfmerge_studies.params import OnDemand, TaskVector
 
 Streams = Callable[..., torch.Generator]  # from labels to a generator on the CPU that depends on seed and labels only
 Prepared = Callable[[Mapping[str, float]], Sequence[TaskVector]]  # from a trial's parameters, by name, to Phi(tau)
@@ -31,24 +31,16 @@ class Transform:
     kept: Callable[[int, int], int] = lambda vectors, changed: 0
 
 
-class Computed(Mapping[str, Tensor]):
+class Computed(OnDemand):
     """Tensors by name, each computed from a source's tensor whenever it is looked up."""
 
     def __init__(self, source: Mapping[str, Tensor], compute: Callable[[str, Tensor], Tensor]) -> None:
+        super().__init__(source)
         self._source = source
         self._compute = compute
 
     def __getitem__(self, name: str) -> Tensor:
         return self._compute(name, self._source[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._source  # without computing it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)
 
 
 class Moved(list[TaskVector]):
