@@ -206,10 +206,10 @@ def _add(total: Counts, after: Counts, before: Counts) -> None:
 def counted(work: Work, widths: Widths) -> dict[str, Counts]:
     """Counts of one iteration of ours by phase, the second one: what is decided and put on the device once is there."""
     names = list(work.vectors[0].deltas)
-    task_fisher(work.base, work.kind, work.inputs[0][:2], pad_id=0, names=names)  # decides how, on the CPU
-    move_(work.base)
+    task_fisher(work.resident, work.kind, work.inputs[0][:2], pad_id=0, names=names)  # decides how, on the CPU
+    models = move_(work.base), move_(work.resident)
     vectors = tuple(TaskVector(v.expert, elsewhere(v.deltas)) for v in work.vectors)
-    there = Work(work.kind, work.base, vectors, work.inputs, work.rows, work.coefficients)
+    there = Work(work.kind, *models, vectors, work.inputs, work.rows, work.coefficients)
     with counting(widths):
         ours(there, Clock(torch.device("cpu")), keep=False)
     with counting(widths) as counts:

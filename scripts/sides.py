@@ -97,10 +97,14 @@ def plain_losses(model: nn.Module, kind: Kind, inputs: Sequence[Encoded]) -> lis
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are given: a base, experts with an input set and validation rows each, a coefficient each."""
+    """What both sides are given: a base, experts with an input set and validation rows each, a coefficient each.
+
+    `resident` is the model that ours writes into in every iteration, as in a study: what it is asked once stays known.
+    """
 
     kind: Kind
     base: nn.Module
+    resident: nn.Module
     vectors: tuple[TaskVector, ...]
     inputs: tuple[list[Encoded], ...]
     rows: tuple[list[Encoded], ...]
@@ -128,6 +132,7 @@ class Work:
         return cls(
             size.kind,
             base,
+            copy.deepcopy(base),
             tuple(TaskVector(name, deltas()) for name in names),
             tuple(texts(options.inputs, 2 * i) for i in range(options.experts)),
             tuple(texts(options.rows, 2 * i + 1) for i in range(options.experts)),
@@ -137,7 +142,8 @@ class Work:
     def to(self, device: torch.device) -> Work:
         """The same on a device."""
         vectors = tuple(TaskVector(v.expert, {n: d.to(device) for n, d in v.deltas.items()}) for v in self.vectors)
-        return Work(self.kind, self.base.to(device), vectors, self.inputs, self.rows, self.coefficients)
+        models = self.base.to(device), self.resident.to(device)
+        return Work(self.kind, *models, vectors, self.inputs, self.rows, self.coefficients)
 
 
 @dataclass
@@ -195,15 +201,14 @@ def plain(work: Work, clock: Clock) -> Found:
                 parameter += len(weights) * sum(steps[1:], steps[0]) / sum(weights[1:], weights[0])
     with clock.phase("evaluate"):
         losses = [plain_losses(model, work.kind, rows) for rows in work.rows]
-    return Found(fishers, {n: p.detach() for n, p in model.named_parameters()}, losses, clock.seconds)
+    return Found(fishers, _weights(model), losses, clock.seconds)
 
 
 def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
     """The same by the package: one model, written into."""
-    names = list(work.vectors[0].deltas)
-    model = copy.deepcopy(work.base) if keep else work.base
+    names, model = list(work.vectors[0].deltas), work.resident
     parameters = dict(work.base.named_parameters())
-    base = {name: parameters[name].detach().clone() if not keep else parameters[name].detach() for name in names}
+    base = {name: parameters[name].detach() for name in names}
     place, fishers = InPlace(model, base, work.vectors, names), []
 
     def importance(index: int) -> Mapping[str, Tensor]:
@@ -220,4 +225,9 @@ def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
     clock.seconds["merge"] += clock.now() - before - clock.seconds["write"] - clock.seconds["fisher"]
     with clock.phase("evaluate"):
         losses = [choice_losses(model, work.kind, rows, pad_id=0) for rows in work.rows]
-    return Found(fishers, {n: p.detach() for n, p in model.named_parameters()}, losses, clock.seconds)
+    return Found(fishers, _weights(model) if keep else {}, losses, clock.seconds)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy: the next iteration writes into the same model."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
