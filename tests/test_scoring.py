@@ -20,7 +20,7 @@ from transformers import (
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import choice_losses, labels_of, length_batches, token_cost
+from dfmerge_studies.tasks.evaluate import choice_losses, labels_of, length_batches, pass_in_tokens, token_cost
 from dfmerge_studies.tasks.folding import folding_is_right, settle_folding
 from dfmerge_studies.tasks.scoring import forward_losses, probabilities
 from tests.models import FAMILIES, make_examples, make_model, randomise_
@@ -188,6 +188,20 @@ def test_batches_hold_every_input_once_the_longest_first_within_the_budget() -> 
     for batch in batches:
         cost = len(batch) * max(token_cost(examples[i], Kind.TEXT_TO_TEXT) for i in batch)
         assert len(batch) == 1 or cost <= 120
+
+
+def test_a_batch_ends_before_its_padding_costs_more_than_another_one() -> None:
+    examples = [Encoded(i, (7,) * tokens, ((5,), (6,)), 0) for i, tokens in enumerate((40, 10, 38, 37, 12, 36))]
+    assert length_batches(examples, Kind.TEXT_TO_TEXT, 10_000) == [[0, 2, 3, 5, 4, 1]]
+    assert length_batches(examples, Kind.TEXT_TO_TEXT, 10_000, padding=9) == [[0, 2, 3, 5], [4, 1]]
+    assert length_batches(examples, Kind.TEXT_TO_TEXT, 10_000, padding=8) == [[0, 2, 3], [5], [4, 1]]
+    assert length_batches(examples, Kind.TEXT_TO_TEXT, 10_000, padding=0) == [[0], [2], [3], [5], [4], [1]]
+
+
+def test_padding_is_cut_off_the_sooner_the_larger_the_model_is() -> None:
+    small, large = (torch.nn.Linear(1000, width, bias=False) for width in (10, 100_000))
+    assert pass_in_tokens(small) > 1000
+    assert 16 < pass_in_tokens(large) < 16 + 8 * torch.get_num_threads() + 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.importance.layers import Call, Unseparable, is_known, parts, tensors_of, versions_of
+from dfmerge_studies.importance.layers import Call, Unseparable, parts, tensors_of
 from dfmerge_studies.importance.squares import Part, Whole, add_squares_
 from dfmerge_studies.params import at_least_float32, evaluating, tracking
 
@@ -183,44 +183,42 @@ class Capture:
         if self._bias_ids is not None:  # inside `_expand_relative_bias`, which does the rest
             self._bias_ids = args[0].detach()
             return None
-        known = is_known(module, args, kwargs)
-        kept = pytree.tree_map(_detached, args), pytree.tree_map(_detached, kwargs)
-        call = Call(module, path, wanted, self._stage.batch, *kept, versions=versions_of(*kept))
-        if known and isinstance(module, nn.Embedding):
+        call = Call(module, path, wanted, self._stage.batch, *pytree.tree_map(_detached, (args, kwargs)))
+        if call.formula is not None and isinstance(module, nn.Embedding):
             output = self._one_row_each(call, output)
         outputs = tensors_of(output)
-        if not known:
+        if call.formula is None:
             call.outputs = [tensor.detach() for tensor in outputs]
         for name in wanted.values():
             self._stage.uses[name] += 1
         if len(outputs) == 1 and isinstance(output, Tensor) and not output.requires_grad:
             root = output.detach().requires_grad_()
-            self._follow(call, 0, root, known)
+            self._follow(call, 0, root)
             return root.clone()  # a model may overwrite what a layer gives it, but not a leaf
         for k, tensor in enumerate(outputs):
             if tensor.is_floating_point():
-                self._follow(call, k, tensor, known)
+                self._follow(call, k, tensor)
         return output
 
     def _one_row_each(self, call: Call, output: Tensor) -> Tensor:
         """Position embeddings are looked up once for all rows; here every row gets its own copy."""
-        ids = call.args[0]
+        (ids,) = call.inputs
         if ids.dim() == 1 and call.batch != 1 and ids.shape[0] != call.batch:
             raise call.refuse(f"its output of shape {tuple(output.shape)} is not one row per input and choice")
         if ids.shape[0] == 1 and call.batch > 1:
-            call.args = (ids.expand(call.batch, *ids.shape[1:]),)
+            call.inputs = [ids.expand(call.batch, *ids.shape[1:])]
             return output.expand(call.batch, *output.shape[1:])
         if ids.dim() == 1 and call.batch == 1:
             raise call.refuse("its output has no dimension for the rows")
         return output
 
-    def _follow(self, call: Call, k: int, tensor: Tensor, known: bool) -> None:
+    def _follow(self, call: Call, k: int, tensor: Tensor) -> None:
         assert self._stage is not None
         if not tensor.requires_grad:
             tensor.requires_grad_()
         if tensor.is_leaf:
             self._stage.roots.append(tensor)
-        tensor.register_hook(partial(self._arrived, call, k, known))  # type: ignore[no-untyped-call]  # torch's own
+        tensor.register_hook(partial(self._arrived, call, k))  # type: ignore[no-untyped-call]  # torch's own
 
     def _expand_relative_bias(
         self, path: str, bias: nn.Embedding, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -312,11 +310,11 @@ class Capture:
             total.clamp_min_(0)
         return self.sums
 
-    def _arrived(self, call: Call, k: int, known: bool, g: Tensor) -> None:
+    def _arrived(self, call: Call, k: int, g: Tensor) -> None:
         current = self._pass
         if current is None:
             return
-        if known:
+        if call.formula is not None:
             call.arrived = {0: g}
             self._take(parts(call, current.rows, current.live))
             call.arrived = {}
@@ -330,9 +328,10 @@ class Capture:
         if current is None:
             return
         g = g if current.live is None else g.index_select(0, current.live.to(g.device))
-        values = g.permute(0, 2, 3, 1).flatten(1, 2)  # (n, q k, heads)
-        gradients = values.new_zeros((len(g), buckets, values.shape[2])).index_add_(1, ids.reshape(-1), values)
-        self._take({name: Whole(current.rows, gradients)})
+        # A product is faster here than `index_add_`, and its order of sums does not vary between runs.
+        within = ids.flatten() == torch.arange(buckets, device=ids.device)[:, None]  # (buckets, q k)
+        gradients = g.flatten(2) @ within.to(g.dtype).T  # (n, heads, buckets)
+        self._take({name: Whole(current.rows, gradients.transpose(1, 2))})
 
     def _take(self, found: dict[str, Part]) -> None:
         for name, part in found.items():

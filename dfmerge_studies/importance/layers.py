@@ -42,6 +42,8 @@ class Call:
         batch: rows of the forward pass.
         args: its inputs, detached.
         kwargs: its keyword inputs, detached.
+        inputs: the tensors among both.
+        formula: of its gradients; None where the module has to be run again.
         outputs: its output tensors, detached; only kept where the module has to be run again.
         versions: version counters of the input tensors: a change in place would falsify them.
         arrived: gradients of the outputs in the current pass, by position.
@@ -53,9 +55,19 @@ class Call:
     batch: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: list[Tensor] = field(init=False)
+    formula: Formula | None = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    versions: list[int] = field(init=False)
     arrived: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inputs = tensors_of(self.args, self.kwargs)
+        self.formula = _formula(self.module, self.inputs[0]) if len(self.inputs) == 1 else None
+        self.versions = self._counters()
+
+    def _counters(self) -> list[int]:
+        return [tensor._version for tensor in self.inputs]
 
     def refuse(self, why: str) -> Unseparable:
         """The error that names this module.
@@ -71,24 +83,13 @@ class Call:
 
     def check_unchanged(self) -> None:
         """Refuse inputs that the model has overwritten since."""
-        if versions_of(self.args, self.kwargs) != self.versions:
+        if self._counters() != self.versions:
             raise self.refuse("the model overwrites the module's input in place")
 
 
 def tensors_of(*trees: Any) -> list[Tensor]:
     """All tensors in nested containers, in order."""
     return [leaf for tree in trees for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def versions_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Version counters of the tensors among a module's inputs."""
-    return [tensor._version for tensor in tensors_of(args, kwargs)]
-
-
-def is_known(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the module's gradients have a formula for these inputs; the others are run again."""
-    inputs = tensors_of(args, kwargs)
-    return len(inputs) == 1 and _formula(module, inputs[0]) is not None
 
 
 def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
@@ -103,18 +104,17 @@ def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
         {name of the parameter in the model: part}
     """
     call.check_unchanged()
-    formula = None if call.outputs else _formula(call.module, tensors_of(call.args, call.kwargs)[0])
-    if formula is None:
+    if call.formula is None:
         found: dict[str, Part] = dict(_run_again(call, rows, live))
     else:
-        (g,), (a,) = call.arrived.values(), tensors_of(call.args, call.kwargs)
+        (g,), (a,) = call.arrived.values(), call.inputs
         if a.shape[0] != call.batch:
             raise call.refuse(f"its input of shape {tuple(a.shape)} is not one row per input and choice")
         if live is not None:
             place = live.to(g.device)
             a, g = a.index_select(0, place), g.index_select(0, place)
         g = g.to(torch.promote_types(g.dtype, torch.float32))
-        found = formula(call.module, a, g, rows)
+        found = call.formula(call.module, a, g, rows)
     return {call.wanted[name]: part for name, part in found.items() if name in call.wanted}
 
 
@@ -231,7 +231,7 @@ def _scaled_at_once(call: Call, places: Tensor) -> dict[str, Tensor] | None:
         {parameter: (n, d)}, or `None` when the module is not such a norm; the first row, done alone, must agree.
     """
     own = {name: call.module._parameters[name] for name in call.wanted}
-    inputs, outputs = tensors_of(call.args, call.kwargs), call.outputs
+    inputs, outputs = call.inputs, call.outputs
     if len(inputs) != 1 or len(outputs) != 1 or inputs[0].dim() < 2 or inputs[0].shape[0] != call.batch:
         return None
     if call.batch == 1 or not type(call.module).__name__.endswith("Norm"):

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 PAIR_LIMIT = 4  # positions up to which the sum over pairs of positions is cheaper than one matrix per row
-BLOCK = 1 << 25  # elements of the per-row gradients that an accelerator forms at once
+BLOCK = 1 << 25  # elements of the per-row gradients that an accelerator forms at once,
+CPU_BLOCK = 1 << 16  # and a CPU, so that they stay in its cache; of larger parameters it forms one row's at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,27 +142,35 @@ def _add_outer_(total: Tensor, outer: Outer) -> None:
     """F += sum over r of (left[r]^T right[r])^2."""
     left, right = outer.left, outer.right
     lengths = [left.shape[1]] * left.shape[0]
-    if left.device.type == "cpu" and left.shape[1] > 1:
+    on_cpu = left.device.type == "cpu"
+    block = (CPU_BLOCK if on_cpu else BLOCK) // total.numel()
+    one_by_one = on_cpu and block < 2
+    if one_by_one and left.shape[1] > 1:
         left, right, lengths = _without_zeros(left, right)
     if not lengths:
         return
-    if max(lengths) <= PAIR_LIMIT:
-        # (sum over t of l_t r_t)^2 = sum over t <= u of (1 or 2) l_t l_u r_t r_u: matrix products over the rows.
-        # Rounding may leave entries that cancel slightly below zero; the sum is clamped when it is finished.
-        for t in range(max(lengths)):
-            for u in range(t, max(lengths)):
-                pair = (left[:, t] * left[:, u]).T
-                total.addmm_(pair, right[:, t] * right[:, u], alpha=1.0 if t == u else 2.0)
-    elif left.device.type == "cpu":
+    if max(lengths) == 1 or (max(lengths) <= PAIR_LIMIT and (one_by_one or not on_cpu)):
+        _add_pairs_(total, left[:, : max(lengths)], right[:, : max(lengths)])
+    elif one_by_one:
         gradient = torch.empty_like(total)
         for r, length in enumerate(lengths):
             torch.mm(left[r, :length].T, right[r, :length], out=gradient)
             total.addcmul_(gradient, gradient)
     else:
-        block = max(1, BLOCK // total.numel())
-        for r in range(0, len(lengths), block):
-            gradients = torch.bmm(left[r : r + block].transpose(1, 2), right[r : r + block])
-            total.add_(gradients.square_().sum(0))
+        for lefts, rights in zip(*(torch.split(x, max(1, block)) for x in (left, right)), strict=True):
+            total.add_(torch.bmm(lefts.transpose(1, 2), rights).square_().sum(0))
+
+
+def _add_pairs_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """The same by one matrix product for each distance between two positions.
+
+    (sum over t of l_t r_t)^2 = sum over t <= u of (1 or 2) l_t l_u r_t r_u.  Rounding may leave entries that cancel
+    slightly below zero; the sum is clamped when it is finished.
+    """
+    positions = left.shape[1]
+    for apart in range(positions):
+        pairs = [x[:, : positions - apart] * x[:, apart:] for x in (left, right)]
+        total.addmm_(pairs[0].flatten(0, 1).T, pairs[1].flatten(0, 1), alpha=1.0 if apart == 0 else 2.0)
 
 
 def _without_zeros(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, list[int]]:

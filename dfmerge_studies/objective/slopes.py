@@ -26,7 +26,7 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.params import TaskVector, at_least_float32, evaluating, tracking
 from dfmerge_studies.points import fine_name
 from dfmerge_studies.progress import Progress, counted
-from dfmerge_studies.tasks.evaluate import length_batches, token_cost
+from dfmerge_studies.tasks.evaluate import length_batches, pass_in_tokens, token_cost
 from dfmerge_studies.tasks.supervised import answer_losses
 
 
@@ -98,7 +98,8 @@ def _add_task_(
     mine, weight = [examples[i] for i in share], sample.weights[task] / len(examples)
     done, found = counted(progress, f"{task}: gradient", len(mine)), 0.0
     problem.resident.use_head_(task)
-    for chunk in length_batches(mine, kind, problem.spec.importance.row_budget):
+    padding = pass_in_tokens(problem.resident.model)
+    for chunk in length_batches(mine, kind, problem.spec.importance.row_budget, padding=padding):
         ranks.check()
         losses = answer_losses(problem.resident.model, kind, [mine[i] for i in chunk], pad_id=problem.pad_id)
         loss = losses.sum() * weight

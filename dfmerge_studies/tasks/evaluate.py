@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import InputError, RunError, out_of_memory
 from dfmerge_studies.params import evaluating
 from dfmerge_studies.ranks import SOLO, GroupError, Ranks
+from dfmerge_studies.tasks.batches import device_of
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.folding import folding_is_right
 from dfmerge_studies.tasks.scoring import forward_losses
 
 T = TypeVar("T")
 TOKEN_BUDGET = 16384
-SMALL_BATCH = 8  # inputs below which a batch is not cut for the sake of padding,
 SCORED = 4  # tokens that a token of a text stands for in a batch, whose vocabulary takes more memory than its layers
-SHRINKAGE = 0.75  # and how short, against its dearest, an input must be for that
+# In how many tokens a processor reads a model's weights once; weights times tokens that one of its threads multiplies,
+# and an accelerator, while the host starts a pass; what a token takes beside products, as weights.
+READING, THREAD_PASS, CARD_PASS, TOKEN = 16, 8e8, 1e11, 5e5
 
 
 def row_length(example: Encoded, kind: Kind) -> int:
@@ -52,36 +54,47 @@ def token_cost(example: Encoded, kind: Kind) -> int:
     return len(example.input_ids) + choices
 
 
+def pass_in_tokens(model: nn.Module) -> float:
+    """Tokens whose computation takes as long as starting a forward pass does, and reading the weights for it.
+
+    Args:
+        model: the model.
+    """
+    weights = sum(p.numel() for p in model.parameters()) + TOKEN
+    if device_of(model).type != "cpu":
+        return CARD_PASS / weights
+    return READING + THREAD_PASS * torch.get_num_threads() / weights
+
+
 def length_batches(
     examples: Sequence[Encoded],
     kind: Kind,
     token_budget: int,
     cost: Callable[[Encoded, Kind], int] = token_cost,
     *,
-    cut: bool = True,
+    padding: float = math.inf,
 ) -> list[list[int]]:
     """Positions of the examples, longest first, cut where the dearest input times the count exceeds the budget.
 
-    A batch of some size is also cut where inputs get much shorter, since padding is computed like tokens; unless `cut`
-    is false, where launching a pass costs more than computing padding.
+    Padding is computed like tokens, so a batch is also cut before its padding costs more than another batch.
 
     Args:
         examples: inputs in any order.
         kind: how the model answers.
         token_budget: tokens of one batch; an input that exceeds it alone gets a batch of its own.
         cost: tokens that one input puts into a batch.
-        cut: for the sake of padding.
+        padding: the most tokens of padding that a batch has.
     """
-    order = sorted(range(len(examples)), key=lambda i: (-row_length(examples[i], kind), i))
+    lengths = [row_length(example, kind) for example in examples]
     batches: list[list[int]] = []
-    dearest = 0
-    for i in order:
+    dearest, padded = 0, 0
+    for i in sorted(range(len(examples)), key=lambda i: (-lengths[i], i)):
         price = cost(examples[i], kind)
         dearest = max(dearest, price)
-        wasteful = cut and bool(batches) and len(batches[-1]) >= SMALL_BATCH and price < SHRINKAGE * dearest
-        if not batches or wasteful or dearest * (len(batches[-1]) + 1) > token_budget:
+        padded += lengths[batches[-1][0]] - lengths[i] if batches else 0
+        if not batches or padded > padding or dearest * (len(batches[-1]) + 1) > token_budget:
             batches.append([])
-            dearest = price
+            dearest, padded = price, 0
         batches[-1].append(i)
     return batches
 
@@ -157,7 +170,7 @@ def _own_losses(
     with evaluating(model), torch.inference_mode():
         folded = folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
         score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
-        batches = length_batches(mine, kind, token_budget)
+        batches = length_batches(mine, kind, token_budget, padding=pass_in_tokens(model))
         tables: list[Tensor] = []  # on the device: to read one is to wait for it
         for batch in batches:
             ranks.check()

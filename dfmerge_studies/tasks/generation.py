@@ -24,7 +24,7 @@ from dfmerge_studies.params import evaluating
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.tasks.batches import device_of, pad, pad_mask
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, length_batches, shared_out
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, length_batches, pass_in_tokens, shared_out
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -124,7 +124,8 @@ def write_tokens(
     found: list[tuple[int, ...]] = [()] * len(examples)
     prompts = [replace(example, choices=()) for example in examples]
     with evaluating(model), torch.inference_mode():
-        for batch in length_batches(prompts, kind, token_budget, writer.cost):
+        padding = pass_in_tokens(model) * writer.max_gen_toks  # a batch more is a pass more for every token
+        for batch in length_batches(prompts, kind, token_budget, writer.cost, padding=padding):
             ranks.check()
             for i, tokens in zip(batch, written(model, kind, [prompts[i] for i in batch], writer, pad_id), strict=True):
                 found[i] = tokens
