@@ -29,7 +29,8 @@ T = TypeVar("T")
 TOKEN_BUDGET = 16384
 SCORED = 4  # tokens that a token of a text stands for in a batch, whose vocabulary takes more memory than its layers
 # In how many tokens a processor reads a model's weights once; weights times tokens that one of its threads multiplies,
-# and an accelerator, while the host starts a pass; what a token takes beside products, as weights.
+# and an accelerator, while the host starts a pass; what a token takes beside products, as weights. However many threads
+# there are, batches are the same, or a study that goes on with other workers would round otherwise.
 READING, THREAD_PASS, CARD_PASS, TOKEN = 16, 8e8, 1e11, 5e5
 
 
@@ -63,7 +64,7 @@ def pass_in_tokens(model: nn.Module) -> float:
     weights = sum(p.numel() for p in model.parameters()) + TOKEN
     if device_of(model).type != "cpu":
         return CARD_PASS / weights
-    return READING + THREAD_PASS * torch.get_num_threads() / weights
+    return READING + THREAD_PASS / weights
 
 
 def length_batches(
