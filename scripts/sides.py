@@ -148,7 +148,7 @@ class Work:
 
 @dataclass
 class Found:
-    """What a side computed, and what each phase took."""
+    """What a side computed, and what each phase took; `merged` of ours is the resident model's, until it is written."""
 
     fishers: list[dict[str, Tensor]]
     merged: dict[str, Tensor]
@@ -201,7 +201,7 @@ def plain(work: Work, clock: Clock) -> Found:
                 parameter += len(weights) * sum(steps[1:], steps[0]) / sum(weights[1:], weights[0])
     with clock.phase("evaluate"):
         losses = [plain_losses(model, work.kind, rows) for rows in work.rows]
-    return Found(fishers, _weights(model), losses, clock.seconds)
+    return Found(fishers, {n: p.detach() for n, p in model.named_parameters()}, losses, clock.seconds)
 
 
 def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
@@ -225,9 +225,4 @@ def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
     clock.seconds["merge"] += clock.now() - before - clock.seconds["write"] - clock.seconds["fisher"]
     with clock.phase("evaluate"):
         losses = [choice_losses(model, work.kind, rows, pad_id=0) for rows in work.rows]
-    return Found(fishers, _weights(model) if keep else {}, losses, clock.seconds)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy: the next iteration writes into the same model."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Found(fishers, {n: p.detach() for n, p in model.named_parameters()}, losses, clock.seconds)

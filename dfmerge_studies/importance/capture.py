@@ -362,7 +362,7 @@ class _OutsideUses(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in (*args, *(kwargs or {}).values()):
-            if isinstance(tensor, nn.Parameter) and id(tensor) in self.name_of and tensors_of(result):
+            if id(tensor) in self.name_of and tensors_of(result):
                 if any(p is tensor for module in self.inside for p in module._parameters.values()):
                     continue
                 raise Unseparable(
