@@ -121,7 +121,7 @@ def draft_spec(models: Sequence[str], data: Sequence[str], *, base: str | None, 
 
 _REST = [
     "",
-    "method: df-merge  # or df-merge-scaled (for four experts or more), gta, task-arithmetic, ties, fisher, averaging",
+    "method: df-merge  # or df-merge-scaled, gta, task-arithmetic, ties, fisher, averaging",
     "search:  # or `search: gradient`, which takes fewer trials",
     "  trials: 60  # the total that the study should reach",
     "  # max_drop: 5  # no task may lose more points than this against its own expert",
