@@ -35,6 +35,13 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+def close(study: optuna.Study) -> None:
+    """Close the connections that a study's handle has open; a journal has none."""
+    backend = getattr(study._storage, "_backend", study._storage)
+    if isinstance(backend, optuna.storages.RDBStorage):
+        backend.engine.dispose()
+
+
 @pytest.fixture(scope="module", params=STORAGES)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -47,7 +54,7 @@ def another(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("another")
     study = join_study(open_storage(url.format(folder)), "s", directions=["maximize"])
     study.add_trials([optuna.trial.create_trial(value=7.0) for _ in range(20)])
-    getattr(study._storage, "_backend", study._storage).__dict__.get("engine", type("", (), {"dispose": int})).dispose()
+    close(study)
     return folder / name
 
 
@@ -161,7 +168,7 @@ def test_progress_is_read_from_the_file_that_the_last_worker_has_joined(
         for file in project.folder.glob("colours.db*"):
             file.rename(project.folder / f"kept-{file.name}")
         show.notice(Notice(1, 1, "trial", event))
-        bars.studies[0]._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+        close(bars.studies[0])
         show.notice(Notice(3, 3, "trial", event))
         for file in project.folder.glob("kept-colours.db*"):
             shutil.copy(file, project.folder / file.name.removeprefix("kept-"))

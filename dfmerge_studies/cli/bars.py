@@ -178,12 +178,13 @@ class TrialBars:
         from dfmerge_studies.trials.reading import counts_of, ended, results_of
 
         shown = self._studies[name]
+        unreadable: tuple[type[Exception], ...] = (*STORAGE_FAILURES, KeyError)  # KeyError: a file without the study
         try:
             trials = shown.study.get_trials(deepcopy=False)
             completed, done = results_of(trials), ended(counts_of(trials))
             if done >= shown.total:  # somebody may have raised it meanwhile
                 shown.total = max(shown.total, stored_total(shown.study))
-        except STORAGE_FAILURES + (KeyError,):  # noqa: RUF005 (mypy knows no unpacking here); KeyError: no such study
+        except unreadable:
             return shown.done, shown.best
         best = best_trial(completed, shown.spec.objective)
         metric = shown.spec.metrics("validation").short

@@ -145,7 +145,8 @@ class Merger(Scorer):
             damp_(parameters, resident.base, directions, point.parameters[STRENGTH.name])
         seconds["merge"] += preparing
         self._weighed = list(weigh.kept.values())
-        return Outcome(seconds=seconds, computed=weigh.hits.count(False), cached=weigh.hits.count(True))
+        hits = list(weigh.hits.values())
+        return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
 
     @memory_errors()
     def _slope(self, point: Point, sample: Sample) -> Slope:

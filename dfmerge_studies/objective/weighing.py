@@ -28,7 +28,7 @@ class Weighing:
 
     Attributes:
         kept: C by position of the expert, in their order, None for C = 1; empty if it need not stay.
-        hits: of every importance that was needed, whether it came from the cache.
+        hits: by position of the expert whose importance was needed, whether it came from the cache.
     """
 
     def __init__(
@@ -44,18 +44,16 @@ class Weighing:
     ) -> None:
         problem = importances.problem
         self.kept: dict[int, Weights | None] = {}
-        self.hits: list[bool] = []
+        self.hits: dict[int, bool] = {}
         self._importances = importances
         self._method = method
         self._at = at
-        self._names = list(names)
         self._alpha = alpha
         self._keep = keep
         self._progress = progress
         self._uniform = method.importance is Importance.UNIFORM
         self._scale = method.scale_for(problem.spec.importance.scale)
-        self._first = problem.parts()[0]
-        self._parts = InParts(importances, self._names, progress)
+        self._parts = InParts(importances, names, progress)
         self._gather = keep or gathered_on_host(problem, method)
         self._gathered: dict[int, Weights] = {}
 
@@ -82,8 +80,7 @@ class Weighing:
             values, hit = self._parts.whole(index, coefficient)
         else:
             values, hit = self._parts.at(index, coefficient, names)
-        if names is None or list(names) == self._first:
-            self.hits.append(hit)
+        self.hits.setdefault(index, hit)  # the parts that follow are found as the first one was
         if self._method.importance.blocks is not None:
             return blocks_of(problem.resident.model, values, list(problem.resident.base), shrink=self._alpha)
         return scaled(values, self._scale)

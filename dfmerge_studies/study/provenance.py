@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
@@ -22,9 +22,6 @@ from dfmerge_studies.study.fingerprint import SAMPLER, metrics_of, objective_of,
 from dfmerge_studies.study.totals import OWED, TARGET
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split
-
-if TYPE_CHECKING:
-    pass
 
 # User attributes of a study.
 FINGERPRINT = "dfmerge:science"
