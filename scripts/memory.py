@@ -4,8 +4,8 @@
     python scripts/memory.py measure --size base --experts 2 --lora 16 --memory 2GiB
     python scripts/memory.py table
 
-Models have random weights of real shapes.  `measure` runs one merge and one evaluation in this process, on the CPU, and
-compares the peak of its resident memory, less what Python and the libraries took before, with the estimate.  `table`
+Models have random weights of real shapes.  `measure` runs one merge and one evaluation in this process and compares the
+peak of its resident memory, or of what tensors take of a card, less what was there before, with the estimate.  `table`
 builds models without memory (on torch's device `meta`) and asks the same function; nothing is run.
 """
 
@@ -66,7 +66,7 @@ class Shape:
         experts: how many, each with a task.
         rank: of LoRA experts on all linear layers but the output; 0 for whole models.
         dtype: of weights.
-        device: where weights are: `cpu`, or `meta` for nowhere.
+        device: where weights are: `cpu`, `cuda`, or `meta` for nowhere.
     """
 
     size: Size
@@ -155,22 +155,39 @@ def _without_leftovers() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
+def _held(device: str) -> int:
+    return psutil.Process().memory_info().rss if device == "cpu" else torch.cuda.memory_allocated(device)
+
+
+def _forget_peak(device: str) -> None:
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peak of a trial, and the estimate of it, in bytes."""
     dtype = getattr(torch, arguments.dtype)
     small = replace(SIZES[arguments.size], layers=1, width=64, heads=1, inner=64, vocabulary=1000, key_heads=None)
-    _run(Shape(small, 1, 0, dtype, "cpu").problem(inputs=2, tokens=8))  # imports what is imported late
-    before = psutil.Process().memory_info().rss
-    shape = Shape(SIZES[arguments.size], arguments.experts, arguments.lora, dtype, "cpu")
+    device = arguments.device
+    _run(Shape(small, 1, 0, dtype, device).problem(inputs=2, tokens=8))  # imports what is imported late
+    before = _held(device)
+    shape = Shape(SIZES[arguments.size], arguments.experts, arguments.lora, dtype, device)
     problem = shape.problem(
         inputs=arguments.inputs, tokens=arguments.tokens, memory=arguments.memory, method=arguments.method
     )
     place_(problem)
     _run(problem)  # what is looked up once is looked up
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    _forget_peak(device)
     _run(problem)
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    peak = 1024 * int(status.split()[0]) - before
+    peak = _peak(device) - before
     needs = memory_of(problem, activations_of(problem)).device
     return {
         "parameters": sum(p.numel() for p in problem.resident.model.parameters()),
@@ -305,12 +322,13 @@ def main() -> None:
     """Measure, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    measure = commands.add_parser("measure", help="run a trial of random models on the CPU and compare")
+    measure = commands.add_parser("measure", help="run a trial of random models and compare")
     measure.add_argument("--size", choices=list(SIZES), default="causal-135m")
     measure.add_argument("--method", default="df-merge")
     measure.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters of all linear layers")
     measure.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     measure.add_argument("--memory", default="auto")
+    measure.add_argument("--device", default="cpu", help="cpu or cuda")
     measure.add_argument("--threads", type=int, default=1)
     table = commands.add_parser("table", help="what 1B, 7B and 13B would take, by the estimate")
     table.add_argument("--cards", type=int, nargs="+", default=[24, 48, 80], metavar="GIB")
