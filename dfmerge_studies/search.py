@@ -154,6 +154,31 @@ class StatelessSampler(BaseSampler):
         return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
 
 
+class _InTurn(JointSampler):
+    """Proposes what the second of two samplers does, and what the first one does until the second one begins.
+
+    Args:
+        first: for the startup trials.
+        second: proposes nothing in the startup trials.
+
+    Attributes:
+        expected: of the proposed point, as the sampler that proposed it has it; None before.
+    """
+
+    def __init__(self, first: BaseSampler, second: BaseSampler) -> None:
+        self._samplers = second, first
+        self.expected: Mapping[str, Any] | None = None
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        for sampler in self._samplers:
+            if point := sampler.sample_relative(study, trial, search_space):
+                self.expected = getattr(sampler, "expected", None)
+                return point
+        return {}
+
+
 class _Grid(JointSampler):
     """Proposes the rows of a grid in order, each once.
 
@@ -203,7 +228,8 @@ class SamplerSettings:
         grid: values by name, for the grid.
         kappa: of `ucb`, weight of the deviation against the mean.
         goal: of `auto`, what task scores are worth together.
-        rate: of `gradient`, length of a step.
+        rate: of a descent, length of a step.
+        descends: whether the startup trials of `auto` are steps down the loss instead of uniform draws.
     """
 
     space: Space
@@ -212,6 +238,7 @@ class SamplerSettings:
     kappa: float = 2.576
     goal: Goal = PLAIN_MEAN
     rate: float = RATE
+    descends: bool = False
 
 
 def _gp(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -228,9 +255,10 @@ def _ucb(settings: SamplerSettings, seed: int) -> BaseSampler:
 
 
 def _auto(settings: SamplerSettings, seed: int) -> BaseSampler:
-    return TrustRegionSampler(
+    region = TrustRegionSampler(
         space=settings.space, goal=settings.goal, startup_trials=settings.startup_trials, seed=seed
     )
+    return _InTurn(_gradient(settings, seed), region) if settings.descends else region
 
 
 def _gradient(settings: SamplerSettings, seed: int) -> BaseSampler:
@@ -291,6 +319,7 @@ def make_sampler(
     kappa: float = 2.576,
     goal: Goal = PLAIN_MEAN,
     rate: float = RATE,
+    descends: bool = False,
 ) -> BaseSampler:
     """Build the sampler of a study, of one objective or several.
 
@@ -303,7 +332,8 @@ def make_sampler(
         grid: values by name, for the grid sampler.
         kappa: of `ucb`, weight of the deviation against the mean.
         goal: of `auto`, what task scores are worth together.
-        rate: of `gradient`, length of a step, as a share of the range.
+        rate: of a descent, length of a step, as a share of the range.
+        descends: whether the startup trials of `auto` are steps down the loss instead of uniform draws.
 
     Raises:
         InputError: unknown sampler, or a grid that does not fit.
@@ -321,7 +351,7 @@ def make_sampler(
         )
     if not hasattr(GPSampler, "_sample_relative_impl"):
         raise RuntimeError(f"Optuna {optuna.__version__} renamed GPSampler._sample_relative_impl; see _OrderedGP")
-    settings = SamplerSettings(space, startup_trials, grid, kappa, goal, rate)
+    settings = SamplerSettings(space, startup_trials, grid, kappa, goal, rate, descends)
     row = SAMPLERS[name]
     row(settings, 0)  # a setting that does not fit is refused now, not at the first trial
     return StatelessSampler(lambda trial: row(settings, trial), space=space, seed=seed, study_name=study_name)

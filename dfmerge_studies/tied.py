@@ -22,7 +22,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.storage import id_of
-from dfmerge_studies.trials.marks import PROPOSAL, mark, place_of
+from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, mark, place_of
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def coarse_study(study: Study, space: Space) -> Study:
 
 
 def coarse_trial(trial: FrozenTrial, space: Space) -> FrozenTrial:
-    """A trial with the parameters that it has in the coarse space.
+    """A trial with the parameters that it has in the coarse space, and the slope of the loss along each of them.
+
+    Along coefficients that change together the slope is the sum of theirs.
 
     Args:
         trial: of the fine space.
@@ -118,4 +120,9 @@ def coarse_trial(trial: FrozenTrial, space: Space) -> FrozenTrial:
     seen = copy.copy(trial)
     seen.params = {name: next(iter(values[name])) for name in ranges} if whole else {}
     seen.distributions = {**ranges} if whole else {}
+    if GRADIENT in trial.user_attrs:
+        slopes: dict[str, float] = {}
+        for name, slope in trial.user_attrs[GRADIENT]["slopes"].items():
+            slopes[space.tied.get(name, name)] = slopes.get(space.tied.get(name, name), 0.0) + slope
+        seen.user_attrs = {**trial.user_attrs, GRADIENT: {**trial.user_attrs[GRADIENT], "slopes": slopes}}
     return seen

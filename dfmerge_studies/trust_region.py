@@ -55,13 +55,22 @@ class Goal:
 PLAIN_MEAN = Goal()
 
 
+def at_least(startup_trials: int) -> int:
+    """Trials that must have completed before the processes can propose.
+
+    Args:
+        startup_trials: how many were asked for.
+    """
+    return max(2, startup_trials)
+
+
 class TrustRegionSampler(JointSampler):
     """Proposes one trial where the per-task processes expect most; nothing is proposed in the startup trials.
 
     Args:
         space: what is searched.
         goal: what task scores are worth together.
-        startup_trials: completed trials before it proposes, at least 2.
+        startup_trials: completed trials before it proposes; `at_least` has the fewest.
         seed: of the draws.
 
     Attributes:
@@ -71,7 +80,7 @@ class TrustRegionSampler(JointSampler):
     def __init__(self, *, space: Space, goal: Goal, startup_trials: int, seed: int) -> None:
         self._space = space
         self._goal = goal
-        self._startup_trials = max(2, startup_trials)
+        self._startup_trials = at_least(startup_trials)
         self._seed = seed
         self.expected: dict[str, Any] | None = None
 

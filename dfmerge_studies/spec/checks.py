@@ -154,21 +154,33 @@ def _nothing_to_split(spec: StudySpec) -> Iterator[Finding]:
 
 
 def without_slopes(spec: StudySpec) -> Iterator[Finding]:
-    """What `sampler: gradient` cannot descend on."""
-    search, row = spec.search, spec.row
-    if not search.descends or not row.searches:
+    """What a spec that descends cannot descend on."""
+    if spec.search.descends:
+        yield from _slopes_lacking(spec, spec.search.descent_text)
+
+
+def has_slopes(spec: StudySpec) -> bool:
+    """Whether trials of a study can have slopes, as far as its spec alone says it."""
+    search = spec.search
+    return spec.row.searches and not (search.step or search.race or any(_slopes_lacking(spec, "a descent")))
+
+
+def _slopes_lacking(spec: StudySpec, how: str) -> Iterator[Finding]:
+    row = spec.row
+    if not row.searches:
         return
+    other = "Use sampler: auto" if how == "sampler: gradient" else "Use startup: uniform"
     if spec.objective.kind not in ("mean", "weighted"):
-        what = f"sampler: gradient descends a mean of losses, and the objective is {spec.objective.kind}"
-        yield "objective", what, "Use mean or weighted, or sampler: auto"
+        what = f"{how} descends a mean of losses, and the objective is {spec.objective.kind}"
+        yield "objective", what, f"Use mean or weighted, or {other[4:]}"
     if row.importance.blocks is not None:
-        yield "method", f"{spec.method!r} has importance in blocks, whose slopes are not known", "Use sampler: auto"
+        yield "method", f"{spec.method!r} has importance in blocks, whose slopes are not known", other
     if row.searched:
         own = ", ".join(each.name for each in row.searched)
-        what = f"sampler: gradient has slopes of coefficients only, and {own} would be searched beside them"
-        yield f"parameters.{spec.method}", what, "Give a value to each of them, or use sampler: auto"
+        what = f"{how} has slopes of coefficients only, and {own} would be searched beside them"
+        yield f"parameters.{spec.method}", what, f"Give a value to each of them, or use {other[4:]}"
     if spec.protect is not None:
-        yield "protect", "sampler: gradient does not know the step that protect takes away", "Use sampler: auto"
+        yield "protect", f"{how} does not know the step that protect takes away", other
 
 
 def _rows_lacking(spec: StudySpec) -> Iterator[Finding]:

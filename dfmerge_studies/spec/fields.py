@@ -17,6 +17,9 @@ from dfmerge_studies.trials.space import is_multiple
 
 TRACED: Literal["fisher-trace"] = "fisher-trace"  # a point of `search.enqueue` that is computed from random tokens
 DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is there keeps its own
+UNIFORM: Literal["uniform"] = "uniform"  # what `search.startup` can be
+DESCENT: Literal["descent"] = "descent"
+DEFAULT_STARTUP: Literal["uniform", "descent"] = UNIFORM  # of a new study that `auto` searches, where there are slopes
 
 # Searches that a spec may name instead of writing their fields.
 SEARCHES: Mapping[str, Mapping[str, Any]] = {
@@ -142,9 +145,14 @@ class SearchSettings(Settings):
         "gradient: steps down the loss of validation rows, best with granularity: layers; "
         f"null: what the study has, of a new one {DEFAULT_SAMPLER}",
     )
-    rate: float = Field(0.05, gt=0, le=1, description="of gradient: length of a step, as a share of the bounds' range")
+    rate: float = Field(
+        0.05, gt=0, le=1, description="of gradient and descent: length of a step, as a share of the bounds' range"
+    )
     gradient_rows: int = Field(
-        32, gt=0, le=limits.COUNT, description="of gradient: validation rows per task, drawn anew for each trial"
+        32,
+        gt=0,
+        le=limits.COUNT,
+        description="of gradient and descent: validation rows per task, drawn anew for each trial",
     )
     acquisition: Literal["ei", "ucb"] = Field(
         "ei", description="expected improvement (Optuna's logEI), or upper confidence bound (needs the extra ucb)"
@@ -153,7 +161,12 @@ class SearchSettings(Settings):
         2.576, ge=0, le=limits.COEFFICIENT, description="of ucb: weight of the deviation against the mean"
     )
     trials: int = Field(60, gt=0, le=limits.TRIALS, description="total that the study should reach, over all runs")
-    startup_trials: int = Field(10, ge=0, le=limits.TRIALS, description="random trials before the Gaussian process")
+    startup: Literal["uniform", "descent"] | None = Field(
+        None,
+        description="of auto: what its startup trials are, uniform draws, or steps down the loss from the best given "
+        f"point; null: what the study has, of a new one {DEFAULT_STARTUP} where there are slopes",
+    )
+    startup_trials: int = Field(10, ge=0, le=limits.TRIALS, description="trials before the Gaussian process proposes")
     bounds: tuple[float, float] = Field((0.0, 1.0), description="range of every coefficient")
     step: float | None = Field(None, gt=0, description="propose only multiples, so that Fishers recur in the cache")
     seed: int = Field(0, ge=0, le=limits.SEED, description="of everything random")
@@ -237,6 +250,18 @@ class SearchSettings(Settings):
                 "racing needs sampler: auto or random; gp and ucb learn nothing from trials that were stopped, and "
                 "would propose their points again, and gradient needs the slope of every trial"
             )
+        if self.race is not None and self.startup == DESCENT:
+            raise ValueError(
+                "racing needs startup: uniform; descent needs the slope of every trial that it starts with"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _startups_are_those_of_auto(self) -> SearchSettings:
+        if self.startup == DESCENT and self.stated_sampler not in (None, "auto"):
+            raise ValueError(f"startup: descent goes with sampler: auto, and {self._model_text} does not start by it")
+        if self.startup == UNIFORM and self.sampler == "gradient":
+            raise ValueError("startup: uniform goes with sampler: auto, and gradient descends from its first trial on")
         return self
 
     @model_validator(mode="after")
@@ -254,13 +279,22 @@ class SearchSettings(Settings):
     @model_validator(mode="after")
     def _steps_have_any_length(self) -> SearchSettings:
         if self.descends and self.step is not None:
-            raise ValueError("sampler: gradient takes steps of any length; leave step out")
+            raise ValueError(f"{self.descent_text} takes steps of any length; leave step out")
         return self
 
     @property
     def descends(self) -> bool:
-        """Whether trials are steps down the loss, and need its slopes."""
-        return self.sampler == "gradient"
+        """Whether trials, all of them or those of the startup, are steps down the loss, and need its slopes."""
+        return self.sampler == "gradient" or self.startup == DESCENT
+
+    @property
+    def descent_text(self) -> str:
+        """The setting that makes them such steps, as a spec writes it."""
+        return "sampler: gradient" if self.sampler == "gradient" else "startup: descent"
+
+    @property
+    def _model_text(self) -> str:
+        return "acquisition: ucb" if self.acquisition == "ucb" else f"sampler: {self.sampler}"
 
     @property
     def stops(self) -> dict[str, Any]:

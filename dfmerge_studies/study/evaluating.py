@@ -54,9 +54,9 @@ class Trials:
         return point.on_step(session.spec.search.step)
 
     def _sample(self, place: int) -> Sample | None:
-        """Rows that a trial's slope is taken of, where the sampler needs one; a repeated trial has the same."""
+        """Rows that a trial's slope is taken of, where a later point needs it; a repeated trial has the same."""
         session, spec = self._session, self._session.spec
-        if session.plan.proposer != "gradient" or not session.method.searches:
+        if not session.plan.needs_slope(place):
             return None
         weights = counted_weights(spec.objective, spec.aims)
         rows = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.checkpoints.digest import json_digest
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.methods import Method, method_named
-from dfmerge_studies.spec import ObjectiveSettings, SearchSettings, StudySpec
+from dfmerge_studies.spec import DESCENT, ObjectiveSettings, SearchSettings, StudySpec, has_slopes
 from dfmerge_studies.tasks.metrics import AGREEMENT, Metrics, agrees
 from dfmerge_studies.tasks.splits import Split
 
@@ -41,6 +41,8 @@ COMPUTE, _FORMER_COMPUTE = "compute", "float32"  # the same; a new study states 
 _OF_STEPS = ("rate", "gradient_rows")
 SAMPLER = "search.sampler"  # a spec may leave it open: of a new study it is ours, one that is there keeps its own
 _FORMER_SAMPLER = "gp"
+STARTUP = "search.startup"  # the same, of the sampler `auto`
+_FORMER_STARTUP = "uniform"
 
 
 def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def stated_fingerprint(spec: StudySpec) -> dict[str, Any]:
         **stated_sampler(search),
         "search.acquisition": search.acquisition,
         **({"search.kappa": search.kappa} if search.acquisition == "ucb" else {}),
+        **({STARTUP: search.startup} if search.startup is not None and spec.row.searches else {}),
         **({f"search.{each}": getattr(search, each) for each in _OF_STEPS} if search.descends else {}),
         "search.startup_trials": search.startup_trials,
         **({RACING: search.race.model_dump()} if search.race is not None and spec.row.coefficients.chosen else {}),
@@ -152,7 +155,10 @@ def as_stored(spec: StudySpec, stored: Mapping[str, Any] | None) -> StudySpec:
     if spec.compute == "auto" and spec.dtype == "float32":
         spec = spec.derive(compute=stored.get(COMPUTE, _FORMER_COMPUTE))
     if spec.search.stated_sampler is None and sampler_of(stored) == "gradient":
-        spec = spec.derive(search={"sampler": "gradient"})  # the one sampler that asks more of models, data and memory
+        spec = spec.derive(search={"sampler": "gradient"})  # which asks more of models, data and memory than others
+    open_startup = spec.search.startup is None and spec.search.stated_sampler in (None, "auto")
+    if open_startup and startup_of(stored) == DESCENT and has_slopes(spec):
+        spec = spec.derive(search={"startup": DESCENT})  # which asks as much
     return spec
 
 
@@ -163,7 +169,8 @@ def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         stored: the fingerprint of the stored study.
         ours: that of this run.
     """
-    stored, ours = {**_FORMERLY, SAMPLER: _FORMER_SAMPLER, COMPUTE: _FORMER_COMPUTE, **stored}, {**_FORMERLY, **ours}
+    left_open = {SAMPLER: _FORMER_SAMPLER, STARTUP: _FORMER_STARTUP, COMPUTE: _FORMER_COMPUTE}
+    stored, ours = {**_FORMERLY, **left_open, **stored}, {**_FORMERLY, **ours}
     return [
         f"{field}: the study has {_short(stored[field])}, this run has {_short(ours[field])}"
         for field in ours
@@ -233,6 +240,15 @@ def sampler_of(fingerprint: Mapping[str, Any]) -> str:
         fingerprint: what the study is about.
     """
     return str(fingerprint.get(SAMPLER, _FORMER_SAMPLER))
+
+
+def startup_of(fingerprint: Mapping[str, Any]) -> str | None:
+    """What the startup trials of a stored study are, in the words of `search.startup`; None where it has none.
+
+    Args:
+        fingerprint: what the study is about.
+    """
+    return str(fingerprint.get(STARTUP, _FORMER_STARTUP)) if sampler_of(fingerprint) == "auto" else None
 
 
 def objective_of(fingerprint: Mapping[str, Any]) -> ObjectiveSettings:

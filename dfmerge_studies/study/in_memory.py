@@ -47,7 +47,7 @@ from dfmerge_studies.storage import (
     storage_file,
 )
 from dfmerge_studies.study import provenance, warm_start
-from dfmerge_studies.study.fingerprint import GUARDS, sampler_of, stated_sampler
+from dfmerge_studies.study.fingerprint import GUARDS, SAMPLER, sampler_of, stated_sampler
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
@@ -63,7 +63,7 @@ from dfmerge_studies.trials.results import Event, TrialResult, ignore
 
 logger = logging.getLogger(__name__)
 
-_NOT_SCIENCE = ("trials", "enqueue", "warm_start", "patience", "stop")  # fields of a search that may change
+_NOT_SCIENCE = ("startup", "trials", "enqueue", "warm_start", "patience", "stop")  # fields of a search that may change
 _OF_SLOPES = ("rate", "gradient_rows")  # which no scoring function gives
 _METRIC = "score"  # what the numbers of a scoring function are called; of each, higher is better
 
@@ -188,8 +188,9 @@ def optimize_merge(
         what = "`score` gives numbers of whole models: rows that a trial could be stopped on are not known"
         raise InputError(what, where="racing", hint="Leave it out")
     if settings.descends:
-        what = "`score` gives numbers and no slopes, and gradient descends"
-        raise InputError(what, where="sampler", hint="Use auto, gp or random")
+        field, _, value = settings.descent_text.partition(": ")
+        what = f"`score` gives numbers and no slopes, and {value} needs them"
+        raise InputError(what, where=field, hint="Use sampler auto, gp or random, and startup uniform or none")
     if TRACED in settings.enqueue:
         raise InputError("random tokens need the models of a spec", where="enqueue", hint=f"Leave {TRACED!r} out")
     if method is not None and settings.coefficients == "per-expert":
@@ -247,7 +248,7 @@ class _Search(Generic[Model]):
             self.name,
             directions=directions(self.objective, list(self.metrics.aims)),
             fingerprint=self._science(),
-            sampler=DEFAULT_SAMPLER,
+            left_open={SAMPLER: DEFAULT_SAMPLER},
             attributes={
                 **scores_attribute("base", "validation", self.base_scores),
                 **scores_attribute("experts", "validation", self.expert_scores),

@@ -10,13 +10,15 @@ import optuna
 from optuna.samplers import BaseSampler
 
 from dfmerge_studies.methods import Method
-from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
+from dfmerge_studies.spec import DEFAULT_SAMPLER, DESCENT, StudySpec
 from dfmerge_studies.storage import load_study, load_study_if_any, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
-from dfmerge_studies.study.fingerprint import groups_of, sampler_of
+from dfmerge_studies.study.fingerprint import groups_of, sampler_of, startup_of
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
+from dfmerge_studies.study.startup import new_startup
 from dfmerge_studies.study.totals import Asked
 from dfmerge_studies.trials.space import Space
+from dfmerge_studies.trust_region import at_least
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Plan:
         trials: total that it should reach: the spec's, or as many points as a method without a search has.
         url: of its storage, absolute; it may hold a password: never print it, print `place`.
         proposer: what proposes its trials, in the words of `search.sampler`: the spec's, or what a new study has.
+        startup: of the sampler `auto`, what its startup trials are, in the words of `search.startup`; None of others.
         groups: of parameters that have a coefficient each; none where experts have one, or before the study is there.
     """
 
@@ -41,6 +44,7 @@ class Plan:
     trials: int
     url: str
     proposer: str
+    startup: str | None = None
     groups: tuple[str, ...] = ()
 
     @classmethod
@@ -60,6 +64,7 @@ class Plan:
             trials=total_trials(method, search),
             url=storage_url(spec),
             proposer=search.stated_sampler or DEFAULT_SAMPLER,
+            startup=new_startup(spec),
         )
 
     def joined(self, study: optuna.Study) -> Plan:
@@ -71,8 +76,16 @@ class Plan:
         fingerprint = provenance.stored_fingerprint(study)
         if fingerprint is None:
             return self
-        groups, proposer = groups_of(fingerprint), sampler_of(fingerprint)
-        return replace(self.with_groups(groups), proposer=proposer)
+        plan = self.with_groups(groups_of(fingerprint))
+        return replace(plan, proposer=sampler_of(fingerprint), startup=startup_of(fingerprint))
+
+    def of_new(self, spec: StudySpec) -> Plan:
+        """The plan of a new study, whose spec says more than this one's does.
+
+        Args:
+            spec: the same settings, with what was decided of those that they leave open.
+        """
+        return replace(self, spec=spec, startup=new_startup(spec))
 
     def with_groups(self, groups: Sequence[str]) -> Plan:
         """The plan with a coefficient for each group of an expert's parameters; which there are, the models say.
@@ -123,7 +136,19 @@ class Plan:
         """The sampler that proposes the study's trials."""
         spec = self.spec
         goal = goal_of(spec.objective, spec.metrics("validation"), spec.allowed)
-        return study_sampler(spec.name, self.method, self.space, spec.search, goal, self.proposer)
+        return study_sampler(spec.name, self.method, self.space, spec.search, goal, self.proposer, self.startup)
+
+    def needs_slope(self, place: int) -> bool:
+        """Whether a later point follows from the slope of the loss at a trial's point.
+
+        Args:
+            place: of the trial.
+        """
+        if not self.method.searches:
+            return False
+        return self.proposer == "gradient" or (
+            self.startup == DESCENT and place < at_least(self.spec.search.startup_trials) - 1
+        )
 
     @property
     def search(self) -> dict[str, Any] | None:
@@ -134,6 +159,7 @@ class Plan:
         return {
             "sampler": self.proposer,
             "acquisition": search.acquisition if self.proposer == "gp" else None,
+            "startup": self.startup,
             "startup_trials": search.startup_trials,
         }
 

@@ -9,7 +9,7 @@ from optuna.samplers import BaseSampler
 
 from dfmerge_studies.methods import Coefficients, Method, fixed_coefficients
 from dfmerge_studies.search import make_sampler
-from dfmerge_studies.spec import ObjectiveSettings, SearchSettings
+from dfmerge_studies.spec import DESCENT, ObjectiveSettings, SearchSettings
 from dfmerge_studies.study.totals import stored_total
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tied import TiedSampler
@@ -57,7 +57,13 @@ def inside(space: Space, name: str, value: float) -> float:
 
 
 def study_sampler(
-    name: str, method: Method, space: Space, search: SearchSettings, goal: Goal, sampler: str
+    name: str,
+    method: Method,
+    space: Space,
+    search: SearchSettings,
+    goal: Goal,
+    sampler: str,
+    startup: str | None = None,
 ) -> BaseSampler:
     """The sampler that proposes a study's trials.
 
@@ -68,6 +74,7 @@ def study_sampler(
         search: the settings.
         goal: what task scores are worth together.
         sampler: what the study has, in the words of `search.sampler`.
+        startup: of `auto`, what the study has, in the words of `search.startup`.
     """
     if search.acquisition == "ucb":
         sampler = "ucb"
@@ -85,6 +92,7 @@ def study_sampler(
             kappa=search.kappa,
             goal=goal,
             rate=search.rate,
+            descends=startup == DESCENT,
         )
 
     if not space.tied or sampler == "gradient":  # a slope costs the same for one coefficient or many

@@ -18,7 +18,7 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.redact import public
 from dfmerge_studies.spec import ObjectiveSettings, StudySpec
 from dfmerge_studies.storage import create_study, join_study, safe_url
-from dfmerge_studies.study.fingerprint import SAMPLER, metrics_of, objective_of, refuse_other_fingerprint
+from dfmerge_studies.study.fingerprint import metrics_of, objective_of, refuse_other_fingerprint
 from dfmerge_studies.study.totals import OWED, TARGET
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tasks.splits import Split
@@ -104,7 +104,7 @@ def join(
     *,
     directions: Sequence[str],
     fingerprint: Mapping[str, Any],
-    sampler: str,
+    left_open: Mapping[str, Any],
     attributes: Mapping[str, Any],
     metric_names: Sequence[str],
     where: str,
@@ -116,7 +116,7 @@ def join(
         name: the study's name.
         directions: "maximize" or "minimize", one for each objective.
         fingerprint: what it is about.
-        sampler: what a new study has where the fingerprint leaves it open.
+        left_open: what a new study has of that which the fingerprint leaves open.
         attributes: what else its founder states.
         metric_names: of the objectives.
         where: the storage, without password.
@@ -127,7 +127,7 @@ def join(
     founder = create_study(storage, name, directions=directions)
     study = join_study(storage, name, directions=directions)
     if founder or (awaited_fingerprint(study) is None and not study.get_trials(deepcopy=False)):
-        whole = {SAMPLER: sampler, **fingerprint}
+        whole = {**left_open, **fingerprint}
         for key, value in {**attributes, VERSIONS: library_versions(), FINGERPRINT: whole}.items():
             study.set_user_attr(key, value)
         with warnings.catch_warnings():

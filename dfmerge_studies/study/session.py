@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -32,7 +32,14 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.evaluating import Trials, traced_points
-from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprint, stated_fingerprint, whole_fingerprint
+from dfmerge_studies.study.fingerprint import (
+    SAMPLER,
+    STARTUP,
+    as_stored,
+    refuse_other_fingerprint,
+    stated_fingerprint,
+    whole_fingerprint,
+)
 from dfmerge_studies.study.fishers import spec_cache
 from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.recurrence import Recurrence
@@ -312,7 +319,7 @@ def open_study(
         spec = as_stored(spec, found)
         refuse_other_fingerprint(spec.name, found, stated_fingerprint(spec), where)
     spec = with_compute(spec, choose_device(spec, ranks) if problem is None else problem.resident.device)
-    plan = replace(plan, spec=spec)
+    plan = plan.of_new(spec)
     warm = taken_over(plan, stored)
     indices = None
     if stored is not None and spec.importance.indices is None:
@@ -355,9 +362,11 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Ma
             spec.name,
             directions=directions(spec.objective, spec.aims),
             fingerprint=fingerprint,
-            sampler=plan.proposer,
+            left_open={SAMPLER: plan.proposer, **({STARTUP: plan.startup} if plan.startup is not None else {})},
             attributes={
-                provenance.SPEC: provenance.describe_spec(spec.derive(search={"sampler": plan.proposer})),
+                provenance.SPEC: provenance.describe_spec(
+                    spec.derive(search={"sampler": plan.proposer, "startup": plan.startup})
+                ),
                 provenance.INDICES: problem.fisher_indices(),
                 **({provenance.WARM_START: warm} if warm is not None else {}),
             },
