@@ -1,4 +1,4 @@
-"""The sampler `gradient`: each trial's point is a step down the loss from the one before.
+"""The sampler `gradient`, and the startup of `auto`: each trial's point is a step down the loss from the one before.
 
     x[k]    coefficients of the k-th trial of the path
     g[k]    slope of the loss at x[k] along each coefficient, which the trial keeps
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 RATE = 0.05  # of the range of a coefficient
 DECAYS = (0.9, 0.999)  # of the means of slopes and of their squares
 _EPSILON = 1e-8
-_FROM = "from"  # of a proposal: place of the trial that its path starts at
+FROM = "from"  # of a proposal: place of the trial that its path starts at
 
 Slopes = Mapping[str, float]
 
@@ -70,10 +70,10 @@ class DescentSampler(JointSampler):
         if not known:
             return {}
         start = _start(known, study.direction is StudyDirection.MAXIMIZE)
-        path = [start, *(each for each in known if _FROM in _proposal(each))]
+        path = [start, *(each for each in known if FROM in _proposal(each))]
         last = place_of(path[-1])
-        ahead = {place_of(each) for each in others if _FROM in _proposal(each) and place_of(each) > last}
-        self.expected = {_FROM: place_of(start)}
+        ahead = {place_of(each) for each in others if FROM in _proposal(each) and place_of(each) > last}
+        self.expected = {FROM: place_of(start)}
         return self._stepped(path[-1].params, [_slopes(each) for each in path], 1 + len(ahead))
 
     def _has_slope(self, trial: FrozenTrial) -> bool:
@@ -100,7 +100,7 @@ def _start(known: Sequence[FrozenTrial], larger: bool) -> FrozenTrial:
         known: trials with slopes.
         larger: whether larger values are better.
     """
-    begun = next((_proposal(each)[_FROM] for each in known if _FROM in _proposal(each)), None)
+    begun = next((_proposal(each)[FROM] for each in known if FROM in _proposal(each)), None)
     starts = [each for each in known if place_of(each) == begun] if begun is not None else known
 
     def worth(trial: FrozenTrial) -> tuple[float, float, int]:

@@ -189,3 +189,15 @@ def slopes(folder: Path, point: Point, sample: Sample) -> None:
     assert found is not None
     (folder / "slopes.json").write_text(json.dumps({"loss": found.loss, "slopes": dict(found.slopes)}))
     group.leave()
+
+
+def study(folder: Path) -> None:
+    """One rank of a whole study; the leader writes the points of its trials into the folder."""
+    group = Group("cpu")
+    if not group.leader:
+        group.follow()
+        return
+    session = open_study(StudySpec.from_yaml(folder / "spec.yaml"), ranks=group)
+    session.run()
+    (folder / "points.json").write_text(json.dumps([trial.params for trial in results(session.study)]))
+    group.leave()

@@ -389,7 +389,7 @@ def test_a_study_keeps_its_sampler_and_refuses_another_rate(project: Project) ->
     status = project.cli("status", "spec.yaml").stdout
     assert "gradient (steps down the loss)" in status
     view = StudyView.of(load_study(open_storage(f"sqlite:///{project.folder}/colours.db", create=False), "colours"))
-    assert [_kind(view, each) for each in view.trials] == ["known", "search", "search"]
+    assert [_kind(view, each) for each in view.trials] == ["known", "step", "step"]
     ends = more["descent"]
     assert (ends["first"]["trial"], ends["last"]["trial"]) == (0, 2)
     assert f"{ends['first']['loss']:.3f} in trial 0, {ends['last']['loss']:.3f} in trial 2" in status
@@ -434,7 +434,7 @@ def test_a_comparison_searches_by_scores_what_has_no_slopes_and_says_so(project:
         assert all(trial.values for trial in study.trials)
         samplers[name] = stored_fingerprint(study)["search.sampler"]
     assert samplers == {**dict.fromkeys(samplers, "gradient"), "df-merge-kfac": "auto", "df-merge-agreement": "auto"}
-    assert "colours.df-merge-kfac (by auto: it has no slopes to descend)" in done.stderr
+    assert "colours.df-merge-kfac (by auto, from uniform points: it has no slopes to descend)" in done.stderr
     assert "colours.gta\n" in done.stderr
     assert project.json("run", "spec.yaml", "--no-test")["search"]["sampler"] == "gradient"
 

@@ -178,22 +178,42 @@ def place_(problem: Problem) -> None:
     problem.part_entries = min(short) if short else None
 
 
+def has_room_for_all(problem: Problem) -> bool:
+    """Whether there is memory for all at a time, of a problem that has been placed under another spec.
+
+    Args:
+        problem: what is loaded and placed.
+    """
+    return problem.part_entries is None and _fits(problem, held := held_bytes(problem), _room(problem, held))
+
+
 def _decided(problem: Problem) -> tuple[bool, int]:
     """Whether this process has memory for all at a time, and otherwise for the sums of how many entries."""
-    resident, spec = problem.resident, problem.spec
-    device = resident.device
-    limit = None if spec.memory == "auto" else parse_size(spec.memory)
-    if limit is None and device.type != "cuda":
+    held = memory_of(problem, Activations()).device.model
+    there = _room(problem, held)
+    if there is None or _fits(problem, held, there):
         return True, 0
-    rough = memory_of(problem, Activations()).device
-    there = limit if limit is not None else rough.model + int((1 - _SPARE) * torch.cuda.mem_get_info(device)[0])
-    if limit is None and rough.total - rough.model <= _EASY * (there - rough.model):
-        return True, 0
-    if rough.total <= there and memory_of(problem, activations_of(problem)).device.total <= there:
-        return True, 0
-    if device.type != "cpu":
-        resident.keep_on_(host=True)
+    if problem.resident.device.type != "cpu":
+        problem.resident.keep_on_(host=True)
     return False, _entries_at_a_time(problem, there)
+
+
+def _room(problem: Problem, held: int) -> int | None:
+    """Bytes that a trial may take of the device that computes, with those that it holds already; None for no bound."""
+    spec, device = problem.spec, problem.resident.device
+    if spec.memory != "auto":
+        return parse_size(spec.memory)
+    return held + int((1 - _SPARE) * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
+def _fits(problem: Problem, held: int, there: int | None) -> bool:
+    """Whether a trial with all parameters at a time takes no more than there is."""
+    if there is None:
+        return True
+    rough = memory_of(problem, Activations()).device.total
+    if problem.spec.memory == "auto" and rough - held <= _EASY * (there - held):
+        return True
+    return rough <= there and memory_of(problem, activations_of(problem)).device.total <= there
 
 
 def _entries_at_a_time(problem: Problem, there: int) -> int:

@@ -21,6 +21,7 @@ from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.slopes import Sample, loss_gradient
 from dfmerge_studies.progress import silent
+from dfmerge_studies.ranks import SOLO
 from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers, writer_of
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.evaluate import choice_losses, row_length
@@ -186,7 +187,8 @@ def _descend(problem: Problem, task: str) -> None:
     with named(problem, task, "differentiated"):
         for example in examples:
             check_answer(problem.kinds[task], example)
-        loss_gradient(problem, Sample({task: [0, len(examples) - 1]}, {task: 1.0}), silent)
+        alone = replace(problem, ranks=SOLO)  # the other ranks wait for a command, and rehearse nothing
+        loss_gradient(alone, Sample({task: [0, len(examples) - 1]}, {task: 1.0}), silent)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from dfmerge_studies.descent import FROM
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, place_of
 
@@ -15,6 +16,11 @@ def expected_of(trial: FrozenTrial) -> Mapping[str, Any]:
     """What was expected of a trial's point; nothing of one that was not proposed, or that an earlier version made."""
     found: Mapping[str, Any] = trial.user_attrs.get(PROPOSAL, {})
     return found
+
+
+def is_step(trial: FrozenTrial) -> bool:
+    """Whether a trial's point is a step down the loss from earlier ones."""
+    return FROM in expected_of(trial)
 
 
 def gain_left(trials: Sequence[FrozenTrial]) -> dict[str, Any] | None:
@@ -46,7 +52,7 @@ def gain_text(left: Mapping[str, Any], metrics: Metrics) -> str:
 
 
 def descent_of(trials: Sequence[FrozenTrial]) -> dict[str, Any] | None:
-    """How far a study that descends has come: the loss of the rows that its first and its last slope were taken of.
+    """How far a descent, of a study or of its startup, has come: the loss of the rows of its first and its last slope.
 
     Args:
         trials: of one study, in whatever order.

@@ -67,6 +67,7 @@ def method_parameters(method: str, described: Mapping[str, Any]) -> dict[str, fl
     }
 
 
+_STARTUPS = {"uniform": "uniform draws, then ", "descent": "steps down the loss, then "}
 _SAMPLERS = {
     "auto": "one Gaussian process per task in a trust region",
     "gp": "Optuna's Gaussian process of the objective",
@@ -82,7 +83,7 @@ def search_text(search: Mapping[str, Any]) -> str:
         search: from `Plan.search`.
     """
     sampler, acquisition = search["sampler"], search["acquisition"]
-    how = ", ".join(each for each in (_SAMPLERS.get(sampler), acquisition) if each)
+    how = _STARTUPS.get(search["startup"], "") + ", ".join(filter(None, (_SAMPLERS.get(sampler), acquisition)))
     return f"{sampler} ({how})" if how else sampler
 
 

@@ -19,7 +19,7 @@ TRACED: Literal["fisher-trace"] = "fisher-trace"  # a point of `search.enqueue` 
 DEFAULT_SAMPLER = "auto"  # of a new study whose spec names none; one that is there keeps its own
 UNIFORM: Literal["uniform"] = "uniform"  # what `search.startup` can be
 DESCENT: Literal["descent"] = "descent"
-DEFAULT_STARTUP: Literal["uniform", "descent"] = UNIFORM  # of a new study that `auto` searches, where there are slopes
+DEFAULT_STARTUP: Literal["uniform", "descent"] = DESCENT  # of a new study that `auto` searches, where there are slopes
 
 # Searches that a spec may name instead of writing their fields.
 SEARCHES: Mapping[str, Mapping[str, Any]] = {

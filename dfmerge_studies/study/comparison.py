@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.progress import Progress, silent
-from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec
+from dfmerge_studies.spec import DEFAULT_SAMPLER, UNIFORM, StudySpec
 from dfmerge_studies.storage import safe_url
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprint, stated_fingerprint
@@ -211,8 +211,9 @@ def plan(spec: StudySpec, variants: Sequence[Variant], seeds: int) -> list[Plann
 
 
 def _note(spec: StudySpec, own: StudySpec) -> str:
-    searched_by_scores = spec.search.descends and own.search.sampler == DEFAULT_SAMPLER
-    return f"by {DEFAULT_SAMPLER}: it has no slopes to descend" if searched_by_scores else ""
+    if not spec.search.descends or own.search.startup != UNIFORM:
+        return ""
+    return f"by {DEFAULT_SAMPLER}, from uniform points: it has no slopes to descend"
 
 
 def compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -33,8 +33,6 @@ from dfmerge_studies.storage import (
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.evaluating import Trials, traced_points
 from dfmerge_studies.study.fingerprint import (
-    SAMPLER,
-    STARTUP,
     as_stored,
     refuse_other_fingerprint,
     stated_fingerprint,
@@ -46,6 +44,7 @@ from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.repair import sweep_unfinished
 from dfmerge_studies.study.scores import KeptScores, find_model, trial_row
 from dfmerge_studies.study.selection import name_winner_
+from dfmerge_studies.study.startup import with_startup
 from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
 from dfmerge_studies.study.totals import add_trials, owe, state_total, stored_total
 from dfmerge_studies.study.value import directions, metric_names
@@ -335,12 +334,18 @@ def open_study(
     if stored is not None:
         refuse_other_fingerprint(spec.name, provenance.stored_fingerprint(stored), fingerprint, where)
     shelf = Shelf(cache, spec.cache_policy, together=len(spec.experts))
-    merger = Merger(problem, plan.method, shelf, uses=Recurrence(plan).uses, progress=progress)
+    if stored is None:
+        problem = with_startup(problem)
+        plan = plan.of_new(problem.spec)
     rehearse_(problem, plan.method)
     if on_loaded is not None:
         on_loaded(problem)
     study = _join(plan, fingerprint, problem, warm)
     plan = plan.joined(study)
+    if plan.startup is not None and plan.startup != problem.spec.search.startup:  # who founded it decided otherwise
+        plan = replace(plan, spec=plan.spec.derive(search={"startup": plan.startup}))
+        problem = replace(problem, spec=plan.spec)
+    merger = Merger(problem, plan.method, shelf, uses=Recurrence(plan).uses, progress=progress)
     study.sampler = plan.sampler()
     return Session(plan, problem, study, merger, warm=agreed(study, warm))
 
@@ -356,17 +361,16 @@ def stored_study(spec: StudySpec) -> optuna.Study:
 
 def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Mapping[str, Any] | None) -> optuna.Study:
     spec = plan.spec
+    settled = spec.derive(search={"sampler": plan.proposer, "startup": plan.startup})
     with storage_errors(plan.url):
         study = provenance.join(
             open_storage(plan.url),
             spec.name,
             directions=directions(spec.objective, spec.aims),
             fingerprint=fingerprint,
-            left_open={SAMPLER: plan.proposer, **({STARTUP: plan.startup} if plan.startup is not None else {})},
+            left_open=stated_fingerprint(settled),
             attributes={
-                provenance.SPEC: provenance.describe_spec(
-                    spec.derive(search={"sampler": plan.proposer, "startup": plan.startup})
-                ),
+                provenance.SPEC: provenance.describe_spec(settled),
                 provenance.INDICES: problem.fisher_indices(),
                 **({provenance.WARM_START: warm} if warm is not None else {}),
             },

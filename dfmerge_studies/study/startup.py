@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dfmerge_studies.spec import DEFAULT_SAMPLER, DEFAULT_STARTUP, UNIFORM, StudySpec, has_slopes
+from dataclasses import replace
+
+from dfmerge_studies.errors import DFMergeError
+from dfmerge_studies.objective.memory import has_room_for_all
+from dfmerge_studies.objective.problem import Problem
+from dfmerge_studies.objective.rehearsal import rehearse_
+from dfmerge_studies.spec import DEFAULT_SAMPLER, DEFAULT_STARTUP, DESCENT, UNIFORM, StudySpec, has_slopes
 
 
 def new_startup(spec: StudySpec) -> str | None:
@@ -17,3 +23,31 @@ def new_startup(spec: StudySpec) -> str | None:
     if search.startup is not None:
         return search.startup
     return DEFAULT_STARTUP if has_slopes(spec) else UNIFORM
+
+
+def with_startup(problem: Problem) -> Problem:
+    """A loaded problem whose spec says what the startup trials are: no descent where a slope cannot be had.
+
+    A row may have no answer that a loss could be taken of, a model no gradient, a device no memory for it.
+
+    Args:
+        problem: of a new study.
+    """
+    spec = problem.spec
+    startup = new_startup(spec)
+    if startup is None or spec.search.startup is not None:
+        return problem
+    decided = replace(problem, spec=spec.derive(search={"startup": startup}))
+    if startup == DESCENT and not _can_descend(decided):
+        return replace(problem, spec=spec.derive(search={"startup": UNIFORM}))
+    return decided
+
+
+def _can_descend(problem: Problem) -> bool:
+    if not has_room_for_all(problem):
+        return False
+    try:
+        rehearse_(problem, problem.spec.row)
+    except DFMergeError:  # what is wrong without slopes, too, comes up again without them
+        return False
+    return True

@@ -96,7 +96,7 @@ class Rule:
         """The rule of a search, None where it has none."""
         if search.patience is None and search.stop == "none":
             return None
-        startup = 1 if search.descends else max(1, search.startup_trials)
+        startup = 1 if search.sampler == "gradient" else max(1, search.startup_trials)
         return cls(search.patience, search.stop == "gain", startup, noise)
 
     def stop(self, trials: Sequence[FrozenTrial], first: int) -> Stop | None:

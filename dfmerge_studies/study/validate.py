@@ -30,6 +30,7 @@ from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
 from dfmerge_studies.study.room import host_room
+from dfmerge_studies.study.startup import with_startup
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files
@@ -136,6 +137,9 @@ def validate_examined(
             if stored is not None:
                 spec = as_stored(spec, provenance.stored_fingerprint(stored))
             problem = load_problem(spec, progress=progress)
+            if stored is None:
+                problem = with_startup(problem)
+                spec = problem.spec
             shown = None if show is None else _shown(problem, show)
             for task, settings in spec.tasks.items():
                 if settings.test_split is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.methods import METHODS, find_method
 from dfmerge_studies.objective.preflight import installed
-from dfmerge_studies.spec import DEFAULT_SAMPLER, StudySpec, without_slopes
+from dfmerge_studies.spec import DEFAULT_SAMPLER, UNIFORM, StudySpec, without_slopes
 from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.plan import storage_url
 from dfmerge_studies.tasks.splits import Split
@@ -42,11 +42,11 @@ class Variant:
 NO_SEARCH = "df-merge-no-search"
 _OTHERS = (
     Variant("df-merge-nodes", "df-merge", {"importance": {"estimator": "mask-nodes"}}),
-    Variant("df-merge-gp", "df-merge", {"search": {"sampler": "gp", "racing": False}}),
+    Variant("df-merge-gp", "df-merge", {"search": {"sampler": "gp", "startup": None, "racing": False}}),
     Variant(
         "df-merge-ucb",
         "df-merge",
-        {"search": {"sampler": "gp", "acquisition": "ucb", "racing": False}},
+        {"search": {"sampler": "gp", "startup": None, "acquisition": "ucb", "racing": False}},
         needs=("botorch", "optuna_integration"),
     ),
     Variant("df-merge-agreement", "df-merge", {"objective": {"kind": "agreement", "weights": None}}),
@@ -169,8 +169,8 @@ def _specs(spec: StudySpec, variant: Variant, seed: int) -> tuple[StudySpec, Stu
 
 
 def _searched(spec: StudySpec) -> StudySpec:
-    """The spec, by the default sampler where it would descend on what has no slopes."""
-    return spec.derive(search={"sampler": DEFAULT_SAMPLER}) if any(without_slopes(spec)) else spec
+    """The spec, by the default sampler from uniform points where it would descend on what has no slopes."""
+    return spec.derive(search={"sampler": DEFAULT_SAMPLER, "startup": UNIFORM}) if any(without_slopes(spec)) else spec
 
 
 def _is_comparable(spec: StudySpec, variant: Variant, split: Split) -> bool:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
 from dfmerge_studies.methods import Coefficients
-from dfmerge_studies.report.expectations import expected_of
+from dfmerge_studies.report.expectations import expected_of, is_step
 from dfmerge_studies.report.figures.base import (
     BLUE,
     DARK,
@@ -54,6 +54,7 @@ KINDS = {
     "known": ("given point", "square"),
     "grid": ("of the grid", "square"),
     "startup": ("random", "diamond"),
+    "step": ("step down the loss", "triangle-up"),
     "search": ("proposed", "circle"),
 }
 
@@ -351,15 +352,14 @@ def _level(view: StudyView, other: StudyView) -> float:
 
 
 def _kind(view: StudyView, trial: FrozenTrial) -> str:
-    """Given, of the method's grid, random, or proposed from what earlier trials scored."""
+    """Given, of the method's grid, random, a step down the loss, or proposed from what earlier trials scored."""
     if FIXED in trial.system_attrs:
         return "known"
     if view.policy is Coefficients.SHARED_GRID:
         return "grid"
-    sampler = sampler_of(view.fingerprint)
-    if sampler == "gradient":
-        return "search" if expected_of(trial) else "startup"
-    random = sampler == "random"
+    if is_step(trial):
+        return "step"
+    random = sampler_of(view.fingerprint) in ("random", "gradient")
     return "startup" if random or place_of(trial) < max(1, int(view.fingerprint["search.startup_trials"])) else "search"
 
 
