@@ -17,9 +17,9 @@ from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import DEFAULT_STARTUP, ObjectiveSettings, SearchSettings
 from dfmerge_studies.storage import load_study, open_storage
+from dfmerge_studies.study.proposals import new_startup
 from dfmerge_studies.study.provenance import FINGERPRINT, stored_fingerprint
 from dfmerge_studies.study.session import Session, open_study
-from dfmerge_studies.study.startup import new_startup
 from dfmerge_studies.study.stopping import Noise, Rule
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.marks import DRAWN, GRADIENT, PLACE, PROPOSAL, TASKS
@@ -84,8 +84,9 @@ def test_the_first_region_stands_around_the_best_startup_trial(project: Project)
 
 
 def test_a_study_that_is_cut_goes_on_as_the_uncut_one(project: Project) -> None:
-    whole = ran(starting(project, search={"startup": "descent"}))
-    cut, stop = starting(project, storage="sqlite:///cut.db", search={"startup": "descent"}), {2, 4}
+    fields = {"startup": "descent", "startup_trials": 3, "trials": 4}
+    whole = ran(starting(project, search=fields))
+    cut, stop = starting(project, storage="sqlite:///cut.db", search=fields), {2, 3}
 
     def interrupt(event: Any) -> None:
         if event.kind == "started" and event.place in stop:
@@ -116,21 +117,16 @@ def test_the_path_starts_at_the_best_of_what_was_given(project: Project) -> None
     assert trials[3].user_attrs[PROPOSAL] == {"from": best.number}
 
 
-def test_the_tied_half_of_a_study_of_groups_is_the_model_wise_search(project: Project) -> None:
+def test_a_descent_along_groups_is_the_model_wise_one_for_half_of_the_trials_and_then_along_all(
+    project: Project,
+) -> None:
     """The slope along a tied coefficient is the sum of those of its groups."""
-    fields = {"startup": "descent", "trials": 12, "startup_trials": 4}
-    fine = ran(starting(project, name="s", search={**fields, "granularity": TWO}))
-    model = ran(starting(project, name="s", storage="sqlite:///model.db", search={**fields, "trials": 6}))
-    tied = [{name.partition(".")[0]: value for name, value in point.items()} for point in points(fine)[:6]]
-    assert [list(point) for point in tied] == [list(point) for point in points(model)]
-    for one, other in zip(tied, points(model), strict=True):
-        assert one == pytest.approx(other, abs=1e-6)
-    assert points(fine)[7]["red.attention"] != points(fine)[7]["red.mlp"]
-
-
-def test_a_descent_that_is_longer_than_the_tied_half_goes_on_along_all_coefficients(project: Project) -> None:
-    fields = {"startup": "descent", "trials": 6, "startup_trials": 6, "granularity": TWO}
-    trials = results(ran(starting(project, search=fields)).study)
+    fields = {"startup": "descent", "trials": 6, "startup_trials": 6}
+    trials = results(ran(starting(project, name="s", search={**fields, "granularity": TWO})).study)
+    model = ran(starting(project, name="s", storage="sqlite:///model.db", search={**fields, "trials": 3}))
+    for trial, point in zip(trials, points(model), strict=False):
+        for name, value in trial.params.items():
+            assert value == pytest.approx(point[name.partition(".")[0]], abs=1e-6)
     assert [trial.params["red.attention"] == trial.params["red.mlp"] for trial in trials] == [True] * 3 + [False] * 3
     assert [trial.user_attrs.get(PROPOSAL) for trial in trials] == [None, *[{"from": 0}] * 5]
 
@@ -172,6 +168,12 @@ def test_workers_go_further_in_the_same_direction_until_enough_trials_have_compl
 
 def test_a_new_study_descends() -> None:
     assert DEFAULT_STARTUP == "descent"
+
+
+@pytest.fixture
+def by_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new study descends where it can, whatever the default of the day is."""
+    monkeypatch.setattr("dfmerge_studies.study.proposals.DEFAULT_STARTUP", "descent")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,7 @@ def test_a_study_that_began_with_a_descent_goes_on_with_it_whatever_a_spec_leave
             open_study(starting(project, search=changes))
 
 
+@pytest.mark.usefixtures("by_descent")
 def test_rows_without_an_answer_make_it_uniform_unless_a_descent_was_asked_for(tmp_path: Path) -> None:
     project = harness_project(tmp_path / "p", shots=CASES["shots"][0], written=CASES["written"][0])
     task = project.folder / "tasks" / "tiny_written.yaml"
@@ -257,20 +260,23 @@ def test_rows_without_an_answer_make_it_uniform_unless_a_descent_was_asked_for(t
         open_study(starting(project, name="asked", search={"startup": "descent"}))
 
 
+@pytest.mark.usefixtures("by_descent")
 def test_memory_for_a_trial_and_not_for_its_slopes_makes_it_uniform(project: Project) -> None:
     def validated(**changes: Any) -> Any:
         starting(project, method="df-merge", **changes)
         return project.json("validate", "spec.yaml")
 
     without = validated(search={"startup": "uniform"})["estimate"]
-    assert validated()["estimate"]["peak_bytes"] > without["peak_bytes"]
+    left_open = validated()
+    assert left_open["search"]["startup"] == "descent"
+    assert left_open["estimate"]["peak_bytes"] > without["peak_bytes"]
     enough = f"{without['peak_bytes'] / 1000 + 1:.3f}kB"
     found = validated(memory=enough)
     assert found["search"]["startup"] == "uniform"
     assert found["estimate"]["memory"]["parts"] == 1
-    assert validated(memory="1GB")["search"]["startup"] == DEFAULT_STARTUP
 
 
+@pytest.mark.usefixtures("by_descent")
 def test_who_finds_the_study_founded_takes_what_its_founder_decided(project: Project) -> None:
     other = starting(project, search={"startup": "uniform"})
     session = open_study(starting(project), on_loaded=lambda problem: open_study(other) and None)
@@ -327,20 +333,16 @@ def test_a_scoring_function_of_one_s_own_has_no_slopes_and_starts_uniformly() ->
 # Beside others
 
 
-def test_of_a_comparison_each_method_decides_for_itself_and_one_that_was_told_to_descend_says_it_cannot(
+def test_a_comparison_that_is_told_to_descend_says_which_methods_cannot(
     project: Project,
 ) -> None:
     methods = "gta,df-merge-agreement,averaging,df-merge-gp"
-    starting(project, method="df-merge", search={"trials": 2})
-    project.cli("compare", "spec.yaml", "--methods", methods, "--split", "test")
     starting(project, method="df-merge", search={"trials": 2, "startup": "descent"}, name="told")
     told = project.cli("compare", "spec.yaml", "--methods", methods, "--split", "test", "--json")
-    for name in ("colours", "told"):
-        found = {}
-        for method in methods.split(","):
-            found[method] = stored_fingerprint(studied(project, f"{name}.{method}")).get("search.startup")
-        gta = "descent" if name == "told" else DEFAULT_STARTUP
-        assert found == {"gta": gta, "df-merge-agreement": "uniform", "averaging": None, "df-merge-gp": None}
+    found = {}
+    for method in methods.split(","):
+        found[method] = stored_fingerprint(studied(project, f"told.{method}")).get("search.startup")
+    assert found == {"gta": "descent", "df-merge-agreement": "uniform", "averaging": None, "df-merge-gp": None}
     assert "told.df-merge-agreement (by auto, from uniform points: it has no slopes to descend)" in told.stderr
     assert all(json.loads(told.stdout))
 

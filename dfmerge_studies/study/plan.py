@@ -14,8 +14,7 @@ from dfmerge_studies.spec import DEFAULT_SAMPLER, DESCENT, StudySpec
 from dfmerge_studies.storage import load_study, load_study_if_any, open_storage, resolve_url, safe_url, storage_errors
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.fingerprint import groups_of, sampler_of, startup_of
-from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
-from dfmerge_studies.study.startup import new_startup
+from dfmerge_studies.study.proposals import first_points, goal_of, new_startup, study_sampler, total_trials
 from dfmerge_studies.study.totals import Asked
 from dfmerge_studies.trials.space import Space
 from dfmerge_studies.trust_region import at_least

@@ -9,7 +9,16 @@ from optuna.samplers import BaseSampler
 
 from dfmerge_studies.methods import Coefficients, Method, fixed_coefficients
 from dfmerge_studies.search import make_sampler
-from dfmerge_studies.spec import DESCENT, ObjectiveSettings, SearchSettings
+from dfmerge_studies.spec import (
+    DEFAULT_SAMPLER,
+    DEFAULT_STARTUP,
+    DESCENT,
+    UNIFORM,
+    ObjectiveSettings,
+    SearchSettings,
+    StudySpec,
+    has_slopes,
+)
 from dfmerge_studies.study.totals import stored_total
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.tied import TiedSampler
@@ -28,6 +37,23 @@ def total_trials(method: Method, search: SearchSettings) -> int:
         Coefficients.PER_EXPERT: search.trials,
     }
     return totals[method.coefficients]
+
+
+def new_startup(spec: StudySpec) -> str | None:
+    """What the startup trials of a new study are, as far as its spec alone says it, in the words of `search.startup`.
+
+    Args:
+        spec: the settings.
+
+    Returns:
+        None where another sampler than `auto` proposes, or none.
+    """
+    search = spec.search
+    if (search.stated_sampler or DEFAULT_SAMPLER) != "auto" or not spec.row.searches:
+        return None
+    if search.startup is not None:
+        return search.startup
+    return DEFAULT_STARTUP if has_slopes(spec) else UNIFORM
 
 
 def first_points(method: Method, experts: Sequence[str], search: SearchSettings) -> list[Mapping[str, float]]:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from dfmerge_studies.errors import DFMergeError
-from dfmerge_studies.objective.memory import has_room_for_all
+from dfmerge_studies.objective.memory import Activations, has_room_for_all, held_bytes, memory_of
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
-from dfmerge_studies.spec import DEFAULT_SAMPLER, DEFAULT_STARTUP, DESCENT, UNIFORM, StudySpec, has_slopes
-
-
-def new_startup(spec: StudySpec) -> str | None:
-    """What they are, as far as the spec alone says it; None where another sampler than `auto` proposes, or none.
-
-    Args:
-        spec: the settings.
-    """
-    search = spec.search
-    if (search.stated_sampler or DEFAULT_SAMPLER) != "auto" or not spec.row.searches:
-        return None
-    if search.startup is not None:
-        return search.startup
-    return DEFAULT_STARTUP if has_slopes(spec) else UNIFORM
+from dfmerge_studies.spec import DESCENT, UNIFORM
+from dfmerge_studies.study.proposals import new_startup
+from dfmerge_studies.study.room import host_room
 
 
 def with_startup(problem: Problem) -> Problem:
@@ -44,10 +34,23 @@ def with_startup(problem: Problem) -> Problem:
 
 
 def _can_descend(problem: Problem) -> bool:
-    if not has_room_for_all(problem):
+    least = memory_of(problem, Activations()).device.total
+    if not has_room_for_all(problem) or least > available_bytes(problem):
         return False
     try:
         rehearse_(problem, problem.spec.row)
     except DFMergeError:  # what is wrong without slopes, too, comes up again without them
         return False
     return True
+
+
+def available_bytes(problem: Problem) -> int:
+    """Bytes of the device that computes that are free or held by this process.
+
+    Args:
+        problem: what is loaded.
+    """
+    device = problem.resident.device
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+    return host_room().free + held_bytes(problem)

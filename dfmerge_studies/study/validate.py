@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
-import torch
 
 from dfmerge_studies.checkpoints.adapters import other_base
 from dfmerge_studies.checkpoints.resident import head_classes
@@ -17,7 +16,7 @@ from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
 from dfmerge_studies.objective.importances import writer_for
 from dfmerge_studies.objective.inputs import read_split
-from dfmerge_studies.objective.memory import activations_of, fisher_bytes, held_bytes, memory_of
+from dfmerge_studies.objective.memory import activations_of, fisher_bytes, memory_of
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
 from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
@@ -29,8 +28,7 @@ from dfmerge_studies.study.fingerprint import as_stored, refuse_other_fingerprin
 from dfmerge_studies.study.fishers import cache_limit, spec_cache
 from dfmerge_studies.study.plan import Plan, storage_url
 from dfmerge_studies.study.recurrence import Recurrence
-from dfmerge_studies.study.room import host_room
-from dfmerge_studies.study.startup import with_startup
+from dfmerge_studies.study.startup import available_bytes, with_startup
 from dfmerge_studies.study.warm_start import taken_over
 from dfmerge_studies.tasks.encoding import HEADED
 from dfmerge_studies.tasks.files import check_data_files
@@ -178,7 +176,7 @@ def memory_estimate(problem: Problem) -> Estimate:
         peak_bytes=memory.device.total,
         host_bytes=memory.host.total,
         memory={"device": asdict(memory.device), "host": asdict(memory.host), "parts": len(problem.parts())},
-        available_bytes=_available(problem),
+        available_bytes=available_bytes(problem),
         groups={group: sum(problem.sizes[n] for n in names) for group, names in problem.groups.items()},
     )
 
@@ -193,13 +191,6 @@ def _cache(spec: StudySpec, fisher_bytes: int) -> dict[str, Any]:
         "all_bytes": everything.bytes,
         "limit": cache_limit(spec),
     }
-
-
-def _available(problem: Problem) -> int:
-    device = problem.resident.device
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return host_room().free + held_bytes(problem)
 
 
 def _file_problems(spec: StudySpec, is_sound: Callable[[str], bool]) -> Iterator[InputError]:
