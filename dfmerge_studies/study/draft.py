@@ -122,7 +122,7 @@ def draft_spec(models: Sequence[str], data: Sequence[str], *, base: str | None, 
 _REST = [
     "",
     "method: df-merge  # or df-merge-scaled, gta, task-arithmetic, ties, fisher, averaging",
-    "search:  # or `search: gradient`, which takes fewer trials",
+    "search:  # or `search: gradient`: every trial a step down the loss, along a coefficient per layer",
     "  trials: 60  # the total that the study should reach",
     "  # max_drop: 5  # no task may lose more points than this against its own expert",
     "baselines: [averaging]  # shown beside the winner; the verdict says whether it is better",
