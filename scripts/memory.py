@@ -37,6 +37,8 @@ from dfmerge_studies.tasks.encoding import Kind
 from scripts.sizes import SIZES, Size, examples
 
 TASKS = {Kind.CLASSIFICATION: "classification"}
+# The C library keeps many of the blocks that are freed, unless it is told this.
+NO_LEFTOVERS = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 LARGE = {  # Llama's shapes
     "1B": Size(Kind.CAUSAL, 16, 32, 2048, 8192, 32000, key_heads=8),
     "7B": Size(Kind.CAUSAL, 32, 32, 4096, 11008, 32000),
@@ -149,10 +151,9 @@ def _run(problem: Problem) -> None:
 
 
 def _without_leftovers() -> None:
-    """Start this process anew so that freed blocks go back to the system at once: the C library keeps many of them."""
-    wanted = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    if any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+    """Start this process anew, unless it was started so, for freed blocks to go back to the system at once."""
+    if any(os.environ.get(name) != value for name, value in NO_LEFTOVERS.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **NO_LEFTOVERS})
 
 
 def _held(device: str) -> int:

@@ -7,20 +7,28 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.project import Project, copied, make_project
-from tests.servers import PostgresServer, ProxyServer, running_postgres
+if TYPE_CHECKING:  # else it is imported where it is used: `pytest -n` runs no test in the process that reads this first
+    from tests.project import Project
+    from tests.servers import PostgresServer, ProxyServer
 
-# With all that is imported here, looking for garbage after every 700 objects takes a tenth of a command's time.
-gc.set_threshold(20_000)
+gc.disable()  # until all is imported, which makes a million objects that stay
 
 # A shell's background job ignores Ctrl-C and so would every process that a test starts to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from here on, among what tests leave, and not after every 700 objects."""
+    gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 PROJECTS: dict[str, tuple[str, dict[str, int]]] = {"t5": ("t5", {"layers": 1, "samples": 4}), "t5-deep": ("t5", {})}
 
 NewStorage = Callable[[str], str]
-MakeCopy = Callable[[str, Path], Project]
+MakeCopy = Callable[[str, Path], "Project"]
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +54,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Project]:
 @pytest.fixture(scope="session")
 def make_copy(originals: dict[str, Project], tmp_path_factory: pytest.TempPathFactory) -> MakeCopy:
     """A function from a family, or a name in `PROJECTS`, and a folder to a copy of that project in the folder."""
+    from tests.project import copied, make_project
 
     def copy(family: str, parent: Path) -> Project:
         if family not in originals:
@@ -79,12 +88,16 @@ def finished_original(make_copy: MakeCopy, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def finished(finished_original: Project, tmp_path: Path) -> Project:
     """A fresh copy of the text-to-text project with its finished study."""
+    from tests.project import copied
+
     return copied(finished_original, tmp_path / "finished")
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """A real PostgreSQL server on loopback; who stops it starts it again."""
+    from tests.servers import running_postgres
+
     with running_postgres() as server:
         yield server
 
@@ -99,6 +112,8 @@ def postgres(postgres_server: PostgresServer) -> str:
 def new_proxy() -> Iterator[Callable[[str], ProxyServer]]:
     """A function that starts a storage proxy on a storage's URL."""
     pytest.importorskip("grpc", reason="grpcio is not installed")
+    from tests.servers import ProxyServer
+
     servers: list[ProxyServer] = []
 
     def start(storage: str) -> ProxyServer:

@@ -80,7 +80,7 @@ def mutated(draw: st.DrawFn, good: Any, times: int = 2) -> Any:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return make_project(tmp_path_factory.mktemp("fuzz") / "project")
+    return make_project(tmp_path_factory.mktemp("fuzz") / "project", rows=8, samples=2, layers=1)
 
 
 @contextmanager

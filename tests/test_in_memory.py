@@ -409,7 +409,7 @@ def test_the_script_that_shows_all_this_runs(tmp_path: Path) -> None:
     script = (ROOT / "studies" / "in_python.py").read_text(encoding="utf-8")
     assert "trials=12" in script
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("trials=12", "trials=4")],  # all of it but eight more trials
+        [sys.executable, "-c", script.replace("trials=12", "trials=2")],  # all of it but ten more trials
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts.memory import NO_LEFTOVERS
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "memory.py"
 
 
@@ -20,7 +22,7 @@ def measured(*arguments: str) -> dict[str, float]:
         text=True,
         check=True,
         timeout=800,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **NO_LEFTOVERS},
     )
     found: dict[str, float] = json.loads(done.stdout)
     return found

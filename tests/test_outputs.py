@@ -227,7 +227,7 @@ def test_a_project_stays_in_its_folder_whatever_that_is_called(project, tmp_path
         "report",
     ):
         command, *flags = line.split()
-        moved.json(command, "spec.yaml", *flags)
+        (moved.process if "--workers" in flags else moved.cli)(command, "spec.yaml", *flags)
     assert moved.json("status", "spec.yaml")["trials"]["complete"] == 3
     new = contents(tmp_path).keys() - before.keys()
     assert {path.split("/")[2] for path in new} == {"colours.db", ".dfmerge", "merged", "report"}

@@ -235,7 +235,7 @@ def test_a_password_shows_in_nothing_that_a_whole_study_leaves(
     for number, way in enumerate(WAYS):
         flags, environment = given(project, postgres, way)
         for line in (
-            f"run spec.yaml --trials {5 + number}",
+            f"run spec.yaml --trials {5 + number}{' --no-test' if number else ''}",
             "status spec.yaml",
             f"export spec.yaml --out merged-{number}",
             *([f"report spec.yaml --out site-{number}"] if number == 0 else []),  # one way reads as another

@@ -14,10 +14,11 @@ from optuna.trial import TrialState
 
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.storage import create_study, open_storage
+from dfmerge_studies.study import provenance
 from dfmerge_studies.study.session import open_study
 from dfmerge_studies.trials.reading import results
-from tests.processes import Forked
-from tests.project import Project
+from tests.processes import Forked, command
+from tests.project import Project, cli_environment
 
 EXPERTS = ("red", "blue")
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -376,6 +377,12 @@ def test_two_runs_of_one_spec_at_once_share_the_study_and_its_total(project):
     assert status["trials"]["running"] == status["trials"]["waiting"] == 0
 
 
+def _run_that_waits_briefly(words: list[str]) -> None:
+    """A run that gives up after a moment to wait for the marks of one that has created the study and not founded it."""
+    vars(provenance)["_FOUNDING_SECONDS"] = 0.2
+    command(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("looks", [1, 2])
 def test_a_study_that_another_run_founds_while_this_one_looks_at_it_is_joined(project, monkeypatch, looks):
@@ -386,7 +393,10 @@ def test_a_study_that_another_run_founds_while_this_one_looks_at_it_is_joined(pr
         nonlocal looked
         looked += 1
         if looked == looks:
-            project.process("run", "spec.yaml", "--trials", "1", "--no-test")
+            words = ["run", "spec.yaml", "--trials", "1", "--no-test"]
+            other = Forked(_run_that_waits_briefly, words, folder=project.folder, environment=cli_environment())
+            _, errors = other.communicate(timeout=300)
+            assert other.returncode == 0, errors
         return get_trials(study, **options)
 
     storage = open_storage(f"sqlite:///{project.folder}/colours.db")
