@@ -43,7 +43,7 @@ def classes(model: Any, tokenizer: Any, file: Path) -> list[int]:
 def test_a_study_without_validation_labels_is_scored_by_agreement_and_its_test_by_accuracy(project_of, family):
     project = project_of(family)
     without_labels(project, "validation")
-    project.write(objective="agreement", search={"trials": 3, "startup_trials": 2, "max_drop": 40})
+    project.write(objective="agreement", search={"trials": 3, "startup_trials": 2, "max_drop": 40, "sampler": "gp"})
     printed = project.json("run", "spec.yaml")
     assert printed["metric"] == "agreement"
     assert printed["metrics"] == {"validation": "agreement", "test": "accuracy"}
@@ -88,7 +88,7 @@ def _agreement_of_classifiers(project: Project) -> dict[str, float]:
 def test_with_no_label_anywhere_a_study_runs_is_extended_and_equals_an_uncut_one(project):
     without_labels(project, "validation", "test")
     tasks = {name: {**task, "doc_to_target": None} for name, task in project.spec["tasks"].items()}
-    project.write(objective="agreement", tasks=tasks, search={"startup_trials": 2})
+    project.write(objective="agreement", tasks=tasks, search={"startup_trials": 2, "sampler": "gp"})
     assert project.json("validate", "spec.yaml")["ok"]
     for total in ("2", "4"):
         printed = project.json("run", "spec.yaml", "--trials", total)

@@ -17,6 +17,7 @@ from dfmerge_studies.study.scores import multi_task_row, stored_scores
 from dfmerge_studies.study.variants import Variant, study_spec, variants
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+SHORT = {"trials": 3, "startup_trials": 2, "sampler": "gp"}
 
 
 def test_a_problem_derived_for_another_seed_is_the_one_that_would_be_loaded(project):
@@ -80,7 +81,7 @@ def trials_of(project) -> dict[str, list]:
 
 @pytest.mark.slow
 def test_compare_prints_every_method_over_seeds_in_every_form(project):
-    project.write(search={"trials": 3, "startup_trials": 2})
+    project.write(search=SHORT)
     asked = ("compare", "spec.yaml", "--methods", "averaging,gta,df-merge", "--seeds", "2")
     printed = project.json(*asked)
     assert printed["split"] == "test"
@@ -116,9 +117,6 @@ def test_compare_prints_every_method_over_seeds_in_every_form(project):
     assert on_validation["split"] == "validation"
     best = project.json("status", "spec.yaml")["best"]
     assert on_validation["rows"][-1]["studies"][0]["tasks"] == best["tasks"]
-
-
-SHORT = {"trials": 3, "startup_trials": 2}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +196,7 @@ def test_a_multi_task_model_is_a_row_that_is_scored_once_for_its_content(project
 
 @pytest.mark.slow
 def test_the_ablation_takes_its_rows_from_the_same_studies(project):
-    project.write(search={"trials": 3, "startup_trials": 2})
+    project.write(search=SHORT)
     printed = project.json("compare", "spec.yaml", "--ablation", "--split", "validation")
     rows = {row["method"]: row for row in printed["rows"]}
     assert set(rows) >= {"df-merge", "df-merge-static", "gta", "df-merge-no-search", "fisher"}

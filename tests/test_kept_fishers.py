@@ -286,7 +286,7 @@ def test_no_policy_changes_a_trial_and_a_cut_study_goes_on_the_same(
     found = []
     for name, changes in (("auto", {}), ("all", {"cache": "all"}), ("none", {"cache": None})):
         project = make_copy("t5", tmp_path / name)
-        project.write(search={"trials": 4, "startup_trials": 2}, **changes)
+        project.write(search={"trials": 4, "startup_trials": 2, "sampler": "gp"}, **changes)
         for total in (2, 4) if name == "auto" else (4,):
             project.json("run", "spec.yaml", "--trials", total, "--no-test")
         found.append(trials(project))

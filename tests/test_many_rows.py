@@ -15,6 +15,7 @@ from dfmerge_studies.report.figures.rows import MANY, lines_of
 from dfmerge_studies.report.figures.scores import Scores
 from dfmerge_studies.report.standings import BASE, EXPERTS
 from dfmerge_studies.study.variants import variants
+from tests.project import make_project
 
 TASKS = ["red", "blue"]
 ROWS = ["zero-shot", "fine-tuned", *variants()]
@@ -90,8 +91,8 @@ def test_few_rows_stay_bars_side_by_side():
 
 
 @pytest.mark.slow
-def test_all_methods_are_compared_in_one_table_and_shown_on_the_page(project_of):
-    project = project_of("bert")
+def test_all_methods_are_compared_in_one_table_and_shown_on_the_page(tmp_path):
+    project = make_project(tmp_path / "project", "bert", rows=8, samples=2, layers=1)
     project.write(search={"trials": 2, "startup_trials": 1, "sampler": "random"})
     found = project.json("compare", "spec.yaml", "--methods", "all", "--split", "validation")
     rows = [row["method"] for row in found["rows"] if row["merged"]]

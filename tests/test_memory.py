@@ -27,7 +27,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Project:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in DEEP.items():
             patch.setitem(models._BERT, name, value)
-        return make_project(tmp_path_factory.mktemp("deep") / "project", "bert", rows=8, samples=3, layers=8)
+        return make_project(tmp_path_factory.mktemp("deep") / "project", "bert", rows=8, samples=3, layers=4)
 
 
 @pytest.mark.parametrize(("method", "most"), [("gta", 4), ("df-merge", 12), ("df-merge-scaled", 12)])

@@ -278,7 +278,7 @@ def test_a_comparison_says_its_metric_in_every_form(project_of):
 def test_the_choice_on_a_share_of_the_rows_is_made_again_for_means_over_rows_only(project_of):
     project = project_of("bert")
     both = {key: {"metric": "log_likelihood"} for key in ("red", "blue")}
-    project.write(tasks=with_metrics(project, **both), search={"trials": 3, "startup_trials": 2})
+    project.write(tasks=with_metrics(project, **both), search={"trials": 3, "startup_trials": 2, "sampler": "gp"})
     project.cli("run", "spec.yaml")
     session = open_study(StudySpec.from_yaml(project.file))
     for trial in session.study.trials:

@@ -188,7 +188,7 @@ def test_a_winner_inside_the_bounds_is_not_talked_of(storage: Storage):
 @pytest.fixture(scope="module")
 def whole_original(make_copy, tmp_path_factory) -> Project:
     project = make_copy("bert", tmp_path_factory.mktemp("verdict"))
-    project.write(baselines=["averaging"], search={"trials": 3, "startup_trials": 2})
+    project.write(baselines=["averaging"], search={"trials": 3, "startup_trials": 2, "sampler": "gp"})
     project.cli("run", "spec.yaml")
     return project
 
