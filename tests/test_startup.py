@@ -8,10 +8,11 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import yaml
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dfmerge_studies import InputError, StudySpec, optimize_merge
+from dfmerge_studies import InputError, RunError, StudySpec, optimize_merge
 from dfmerge_studies.report.figures.trajectory import _kind
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
@@ -22,6 +23,7 @@ from dfmerge_studies.study.provenance import FINGERPRINT, stored_fingerprint
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.study.stopping import Noise, Rule
 from dfmerge_studies.tasks.metrics import Metrics
+from dfmerge_studies.tasks.supervised import answer_losses
 from dfmerge_studies.trials.marks import DRAWN, GRADIENT, PLACE, PROPOSAL, TASKS
 from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
@@ -129,6 +131,26 @@ def test_a_descent_along_groups_is_the_model_wise_one_for_half_of_the_trials_and
             assert value == pytest.approx(point[name.partition(".")[0]], abs=1e-6)
     assert [trial.params["red.attention"] == trial.params["red.mlp"] for trial in trials] == [True] * 3 + [False] * 3
     assert [trial.user_attrs.get(PROPOSAL) for trial in trials] == [None, *[{"from": 0}] * 5]
+
+
+def test_a_trial_whose_slope_has_no_memory_is_scored_without_one(
+    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two rows fit, those of the rehearsal; a trial's do not."""
+
+    def full(model: Any, kind: Any, batch: Any, **more: Any) -> torch.Tensor:
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return answer_losses(model, kind, batch, **more)
+
+    monkeypatch.setattr("dfmerge_studies.objective.slopes.answer_losses", full)
+    trials = results(ran(starting(project, search={"startup": "descent", "trials": 3})).study)
+    uniform = ran(starting(project, storage="sqlite:///uniform.db", search={"startup": "uniform", "trials": 3}))
+    assert [trial.params for trial in trials] == points(uniform)
+    assert not any(GRADIENT in trial.user_attrs for trial in trials)
+    assert "a trial without a slope of the loss: out of memory" in caplog.text
+    with pytest.raises(RunError):
+        ran(starting(project, name="steps", search={"sampler": "gradient"}))
 
 
 def trial(place: int, **changes: Any) -> FrozenTrial:

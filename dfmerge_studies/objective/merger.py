@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from dfmerge_studies.errors import InputError, memory_errors
+from dfmerge_studies.errors import InputError, RunError, memory_errors
 from dfmerge_studies.importance.cache import FisherCache, Shelf
 from dfmerge_studies.merging import Weights, merge_into_, merge_parts_into_
 from dfmerge_studies.methods import (
@@ -36,6 +37,8 @@ from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.racing import Rival
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import TRANSFORMS, Prepared, start_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Merger(Scorer):
         point = self._whole(point)
         merged = self.merge_(point, keep=sample is not None)
         start = time.perf_counter()
-        slope = self._slope(point, sample) if sample is not None else None
+        slope = self._slope_if_any(point, sample) if sample is not None else None
         spent = {"gradient": time.perf_counter() - start} if sample is not None else {}
         start = time.perf_counter()
         raced = None if rival is None else race(self, rival)
@@ -147,6 +150,15 @@ class Merger(Scorer):
         self._weighed = list(weigh.kept.values())
         hits = list(weigh.hits.values())
         return Outcome(seconds=seconds, computed=hits.count(False), cached=hits.count(True))
+
+    def _slope_if_any(self, point: Point, sample: Sample) -> Slope | None:
+        try:
+            return self._slope(point, sample)
+        except RunError as error:
+            if not sample.optional:
+                raise
+            logger.warning("a trial without a slope of the loss: %s", error)
+            return None
 
     @memory_errors()
     def _slope(self, point: Point, sample: Sample) -> Slope:

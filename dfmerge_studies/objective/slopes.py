@@ -37,10 +37,12 @@ class Sample:
     Attributes:
         rows: positions of validation inputs, by task.
         weights: of the tasks, adding up to 1.
+        optional: whether a merge whose slope cannot be had is scored all the same.
     """
 
     rows: Mapping[str, Sequence[int]]
     weights: Mapping[str, float]
+    optional: bool = False
 
 
 @dataclass(frozen=True)

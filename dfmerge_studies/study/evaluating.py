@@ -67,7 +67,7 @@ class Trials:
             )
             for task in weights
         }
-        return Sample(rows, weights)
+        return Sample(rows, weights, optional=session.plan.proposer == "auto")
 
     def __call__(self, point: Mapping[str, float], place: int) -> TrialResult:
         """Merge at a point and score; the Fishers of the best trial so far, as this process knows it, are kept.

@@ -63,7 +63,7 @@ def variants() -> dict[str, Variant]:
 ABLATION: Mapping[str, str] = {
     "df-merge": "df-merge",
     "df-merge-scaled": "scaled importance (df-merge-scaled)",
-    "df-merge-gp": "one GP of the objective, no trust region (df-merge-gp)",
+    "df-merge-gp": "one GP of the objective, uniform startup, no trust region (df-merge-gp)",
     "df-merge-ucb": "UCB instead of EI (df-merge-ucb)",
     "df-merge-static": "static Fisher (df-merge-static)",
     "gta": "no Fisher (gta)",
