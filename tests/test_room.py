@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import reduce
 from pathlib import Path
@@ -12,14 +13,20 @@ import psutil
 import pytest
 import torch
 
-from dfmerge_studies import StudySpec
+from dfmerge_studies import StudySpec, load_problem
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.memory import activations_of, held_bytes, memory_of
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.study import pool, room, worker
 from dfmerge_studies.study.pool import Notice, Orders, Pool
 from dfmerge_studies.study.room import Need, Room, check_room, host_room
+from dfmerge_studies.study.session import open_study, stored_study
+from dfmerge_studies.study.startup import available_bytes
+from dfmerge_studies.study.validate import Estimate, memory_estimate
+from dfmerge_studies.trials.reading import results
 from tests import models
 from tests.processes import Worker, command
-from tests.project import Project, make_project
+from tests.project import Project, copied, make_project
 
 GB = 10**9
 NEED = Need(held=10 * GB, peak=15 * GB)
@@ -122,6 +129,22 @@ def _begin_full(arguments: list[str]) -> None:
     command(arguments)
 
 
+def _begin_tight(arguments: list[str]) -> None:
+    """A worker that finds a machine with so much free, and says whether it merges in parts."""
+    vars(worker)["host_room"] = lambda: Room(int(os.environ["FREE"]), 20 * GB)
+
+    def told(problem: Problem) -> Estimate:
+        print("merged in parts" if len(problem.parts()) > 1 else "merged at a time", file=sys.stderr)
+        return memory_estimate(problem)
+
+    vars(worker)["memory_estimate"] = told
+    command(arguments)
+
+
+class Tight(Worker):
+    begins = staticmethod(_begin_tight)
+
+
 class Small(Worker):
     begins = staticmethod(_begin_small)
 
@@ -149,6 +172,54 @@ def test_workers_for_which_little_is_free_are_warned_and_work(deep: Project, mon
     told = run(deep, Full, monkeypatch, check=0)
     assert told.count("memory may run out: 2 workers on this machine need about 0.0") == 1
     assert deep.json("status", "spec.yaml")["trials"]["complete"] == 2
+
+
+def tight(project: Project) -> tuple[StudySpec, int]:
+    """A spec whose activations are few, and a share that holds what a trial has all the time and half of the rest."""
+    search = {"trials": 2, "startup_trials": 2, "sampler": "random"}
+    importance = {"samples": 3, "dtype": "float32", "row_budget": 1}
+    spec = StudySpec.from_yaml(
+        project.write(name="tight", importance=importance, token_budget=1, cache="none", search=search)
+    )
+    problem = load_problem(spec)
+    return spec, int((memory_of(problem, activations_of(problem)).device.total + held_bytes(problem)) / 2 / 0.9)
+
+
+def test_a_share_of_the_machine_bounds_what_memory_auto_takes(deep: Project, tmp_path: Path) -> None:
+    spec, share = tight(copied(deep, tmp_path / "p"))
+    shared = load_problem(spec, share=share)
+    assert len(shared.parts()) > 1
+    assert memory_of(shared, activations_of(shared)).device.total <= 0.9 * share
+    assert available_bytes(shared) == share
+    assert len(load_problem(spec, share=3 * share).parts()) == 1
+    assert len(load_problem(spec).parts()) == 1  # alone on a machine nothing is bounded
+    assert len(load_problem(spec.derive(memory="1GB"), share=share).parts()) == 1  # who names a size has it
+
+
+@pytest.mark.parametrize("fields", [{"importance": {"estimator": "mask-nodes"}}, {}], ids=["mask-nodes", "too small"])
+def test_what_parts_do_not_help_is_left_to_the_warning_on_a_machine(
+    deep: Project, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    spec, share = tight(copied(deep, tmp_path / "p"))
+    problem = load_problem(spec.derive(**fields), share=share if fields else share // 8)
+    assert len(problem.parts()) == 1
+
+
+@pytest.mark.slow
+def test_workers_of_one_machine_merge_in_parts_what_does_not_fit_into_their_shares(
+    deep: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = copied(deep, tmp_path / "p")
+    spec, share = tight(project)
+    monkeypatch.setenv("FREE", str(2 * share))
+    told = run(project, Tight, monkeypatch, check=0)
+    assert "merged in parts" in told
+    assert "memory may run out" not in told
+    session = open_study(spec.derive(storage="sqlite:///alone.db"))
+    session.run()
+    for ours, theirs in zip(results(stored_study(spec)), results(session.study), strict=True):
+        assert ours.params == theirs.params
+        assert ours.values == pytest.approx(theirs.values)
 
 
 class Stop(Exception):
@@ -187,12 +258,13 @@ SCRIPT = """
 import json, sys
 index = json.loads(sys.stdin.readline())["index"]
 def go_on():
-    if not sys.stdin.readline(): sys.exit(130)
+    line = sys.stdin.readline()
+    if not line: sys.exit(130)
+    return line.strip()
 def say(kind, **content): print(json.dumps({"kind": kind, **content}), flush=True)
 room = {"device": f"cuda:{index % 2}", "free": FREE, "total": TOTAL}
 say("ready", **room)
-go_on()
-print("loads", file=sys.stderr, flush=True)
+print("loads", go_on(), file=sys.stderr, flush=True)
 held = 10_000_000_000
 needs = {"held": held, "peak": 15_000_000_000, "beside": 1_000_000_000}
 say("loaded", **needs, **{**room, "free": FREE - held}, host={"free": HOST, "total": HOST})
@@ -229,6 +301,24 @@ def test_on_several_cards_the_first_worker_loads_alone_and_the_fullest_card_deci
     order = kinds(notices)
     assert {worker for kind, worker in order if kind == "log"} == {1, 2, 3, 4, 5}
     assert all(order.index(("memory", 1)) < order.index(("log", each)) for each in (2, 3, 4, 5))
+
+
+def test_each_worker_is_told_its_share_of_what_was_free_before_any_had_loaded() -> None:
+    notices, made = scripted(44 * GB, 80 * GB)
+    made.run()
+    loaded = {notice.worker: notice.content["text"] for notice in notices if notice.kind == "log"}
+    third, half = f"loads {44 * GB // 3}", f"loads {22 * GB}"
+    assert loaded == {1: third, 2: half, 3: third, 4: half, 5: third}
+
+
+def test_one_worker_on_a_card_shares_with_nobody_and_one_that_is_started_again_has_the_share_that_it_had() -> None:
+    notices, made = scripted(79 * GB, 80 * GB, workers=2)
+    made.run()
+    assert {notice.content["text"] for notice in notices if notice.kind == "log"} == {"loads"}
+    notices, made = scripted(79 * GB, 80 * GB, dying=2, workers=3)
+    made.run()
+    told = [(notice.worker, notice.content["text"]) for notice in notices if notice.kind == "log"]
+    assert told.count((3, f"loads {79 * GB // 2}")) == 1 + pool.MAX_RESTARTS
 
 
 def test_workers_that_a_card_cannot_hold_are_refused_and_none_but_the_first_has_loaded() -> None:

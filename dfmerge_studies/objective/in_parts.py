@@ -33,23 +33,33 @@ def check_parts(problem: Problem, method: Method, estimator: Estimator) -> None:
     Raises:
         InputError: naming what needs all of them.
     """
-    if len(problem.parts()) == 1:
+    if len(problem.parts()) == 1 or (what := needing_all(problem, method, estimator)) is None:
         return
-    if problem.spec.protect is not None:
-        what = "`protect` keeps factors of all linear layers"
-    elif method.importance is Importance.UNIFORM:
-        return
-    elif method.importance.blocks is not None:
-        what = f"the method {method.name!r} keeps the blocks of all layers and experts"
-    elif estimator is Estimator.MASK_NODES:
-        what = "mask-nodes spreads its masks over all parameters"
-    else:
-        return
+    more = "Give it more memory (validate says how much)" if problem.share is None else "Use fewer workers"
     raise InputError(
         f"there is memory for {len(problem.parts())} parts of the parameters in turn, and {what}",
         where=problem.spec.where("memory"),
-        hint="Give it more memory (validate says how much), or use df-merge or df-merge-scaled, or no importance",
+        hint=f"{more}, or use df-merge or df-merge-scaled, or no importance",
     )
+
+
+def needing_all(problem: Problem, method: Method, estimator: Estimator) -> str | None:
+    """What of a merge needs the importance of all parameters at a time, in words; None where nothing does.
+
+    Args:
+        problem: what is loaded.
+        method: row of the method table.
+        estimator: of its importance.
+    """
+    if problem.spec.protect is not None:
+        return "`protect` keeps factors of all linear layers"
+    if method.importance is Importance.UNIFORM:
+        return None
+    if method.importance.blocks is not None:
+        return f"the method {method.name!r} keeps the blocks of all layers and experts"
+    if estimator is Estimator.MASK_NODES:
+        return "mask-nodes spreads its masks over all parameters"
+    return None
 
 
 def gathered_on_host(problem: Problem, method: Method) -> bool:

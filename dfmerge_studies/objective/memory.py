@@ -28,7 +28,7 @@ from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import rows_times_tokens, task_fisher
 from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.importances import check_importance, writer_for
-from dfmerge_studies.objective.in_parts import gathered_on_host
+from dfmerge_studies.objective.in_parts import gathered_on_host, needing_all
 from dfmerge_studies.objective.live_bytes import LiveBytes
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import named, shortened
@@ -195,7 +195,8 @@ def _decided(problem: Problem) -> tuple[bool, int]:
         return True, 0
     if problem.resident.device.type != "cpu":
         problem.resident.keep_on_(host=True)
-    return False, _entries_at_a_time(problem, there)
+    entries = _entries_at_a_time(problem, there)
+    return entries is None, entries or 0
 
 
 def _room(problem: Problem, held: int) -> int | None:
@@ -203,6 +204,9 @@ def _room(problem: Problem, held: int) -> int | None:
     spec, device = problem.spec, problem.resident.device
     if spec.memory != "auto":
         return parse_size(spec.memory)
+    if problem.share is not None:
+        in_parts = device.type == "cuda" or needing_all(problem, spec.row, check_importance(problem, spec.row)) is None
+        return int((1 - _SPARE) * problem.share) if in_parts else None
     return held + int((1 - _SPARE) * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
 
 
@@ -216,8 +220,11 @@ def _fits(problem: Problem, held: int, there: int | None) -> bool:
     return rough <= there and memory_of(problem, activations_of(problem)).device.total <= there
 
 
-def _entries_at_a_time(problem: Problem, there: int) -> int:
-    """Entries of the parameters whose importance and sums fit into so many bytes, with all that has to be there."""
+def _entries_at_a_time(problem: Problem, there: int) -> int | None:
+    """Entries of the parameters whose importance and sums fit into so many bytes, with all that has to be there.
+
+    None where not even the least fits into a share of the host's memory: more passes would help nobody.
+    """
     spec, least = problem.spec, max(problem.sizes.values(), default=1)
     per_entry = 12 if spec.row.importance is not Importance.UNIFORM else 4
     problem.part_entries = least
@@ -233,6 +240,8 @@ def _entries_at_a_time(problem: Problem, there: int) -> int:
             where=spec.where("memory"),
             hint="Give it more, lower importance.row_budget and token_budget, or use dtype: bfloat16",
         )
+    if there < needed and problem.resident.device.type == "cpu":
+        return None
     entries = max(room, least)
     for _ in range(_ROUNDS):  # a larger part has more layers' inputs in memory
         problem.part_entries = entries

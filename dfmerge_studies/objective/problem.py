@@ -94,6 +94,7 @@ class Problem:
         ranks: the processes that have all this loaded and share the work.
         classes: names of the classes of each task's head, as far as they are known.
         part_entries: entries of the parameters whose importance and sums are in memory at a time; None for all.
+        share: bytes of the device that `memory: auto` may take, of several processes on it; None for one alone.
     """
 
     spec: StudySpec
@@ -108,6 +109,7 @@ class Problem:
     expert_answers: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     rehearsed: set[tuple[str, str]] = field(default_factory=set)
     part_entries: int | None = None
+    share: int | None = None
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -284,6 +286,7 @@ def load_problem(
     splits: Sequence[Split] = (),
     progress: Progress = silent,
     ranks: Ranks = SOLO,
+    share: int | None = None,
 ) -> Problem:
     """Load models and validation data of a spec.
 
@@ -293,13 +296,14 @@ def load_problem(
         splits: what is read now, besides "validation"; other splits are read when they are first asked for.
         progress: told of each step.
         ranks: processes that load the same and share the work.
+        share: bytes of the device that `memory: auto` may take, where other processes are on it that load the same.
 
     Raises:
         InputError: anything that does not fit, before anything is computed.
     """
 
     def load() -> Problem:
-        problem = _load_problem(spec, indices, progress, ranks)
+        problem = _load_problem(spec, indices, progress, ranks, share)
         for split in splits:
             for task in spec.tasks_on(split):
                 problem.examples(task, split)
@@ -329,7 +333,7 @@ def _check_alike(problem: Problem, splits: Sequence[Split]) -> None:
 
 
 def _load_problem(
-    spec: StudySpec, indices: Mapping[str, list[int]] | None, progress: Progress, ranks: Ranks
+    spec: StudySpec, indices: Mapping[str, list[int]] | None, progress: Progress, ranks: Ranks, share: int | None
 ) -> Problem:
     from dfmerge_studies.objective.memory import place_  # which measures what is loaded here
 
@@ -378,7 +382,7 @@ def _load_problem(
     with computing(spec, device):  # the model has the base's weights, on every rank
         for name, task in tasks.items():
             settle_folding(resident.model, checkpoints.kinds[name], task.validation, pad_id)
-    problem = Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes)
+    problem = Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes, share=share)
     place_(problem)
     progress("ready", steps, steps)
     return problem

@@ -7,7 +7,7 @@ have sent already.
 
 All import at once, but the first one loads alone.  When it has, and the others wait, its memory and what is free say
 whether they fit (`room.py`); only then do they load.  A worker says "ready" and waits for a line on its standard input,
-loads, says "loaded" and waits for another.
+which has its share of what was free on its device before anybody loaded, loads, says "loaded" and waits for another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.signals import INTERRUPTS, STOP
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.study.room import Need, Room, check_room
+from dfmerge_studies.study.room import Need, Room, check_room, shares_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.trials.guards import Interrupts
 
@@ -168,6 +168,7 @@ class Pool:
         self._lost: list[str] = []  # how each worker died that was not started again
         self._stopping = False
         self._rooms: dict[str, Room] = {}
+        self._shares: dict[str, int] | None = None  # of one of several workers on a device; None until all are ready
         self._need: Need | None = None
         self._fit = False  # whether all may load
 
@@ -274,12 +275,16 @@ class Pool:
         self._rooms[device] = room.within(self._rooms.get(device, room))
 
     def _admit(self) -> None:
-        """Let the first worker load, and all when it is known that they fit."""
+        """Let the first worker load when all are ready to, and all when it is known that they fit."""
         if self._stopping or not self._members:
             return
         first = self._members[0]
-        if not self._fit and self._need is not None and all(each.device is not None for each in self._members):
-            devices = [each.device for each in self._members if each.device is not None]
+        devices = [each.device for each in self._members if each.device is not None]
+        if not self._fit and len(devices) < len(self._members):
+            return
+        if self._shares is None:
+            self._shares = shares_of(devices, self._rooms)
+        if not self._fit and self._need is not None:
             try:
                 warning = check_room(devices, self._rooms, self._need)
             except InputError as error:
@@ -293,15 +298,15 @@ class Pool:
             self._fit = True
         for member in self._members if self._fit else [first]:
             if member.device is not None:
-                self._allow(member, 2 if self._fit else 1)
+                self._allow(member, 2 if self._fit else 1, self._shares.get(member.device))
 
-    def _allow(self, member: _Member, steps: int) -> None:
+    def _allow(self, member: _Member, steps: int, share: int | None) -> None:
         stdin = member.process.stdin
         assert stdin is not None
         while member.allowed < steps:
             member.allowed += 1
             try:
-                stdin.write("\n")
+                stdin.write(f"{'' if share is None else share}\n")
                 stdin.flush()
             except BrokenPipeError:
                 return  # it has died: its end will be heard

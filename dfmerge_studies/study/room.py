@@ -61,6 +61,17 @@ def host_room() -> Room:
     return room
 
 
+def shares_of(devices: Sequence[str], rooms: Mapping[str, Room]) -> dict[str, int]:
+    """Bytes for each of several workers on a device, of what is free when none has loaded; nothing for one alone.
+
+    Args:
+        devices: of each worker.
+        rooms: of each device.
+    """
+    counts = {device: devices.count(device) for device in devices}
+    return {device: rooms[device].free // count for device, count in counts.items() if count > 1}
+
+
 def check_room(devices: Sequence[str], rooms: Mapping[str, Room], need: Need) -> str | None:
     """Look whether workers fit, when the first of them has loaded.
 

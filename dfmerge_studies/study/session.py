@@ -292,6 +292,7 @@ def open_study(
     progress: Progress = silent,
     ranks: Ranks = SOLO,
     on_loaded: Callable[[Problem], None] | None = None,
+    share: int | None = None,
 ) -> Session:
     """Create the study that a spec names, or join it.
 
@@ -304,6 +305,7 @@ def open_study(
         progress: told how far loading is.
         ranks: processes that share the work of a trial; only their leader calls this.
         on_loaded: called when models and data are there and rehearsed, before anything is written.
+        share: bytes of the device that `memory: auto` may take, where other workers are on it.
 
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
@@ -324,7 +326,7 @@ def open_study(
     if stored is not None and spec.importance.indices is None:
         indices = stored.user_attrs.get(provenance.INDICES)
     if problem is None:
-        problem = load_problem(spec, indices=indices, splits=splits, progress=progress, ranks=ranks)
+        problem = load_problem(spec, indices=indices, splits=splits, progress=progress, ranks=ranks, share=share)
     else:
         problem = derive_problem(problem, spec, indices=indices)
     for split in splits:

@@ -45,12 +45,14 @@ def _can_descend(problem: Problem) -> bool:
 
 
 def available_bytes(problem: Problem) -> int:
-    """Bytes of the device that computes that are free or held by this process.
+    """Bytes of the device that computes that are free or held by this process; of several on it, the share of one.
 
     Args:
         problem: what is loaded.
     """
     device = problem.resident.device
+    if problem.share is not None:
+        return problem.share
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
     return host_room().free + held_bytes(problem)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
@@ -63,21 +64,24 @@ class Leave:
     """The parent's leave to go on, a line of standard input each time."""
 
     def __init__(self) -> None:
-        self._given = threading.Semaphore(0)
+        self._given: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def give(self, times: int) -> None:
+    def give(self, line: str) -> None:
         """What the parent does; from any thread."""
-        for _ in range(times):
-            self._given.release()
+        self._given.put(line)
 
     def is_given(self) -> bool:
         """Take it if it is there already."""
-        return self._given.acquire(blocking=False)
+        with suppress(queue.Empty):
+            self._given.get_nowait()
+            return True
+        return False
 
-    def wait(self) -> None:
-        """Take it when it is there."""
-        while not self._given.acquire(timeout=_LOOK_SECONDS):
-            pass
+    def wait(self) -> str:
+        """Take it when it is there, and what it says."""
+        while True:
+            with suppress(queue.Empty):
+                return self._given.get(timeout=_LOOK_SECONDS)
 
 
 def obey_parent() -> Leave:
@@ -94,8 +98,11 @@ def obey_parent() -> Leave:
     leave = Leave()
 
     def listen() -> None:
+        rest = b""
         while said := os.read(0, 1024):
-            leave.give(said.count(b"\n"))
+            *lines, rest = (rest + said).split(b"\n")
+            for line in lines:
+                leave.give(line.decode())
         stop_this_process()
 
     threading.Thread(target=listen, name="obey-parent", daemon=True).start()
@@ -122,7 +129,7 @@ def serve(orders: Orders, say: Say, leave: Leave) -> bool:
         torch.cuda.set_device(device)  # what names no device goes to the same one
     progress = _phases(say) if orders.phases else silent
     say("ready", device=str(device), **asdict(_room(device)))
-    leave.wait()
+    share = leave.wait()
 
     def loaded(problem: Problem) -> None:
         if leave.is_given():  # others have loaded before: it is known that all fit
@@ -132,7 +139,8 @@ def serve(orders: Orders, say: Say, leave: Leave) -> bool:
         say("loaded", device=str(device), **needs, **asdict(_room(device)), host=asdict(host_room()))
         leave.wait()
 
-    session = open_study(spec, splits=orders.splits, progress=progress, on_loaded=loaded)
+    allowed = int(share) if share else None
+    session = open_study(spec, splits=orders.splits, progress=progress, on_loaded=loaded, share=allowed)
     say("joined", threads=torch.get_num_threads(), device=str(session.problem.resident.device))
     return all(_work(each, orders if each is session else None, say, progress) for each in (session, *_others(session)))
 
