@@ -83,8 +83,9 @@ class StudySpec(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
     memory: str = Field(
         "auto",
-        description="that a run may take of its device, e.g. 16GiB; auto: what a GPU has free. Where it is too little, "
-        "importances are computed part by part: changes results by rounding only",
+        description="that a run may take of its device, e.g. 16GiB; auto: what a GPU has free, of several "
+        "workers on a device their share of what is free. Where it is too little, importances are computed part by part: "
+        "changes results by rounding only",
     )
     compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
         "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"
