@@ -84,8 +84,8 @@ class StudySpec(Settings):
     memory: str = Field(
         "auto",
         description="that a run may take of its device, e.g. 16GiB; auto: what a GPU has free, of several "
-        "workers on a device their share of what is free. Where it is too little, importances are computed part by part: "
-        "changes results by rounding only",
+        "workers on a device their share of what is free. Where it is too little, importances are computed part by "
+        "part: changes results by rounding only",
     )
     compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
         "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"
