@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from dfmerge_studies.importance.fisher import diagonal_fisher
     from dfmerge_studies.objective.evaluate import evaluate_model
     from dfmerge_studies.objective.in_memory import merge_models
+    from dfmerge_studies.objective.loading import load_problem
     from dfmerge_studies.objective.merger import Merger, Outcome
     from dfmerge_studies.objective.once import merge
-    from dfmerge_studies.objective.problem import Problem, load_problem
+    from dfmerge_studies.objective.problem import Problem
     from dfmerge_studies.report.export import export_merge, export_trial
     from dfmerge_studies.spec import StudySpec
     from dfmerge_studies.study.comparison import Comparison, compare
@@ -66,7 +67,8 @@ _HOMES = {
     "objective.in_memory": ("merge_models",),
     "objective.merger": ("Merger", "Outcome"),
     "objective.once": ("merge",),
-    "objective.problem": ("Problem", "load_problem"),
+    "objective.loading": ("load_problem",),
+    "objective.problem": ("Problem",),
     "report.export": ("export_merge", "export_trial"),
     "spec": ("StudySpec",),
     "study.comparison": ("Comparison", "compare"),

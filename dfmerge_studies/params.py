@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +24,28 @@ from torch import Tensor, nn
 from dfmerge_studies.errors import InputError
 
 Weights = Mapping[str, Tensor]
+Source = TypeVar("Source")
 _MEND_NAMES = "Base and experts must be one architecture; name the base that this expert was fine-tuned from"
 
 
-class OnDemand(Mapping[str, Tensor]):
+class OnDemand(Mapping[str, Tensor], Generic[Source]):
     """Tensors that are made whenever they are asked for, so that they are not all in memory.
 
     Args:
-        source: has their names, in their order.
+        source: what each is made of, by their names, in their order.
     """
 
-    def __init__(self, source: Mapping[str, object]) -> None:
-        self._names = source
+    def __init__(self, source: Mapping[str, Source]) -> None:
+        self._source = source
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # without making it
+        return name in self._source  # without making it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._source)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._source)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ from dfmerge_studies.checkpoints.load import load_tokenizer
 from dfmerge_studies.checkpoints.write import write_model
 from dfmerge_studies.errors import DFMergeError, InputError, RunError, did_you_mean
 from dfmerge_studies.objective.inputs import encode_split, read_split
-from dfmerge_studies.objective.problem import Checkpoints, find_checkpoints
+from dfmerge_studies.objective.loading import find_checkpoints
+from dfmerge_studies.objective.problem import Checkpoints
 from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.choices import predict

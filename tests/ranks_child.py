@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from dfmerge_studies.errors import DFMergeError
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.slopes import Sample
 from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Group

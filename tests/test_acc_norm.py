@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers, judged, wanted_answers
 from dfmerge_studies.tasks.choices import predict

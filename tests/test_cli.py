@@ -13,8 +13,8 @@ import pytest
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.spec import StudySpec
 from tests.project import Project, cli_environment
 

@@ -18,8 +18,9 @@ from dfmerge_studies.checkpoints.digest import model_digest
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
 from tests.processes import Forked
 from tests.project import Project

@@ -18,8 +18,8 @@ from dfmerge_studies.importance.task_fisher import task_fisher
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective import preflight
 from dfmerge_studies.objective.importances import check_importance, writer_for
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers

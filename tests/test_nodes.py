@@ -33,8 +33,8 @@ from dfmerge_studies.importance.nodes import spread
 from dfmerge_studies.importance.passes import Job
 from dfmerge_studies.importance.task_fisher import sampling_draws, share_of_sum, task_fisher
 from dfmerge_studies.methods import Estimator
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.once import merge
-from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.sampling import seeded_generator

@@ -9,8 +9,8 @@ import torch
 
 from dfmerge_studies import InputError, StudySpec
 from dfmerge_studies.errors import out_of_memory
+from dfmerge_studies.objective.loading import choose_device
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import choose_device
 from dfmerge_studies.tasks import evaluate
 from dfmerge_studies.tasks.evaluate import choice_losses
 from tests.models import FAMILIES, make_examples, make_model

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from dfmerge_studies.methods import METHODS
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import load_problem
 from dfmerge_studies.spec import StudySpec
 from tests.project import Project
 from tests.test_fisher_parity import find_parity

@@ -13,7 +13,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.problem import load_problem
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind

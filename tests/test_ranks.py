@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.derive import derive_problem
+from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
-from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.points import Point
 from dfmerge_studies.ranks import Ranks, launched
 from dfmerge_studies.spec import StudySpec

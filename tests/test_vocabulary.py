@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.objective.problem import Problem, load_problem
+from dfmerge_studies.objective.loading import load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
 from tests.project import Project
 

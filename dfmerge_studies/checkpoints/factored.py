@@ -55,7 +55,7 @@ class Factors:
         return Factors(self.left.to(device), self.right.to(device), self.scale, self.transposed)
 
 
-class Factored(OnDemand):
+class Factored(OnDemand[Factors | Tensor]):
     """Tensors by name, some of them kept as factors.
 
     Args:
@@ -63,11 +63,15 @@ class Factored(OnDemand):
     """
 
     def __init__(self, entries: Mapping[str, Factors | Tensor]) -> None:
-        self.entries = dict(entries)
-        super().__init__(self.entries)
+        super().__init__(dict(entries))
+
+    @property
+    def entries(self) -> Mapping[str, Factors | Tensor]:
+        """What they are made of."""
+        return self._source
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
+        entry = self._source[name]
         return entry.dense() if isinstance(entry, Factors) else entry
 
     def to(self, device: torch.device) -> Factored:

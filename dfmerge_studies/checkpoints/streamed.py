@@ -12,7 +12,7 @@ from dfmerge_studies.checkpoints.factored import Factored, Factors
 from dfmerge_studies.params import OnDemand
 
 
-class Streamed(OnDemand):
+class Streamed(OnDemand[Tensor]):
     """Tensors by name, each copied when it is looked up, and not kept on the device.
 
     Copies of pinned memory are queued: the host does not wait for them.
@@ -24,11 +24,15 @@ class Streamed(OnDemand):
 
     def __init__(self, held: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__(held)
-        self.held = held
         self._device = device
 
+    @property
+    def held(self) -> Mapping[str, Tensor]:
+        """Where they are held."""
+        return self._source
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.held[name].to(self._device, non_blocking=True)
+        return self._source[name].to(self._device, non_blocking=True)
 
 
 def streamed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:

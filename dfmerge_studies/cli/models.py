@@ -65,8 +65,8 @@ def merge(
     common.check_early(settings)
     with common.progress_bar() as progress:
         common.load_libraries()
+        from dfmerge_studies.objective.loading import load_problem
         from dfmerge_studies.objective.merger import Merger
-        from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
         from dfmerge_studies.report.card import Merged
         from dfmerge_studies.report.export import export_merge
@@ -118,8 +118,8 @@ def fisher(
     with common.progress_bar() as progress:
         common.load_libraries()
         from dfmerge_studies.importance.cache import key_metadata, save_fisher
+        from dfmerge_studies.objective.loading import load_problem
         from dfmerge_studies.objective.merger import Merger
-        from dfmerge_studies.objective.problem import load_problem
         from dfmerge_studies.objective.rehearsal import rehearse_
         from dfmerge_studies.study.fishers import spec_cache
 

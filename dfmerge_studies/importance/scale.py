@@ -34,12 +34,11 @@ def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
     return values if scale == UNSCALED else _Scaled(values, scale)
 
 
-class _Scaled(OnDemand):
+class _Scaled(OnDemand[Tensor]):
     """C[i], worked out tensor by tensor when it is asked for, so that there is no second importance in memory."""
 
     def __init__(self, values: Mapping[str, Tensor], scale: Scale) -> None:
         super().__init__(values)
-        self._values = values
         self._scale = scale
         self._mean = self._mean_of_all() if scale.normalise == "expert" else None
 
@@ -50,11 +49,11 @@ class _Scaled(OnDemand):
         return _divided(value, float(value.double().mean()) if self._mean is None else self._mean)
 
     def _raised(self, name: str) -> Tensor:
-        value = self._values[name]
+        value = self._source[name]
         return value if self._scale.power == 1.0 else value.pow(self._scale.power)
 
     def _mean_of_all(self) -> float:
-        raised = map(self._raised, self._values)
+        raised = map(self._raised, self._source)
         found = [(value.numel(), value.double().sum()) for value in raised]
         if not found:
             return 0.0

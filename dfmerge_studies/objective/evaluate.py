@@ -25,7 +25,8 @@ from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.classes import Classes, classes_of_heads, head_owner, named_classes
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id
-from dfmerge_studies.objective.problem import Checkpoints, choose_device, find_checkpoints
+from dfmerge_studies.objective.loading import choose_device, find_checkpoints
+from dfmerge_studies.objective.problem import Checkpoints
 from dfmerge_studies.objective.used_rows import scored_examples
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent

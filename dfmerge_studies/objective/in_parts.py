@@ -77,7 +77,7 @@ def gathered_on_host(problem: Problem, method: Method) -> bool:
     return spec.search.descends or method.scale_for(spec.importance.scale).normalise == "expert"
 
 
-class Float32(OnDemand):
+class Float32(OnDemand[Tensor]):
     """Tensors as they are stored, each of them in float32 when it is asked for.
 
     Args:
@@ -87,11 +87,10 @@ class Float32(OnDemand):
 
     def __init__(self, stored: Mapping[str, Tensor], device: torch.device | None = None) -> None:
         super().__init__(stored)
-        self._stored = stored
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._stored[name].to(self._device).float()
+        return self._source[name].to(self._device).float()
 
 
 @dataclass

@@ -17,9 +17,10 @@ from dfmerge_studies.methods import Method
 from dfmerge_studies.objective.computing import with_compute
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.evaluate import evaluate_model
+from dfmerge_studies.objective.loading import choose_device, load_problem
 from dfmerge_studies.objective.merger import Merger, Outcome
 from dfmerge_studies.objective.preflight import check_extras
-from dfmerge_studies.objective.problem import Problem, choose_device, load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent

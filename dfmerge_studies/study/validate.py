@@ -16,9 +16,10 @@ from dfmerge_studies.methods import Estimator, Importance
 from dfmerge_studies.objective.classes import Classes, classes_of_heads
 from dfmerge_studies.objective.importances import writer_for
 from dfmerge_studies.objective.inputs import read_split
+from dfmerge_studies.objective.loading import choose_device, find_checkpoints, load_problem
 from dfmerge_studies.objective.memory import activations_of, fisher_bytes, memory_of
 from dfmerge_studies.objective.preflight import check_extras, model_problems, read_indices
-from dfmerge_studies.objective.problem import Problem, choose_device, find_checkpoints, load_problem
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.spec import Examined, StudySpec

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from dfmerge_studies.objective.loading import choose_device
 from dfmerge_studies.objective.memory import held_bytes
-from dfmerge_studies.objective.problem import Problem, choose_device
+from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.signals import STOP, stop_this_process
 from dfmerge_studies.study.pool import Orders, device_of, threads_each

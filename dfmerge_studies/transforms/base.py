@@ -31,12 +31,11 @@ class Transform:
     kept: Callable[[int, int], int] = lambda vectors, changed: 0
 
 
-class Computed(OnDemand):
+class Computed(OnDemand[Tensor]):
     """Tensors by name, each computed from a source's tensor whenever it is looked up."""
 
     def __init__(self, source: Mapping[str, Tensor], compute: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__(source)
-        self._source = source
         self._compute = compute
 
     def __getitem__(self, name: str) -> Tensor:
