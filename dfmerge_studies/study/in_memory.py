@@ -7,7 +7,6 @@ scores and importance come from functions of the caller's.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial
-from pydantic import ValidationError
 
 from dfmerge_studies.errors import InputError, RunError, memory_errors
 from dfmerge_studies.importance.cache.file import checksum
@@ -34,8 +32,7 @@ from dfmerge_studies.objective.in_memory import (
     finite_scores,
     not_finite,
 )
-from dfmerge_studies.spec import DEFAULT_SAMPLER, TRACED, ObjectiveSettings, SearchSettings
-from dfmerge_studies.spec.messages import explain
+from dfmerge_studies.spec import DEFAULT_SAMPLER, ObjectiveSettings, SearchSettings
 from dfmerge_studies.storage import (
     check_constraints,
     check_name,
@@ -48,6 +45,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance, warm_start
 from dfmerge_studies.study.fingerprint import GUARDS, SAMPLER, sampler_of, stated_sampler
+from dfmerge_studies.study.given import check_guards, given_objective, given_search
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
@@ -171,28 +169,7 @@ def optimize_merge(
         InputError: models, settings or scores do not fit, or the stored study is about something else.
         RunError: three trials in a row failed, no trial has completed, or the storage is gone for good.
     """
-    settings = _settings(SearchSettings, {**search, "trials": trials})
-    if settings.stop == "gain":
-        what = "how noisy the numbers of a scoring function are is not known, so no gain can be told from noise"
-        raise InputError(what, where="stop", hint="Use patience: it counts every gain")
-    how = _settings(ObjectiveSettings, {"kind": objective} if isinstance(objective, str) else dict(objective))
-    if how.kind == "agreement":
-        raise InputError("agreement needs the tasks of a spec", where="objective", hint="Let `score` compute it")
-    if settings.granularity is not None:
-        hint = "Leave it out: every expert has one coefficient here"
-        raise InputError("groups of parameters need the models of a spec", where="granularity", hint=hint)
-    if settings.holdout is not None:
-        hint = "Score the best trials on other rows yourself: they are in the study"
-        raise InputError("rows are those of `score`: none can be held back here", where="holdout", hint=hint)
-    if settings.race is not None:
-        what = "`score` gives numbers of whole models: rows that a trial could be stopped on are not known"
-        raise InputError(what, where="racing", hint="Leave it out")
-    if settings.descends:
-        field, _, value = settings.descent_text.partition(": ")
-        what = f"`score` gives numbers and no slopes, and {value} needs them"
-        raise InputError(what, where=field, hint="Use sampler auto, gp or random, and startup uniform or none")
-    if TRACED in settings.enqueue:
-        raise InputError("random tokens need the models of a spec", where="enqueue", hint=f"Leave {TRACED!r} out")
+    settings, how = given_search(search, trials), given_objective(objective)
     if method is not None and settings.coefficients == "per-expert":
         method = per_expert(method_named(method, "method")).name
     merging = MergeSettings(importance, method, parameters, exclude, floor, Scale(normalise, power), settings.seed)
@@ -240,7 +217,7 @@ class _Search(Generic[Model]):
         former = load_study(store, self.name) if self.name in optuna.get_all_study_names(store) else None
         self._score_references(former)
         warm = self._taken_over(former, store, url)
-        self._check_guards()
+        check_guards(self.guards, self.tasks, self.merger.experts, self.objective)
         if self.allowed and url is not None:
             check_constraints(url, len(self.allowed), where="max_drop")
         study = provenance.join(
@@ -271,23 +248,6 @@ class _Search(Generic[Model]):
         """Points that tasks may lose, of those that have a bound."""
         shared = self.settings.max_drop
         return {**({} if shared is None else dict.fromkeys(self.expert_scores, shared)), **self.guards}
-
-    def _check_guards(self) -> None:
-        """Refuse guards that cannot be."""
-        tasks = ", ".join(self.tasks)
-        for name, points in self.guards.items():
-            if name not in self.tasks:
-                raise InputError(f"there is no task {name!r}", where="guards", hint=f"The tasks are {tasks}")
-            if name in self.merger.experts:
-                what = f"the expert {name!r} stands for this task, and a guard is one that no expert stands for"
-                raise InputError(what, where="guards", hint="Leave it out, or use max_drop")
-            if isinstance(points, bool) or not isinstance(points, (int, float)) or not 0 <= points < math.inf:
-                raise InputError(f"{points!r} is no number of points", where=f"guards: {name}", hint="Give 0 or more")
-            if name in (self.objective.weights or {}):
-                what = f"{name!r} is a guard, which is no part of the objective"
-                raise InputError(what, where="objective", hint=f"Leave {name} out of the weights")
-        if set(self.guards) >= set(self.tasks):
-            raise InputError("all tasks are guards, so nothing is left to search for", where="guards")
 
     def _taken_over(self, former: optuna.Study | None, store: BaseStorage, url: str | None) -> dict[str, Any] | None:
         settings = self.settings.warm_start
@@ -402,11 +362,3 @@ class _Search(Generic[Model]):
                 for vector in place.task_vectors
             },
         }
-
-
-def _settings(kind: Any, given: Mapping[str, Any]) -> Any:
-    """Settings that a caller gave, validated like those of a spec."""
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        raise explain(error, Path("optimize_merge"), {"": [kind]})[0].problem from None
