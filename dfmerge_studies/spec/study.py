@@ -6,9 +6,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
@@ -18,23 +18,20 @@ from dfmerge_studies.spec.checks import labels_lacking, odd_parameters, referenc
 from dfmerge_studies.spec.examine import Examined, examine_
 from dfmerge_studies.spec.fields import (
     ExpertSettings,
-    Granularity,
     ImportanceSettings,
     ObjectiveSettings,
     ProtectSettings,
-    Racing,
     SearchSettings,
-    WarmStart,
     parse_size,
-    search_of,
 )
 from dfmerge_studies.spec.known import KnownMethod
-from dfmerge_studies.spec.messages import Wrong, explain, odd_values
+from dfmerge_studies.spec.messages import Wrong, odd_values
+from dfmerge_studies.spec.places import explained, the_first
 from dfmerge_studies.spec.reading import read_fields
-from dfmerge_studies.tasks.filters import Filter, Step
+from dfmerge_studies.spec.short import full_experts, full_objective, full_search, full_tasks
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metric, Metrics, agrees, is_own
 from dfmerge_studies.tasks.own import named_metric
-from dfmerge_studies.tasks.settings import AnyTask, GenerationKwargs, TaskSettings, metric_of
+from dfmerge_studies.tasks.settings import TaskSettings, metric_of
 from dfmerge_studies.tasks.splits import Split
 from dfmerge_studies.tasks.strict import Settings
 
@@ -100,6 +97,11 @@ class StudySpec(Settings):
         False,
         description="let code that comes with a checkpoint run; the command line or the environment must agree",
     )
+
+    _full_experts = field_validator("experts", mode="before")(full_experts)
+    _full_tasks = field_validator("tasks", mode="before")(full_tasks)
+    _full_objective = field_validator("objective", mode="before")(full_objective)
+    _full_search = field_validator("search", mode="before")(full_search)
 
     _file: Path = PrivateAttr(Path("spec.yaml"))
     _workdir: Path | None = PrivateAttr(None)
@@ -240,7 +242,7 @@ class StudySpec(Settings):
         try:
             copy = StudySpec.model_validate(fields)
         except ValidationError as error:
-            raise explain(error, self._file, _FIELDS_AT)[0].problem from error
+            raise explained(error, self._file, StudySpec)[0].problem from error
         copy._file, copy._workdir = self._file, self._workdir
         for field, what, hint in labels_lacking(copy):
             raise InputError(what, where=copy.where(field), hint=hint)
@@ -276,11 +278,11 @@ class StudySpec(Settings):
         path = Path(file)
         spec, wrong = cls._validated(read_fields(path, overrides), path)
         if spec is None:
-            raise _the_first([each.problem for each in wrong])
+            raise the_first([each.problem for each in wrong])
         spec = _as_trusted(spec, overrides)
         spec._file, spec._workdir = path.resolve(), workdir
         if problems := [problem for _, problem in reference_problems(spec)]:
-            raise _the_first(problems)
+            raise the_first(problems)
         return spec
 
     @classmethod
@@ -315,7 +317,7 @@ class StudySpec(Settings):
         try:
             return cls.model_validate(data), []
         except ValidationError as error:
-            return None, explain(error, path, _FIELDS_AT)
+            return None, explained(error, path, StudySpec)
 
     @field_validator("name")
     @classmethod
@@ -323,42 +325,6 @@ class StudySpec(Settings):
         if not NAME.fullmatch(value):
             raise ValueError("a name is 1 to 100 letters, digits, '.', '_' or '-', and does not start with '.'")
         return value
-
-    @field_validator("experts", mode="before")
-    @classmethod
-    def _short_experts(cls, value: Any) -> Any:
-        """`name: path` means `name: {model: path, task: name}`; a long form without `task` too."""
-        if not isinstance(value, Mapping):
-            return value
-        full = {}
-        for name, entry in value.items():
-            if isinstance(entry, str):
-                full[name] = {"model": entry, "task": name}
-            elif isinstance(entry, Mapping):
-                full[name] = {"task": name, **entry}
-            else:
-                full[name] = entry
-        return full
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _default_type(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {
-            name: {"type": "lm_eval" if "lm_eval" in task else "choice", **task} if isinstance(task, Mapping) else task
-            for name, task in value.items()
-        }
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _short_objective(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
-    @field_validator("search", mode="before")
-    @classmethod
-    def _short_search(cls, value: Any) -> Any:
-        return search_of(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _kept_in_one_way(self) -> StudySpec:
@@ -412,31 +378,8 @@ class StudySpec(Settings):
         return value
 
 
-def _the_first(problems: Sequence[InputError]) -> InputError:
-    """The first of some problems, with a word on the others."""
-    first, *others = problems
-    if not others:
-        return first
-    return InputError(
-        first.what,
-        where=first.where,
-        hint=f"{first.hint}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
-    )
-
-
 def _as_trusted(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
     """The spec, in which foreign code runs only if whoever uses the spec says so: its author may be somebody else."""
     stated = any(override.partition("=")[0].strip() == "trust_remote_code" for override in overrides)
     agreed = os.environ.get(TRUST_VARIABLE, "").lower() in ("1", "true", "yes", "on")
     return spec if stated or agreed else spec.model_copy(update={"trust_remote_code": False})
-
-
-_FIELDS_AT: Mapping[str, Sequence[type[BaseModel]]] = {
-    "": [StudySpec],
-    "experts": [ExpertSettings],
-    "tasks": [*get_args(AnyTask), GenerationKwargs, Filter, Step],
-    "importance": [ImportanceSettings],
-    "search": [SearchSettings, WarmStart, Granularity, Racing],
-    "objective": [ObjectiveSettings],
-    "protect": [ProtectSettings],
-}
