@@ -93,7 +93,9 @@ def test_few_rows_stay_bars_side_by_side():
 @pytest.mark.slow
 def test_all_methods_are_compared_in_one_table_and_shown_on_the_page(tmp_path):
     project = make_project(tmp_path / "project", "bert", rows=8, samples=2, layers=1)
-    project.write(search={"trials": 2, "startup_trials": 1, "sampler": "random"})
+    one_rate = {"drop_rate": 0.5}
+    search = {"trials": 2, "startup_trials": 1, "sampler": "random"}
+    project.write(search=search, parameters={"dare": one_rate, "della": one_rate})  # 11 trials of 55 each
     found = project.json("compare", "spec.yaml", "--methods", "all", "--split", "validation")
     rows = [row["method"] for row in found["rows"] if row["merged"]]
     assert set(METHODS) <= set(rows)
