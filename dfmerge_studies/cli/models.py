@@ -234,7 +234,8 @@ def export(
         from dfmerge_studies.report.card import CARD
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.report.notes import keep_card
-        from dfmerge_studies.study.session import find_trial, open_study, stored_study
+        from dfmerge_studies.study.session import open_study, stored_study
+        from dfmerge_studies.study.winner import find_trial
 
         ranks = common.join_ranks(settings)
         found = find_trial(stored_study(settings), settings, trial)

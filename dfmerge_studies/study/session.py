@@ -11,7 +11,6 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.checkpoints.digest import Contents
-from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.importance.cache import Shelf
 from dfmerge_studies.methods import Method
 from dfmerge_studies.objective.computing import with_compute
@@ -58,7 +57,7 @@ from dfmerge_studies.trials.loop import Summary, work
 from dfmerge_studies.trials.marks import COEFFICIENTS, TASKS
 from dfmerge_studies.trials.outbox import outbox_folder
 from dfmerge_studies.trials.queue import enqueue
-from dfmerge_studies.trials.reading import counts, ended, pruned_of, results
+from dfmerge_studies.trials.reading import counts, ended
 from dfmerge_studies.trials.results import Event
 
 logger = logging.getLogger(__name__)
@@ -384,31 +383,3 @@ def _join(plan: Plan, fingerprint: Mapping[str, Any], problem: Problem, warm: Ma
         if (public := provenance.without_secrets(described)) != described:  # an earlier version kept tokens
             study.set_user_attr(provenance.SPEC, public)
     return study
-
-
-def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:
-    """The winner, or the completed trial of a given number.
-
-    Args:
-        study: an open study.
-        spec: its name and objective.
-        number: Optuna's number of the trial; None for the winner.
-
-    Raises:
-        InputError: the number is not that of a completed trial.
-        RunError: no trial has completed yet.
-    """
-    completed = results(study)
-    if number is None:
-        best = winner_of(study, spec.objective, completed)
-        if best is None:
-            raise RunError(f"the study {spec.name!r} has no completed trial yet", hint="Run it first")
-        return best
-    for trial in completed:
-        if trial.number == number:
-            return trial
-    if any(trial.number == number for trial in pruned_of(study.get_trials(deepcopy=False))):
-        what = f"trial {number} was stopped on a part of its rows, so it has no score of its own"
-        raise InputError(what, where="--trial", hint="`dfmerge merge` takes its coefficients")
-    known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
-    raise InputError(f"no completed trial {number}", where="--trial", hint=f"Completed trials: {known}")

@@ -14,9 +14,10 @@ from typing import Any, Self
 import optuna
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.spec import ObjectiveSettings
+from dfmerge_studies.errors import InputError, RunError
+from dfmerge_studies.spec import ObjectiveSettings, StudySpec
 from dfmerge_studies.study.value import best_trial
-from dfmerge_studies.trials.reading import results
+from dfmerge_studies.trials.reading import pruned_of, results
 
 _WINNER = "dfmerge:winner"  # study attribute
 
@@ -128,3 +129,31 @@ def winner_of(
         if named is not None:
             return named
     return best_trial(completed, objective)
+
+
+def find_trial(study: optuna.Study, spec: StudySpec, number: int | None) -> FrozenTrial:
+    """The winner, or the completed trial of a given number.
+
+    Args:
+        study: an open study.
+        spec: its name and objective.
+        number: Optuna's number of the trial; None for the winner.
+
+    Raises:
+        InputError: the number is not that of a completed trial.
+        RunError: no trial has completed yet.
+    """
+    completed = results(study)
+    if number is None:
+        best = winner_of(study, spec.objective, completed)
+        if best is None:
+            raise RunError(f"the study {spec.name!r} has no completed trial yet", hint="Run it first")
+        return best
+    for trial in completed:
+        if trial.number == number:
+            return trial
+    if any(trial.number == number for trial in pruned_of(study.get_trials(deepcopy=False))):
+        what = f"trial {number} was stopped on a part of its rows, so it has no score of its own"
+        raise InputError(what, where="--trial", hint="`dfmerge merge` takes its coefficients")
+    known = ", ".join(str(trial.number) for trial in completed[:20]) or "none"
+    raise InputError(f"no completed trial {number}", where="--trial", hint=f"Completed trials: {known}")
