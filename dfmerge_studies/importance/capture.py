@@ -120,6 +120,10 @@ class Capture:
         self._bias_ids: Tensor | None = None
         self._watch = True
 
+    def trust_(self) -> None:
+        """Look for no use of a parameter outside its module: the same passes have been looked at before."""
+        self._watch = False
+
     # --- attaching ---------------------------------------------------------------------------------------------------
 
     @contextmanager

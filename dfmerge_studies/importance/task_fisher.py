@@ -158,7 +158,7 @@ def share_of_sum(
         if progress is not None:
             progress(inputs)
 
-    def batched(job: Job, done: Callable[[int], None] = lambda inputs: None) -> dict[str, Tensor]:
+    def batched(job: Job, done: Callable[[int], None] | None = None) -> dict[str, Tensor]:
         return _batched_sum(job, names, row_budget, done)
 
     ranks.check()
@@ -194,9 +194,13 @@ def _along_texts(job: Job, row_budget: int, ranks: Ranks) -> Job:
     return replace(job, examples=written)
 
 
-def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callable[[int], None]) -> dict[str, Tensor]:
-    """The sum through hooks on ordinary passes over chunks of inputs."""
+def _batched_sum(
+    job: Job, names: Collection[str], row_budget: int, done: Callable[[int], None] | None
+) -> dict[str, Tensor]:
+    """The sum through hooks on ordinary passes over chunks of inputs; without `done`, for the first time."""
     capture = _capture(job, names)
+    if done is not None:
+        capture.trust_()
 
     def run(chunk: list[int]) -> None:
         PASSES[job.kind](job, capture, chunk)
@@ -206,7 +210,7 @@ def _batched_sum(job: Job, names: Collection[str], row_budget: int, done: Callab
     on_cpu = device_of(job.model).type == "cpu"
     padding = CHUNK_PASSES * pass_in_tokens(job.model) if on_cpu else math.inf
     chunks = length_batches(job.examples, job.kind, row_budget, rows_times_tokens, padding=padding)
-    each_batch(capture, chunks, run, done=lambda chunk: done(len(chunk)))
+    each_batch(capture, chunks, run, done=lambda chunk: None if done is None else done(len(chunk)))
     return capture.finish()
 
 
