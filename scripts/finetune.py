@@ -52,7 +52,7 @@ from dfmerge_studies.report.outputs import model_target
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.choices import predict
 from dfmerge_studies.tasks.encoding import Encoded, Kind
-from dfmerge_studies.tasks.evaluate import choice_losses
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses
 from dfmerge_studies.tasks.sampling import divided_rows, seeded_generator
 from scripts.lora import ALL_LINEAR, LoRA, add_adapter, trainable, write_adapter
 from scripts.sharpness import Sharpness, add_arguments, check_processes, read_settings
@@ -298,7 +298,7 @@ def finetune(spec: StudySpec, tasks: Sequence[str], out: Path, options: argparse
         spec, tasks, trainee.model, load_tokenizer(found.base), found.kinds[tasks[0]], options.validation_rows
     )
     set_seed(options.seed, device_specific=True)  # dropout differs between processes, fresh heads do not
-    course = train(trainee, data, accelerator, options, spec.token_budget)
+    course = train(trainee, data, accelerator, options, spec.token_budget or TOKEN_BUDGET)
     settings = ("steps", "batch_size", "lr", "weight_decay", "evaluate_every", "patience", "precision", "seed")
     record = {
         "base": spec.base,

@@ -34,6 +34,7 @@ from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.answers import given_answers, judged, taken_answers, wanted_answers
 from dfmerge_studies.tasks.data import reordered
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET
 from dfmerge_studies.tasks.labels import class_order
 from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.settings import HeadTask
@@ -159,10 +160,9 @@ def _evaluate(
         )
         metric, pad_id = spec.metrics(split)[task], padding_id(tokenizer)
         advance = counted(progress, f"{task}: {split}", len(examples))
+        budget = spec.token_budget or TOKEN_BUDGET
         ask = computing(spec, device)(
-            functools.partial(
-                given_answers, tokenizer=tokenizer, pad_id=pad_id, token_budget=spec.token_budget, ranks=ranks
-            )
+            functools.partial(given_answers, tokenizer=tokenizer, pad_id=pad_id, token_budget=budget, ranks=ranks)
         )
         given = ask(model, settings, kind, examples, progress=advance)
         if metric.labels:

@@ -206,7 +206,7 @@ class Importances:
                 estimator=self._estimator(task),
                 writer=self._writer(task),
                 generator=torch_generator(spec.search.seed, "sampled", task),  # the same draws for every part
-                row_budget=spec.importance.row_budget,
+                row_budget=self.problem.row_budget,
                 compact=True,
                 blocks=self._blocks,
                 progress=counted(progress, f"{expert}: fisher{part}", len(inputs)),

@@ -98,7 +98,7 @@ def _traces(problem: Problem, task: str, groups: Groups, progress: Progress) -> 
             pad_id=problem.pad_id,
             names=part,
             estimator=Estimator.EXACT if kind in HEADED else Estimator.EMPIRICAL,
-            row_budget=problem.spec.importance.row_budget,
+            row_budget=problem.row_budget,
             progress=counted(progress, "random tokens", len(examples)),
             ranks=problem.ranks,
         ).values

@@ -37,6 +37,7 @@ from dfmerge_studies.tasks.answers import given_answers, writer_of
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.evaluate import row_length, token_cost
 from dfmerge_studies.tasks.generation import written
+from dfmerge_studies.tasks.replay import allow_replays_
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import TRANSFORMS
 
@@ -149,6 +150,8 @@ def memory_of(problem: Problem, activations: Activations) -> Memory:
     }
     folding = device["sums"] + device["importance"]  # which is not there when a batch is scored
     device["activations"] = max(activations.importance, activations.evaluation - folding)
+    if problem.roomy:  # passes are recorded, and their activations stay
+        device["activations"] = activations.importance + activations.evaluation
 
     host = {"base": held_base, "vectors": sum(held for _, held in vectors), "merged": merged, "waiting": waiting}
     if resident.device.type == "cpu":
@@ -171,6 +174,13 @@ def place_(problem: Problem) -> None:
     Raises:
         InputError: `memory` is less than the least that a trial needs.
     """
+    problem.roomy = True
+    problem.roomy = all(problem.ranks.agreed(lambda: _roomy(problem)))
+    if problem.roomy:
+        allow_replays_(problem.resident.model)
+        problem.resident.keep_on_(host=False)
+        problem.part_entries = None
+        return
     found = problem.ranks.agreed(lambda: _decided(problem))
     short = [entries for fits, entries in found if not fits]
     if not short or not isinstance(problem.resident.base, Streamed):
@@ -185,6 +195,19 @@ def has_room_for_all(problem: Problem) -> bool:
         problem: what is loaded and placed.
     """
     return problem.part_entries is None and _fits(problem, held := held_bytes(problem), _room(problem, held))
+
+
+def _roomy(problem: Problem) -> bool:
+    """Whether a device starts a pass so much later than it ends one that batches should be larger, and has the memory.
+
+    Passes that score are then recorded, too (`tasks/replay.py`), so that their activations stay.
+    """
+    if problem.resident.device.type != "cuda" or problem.spec.memory != "auto":
+        return False
+    held = memory_of(problem, Activations()).device.model
+    there = _room(problem, held)
+    needs = memory_of(problem, activations_of(problem)).device.total
+    return there is not None and needs - held <= _EASY * (there - held)
 
 
 def _decided(problem: Problem) -> tuple[bool, int]:
@@ -299,7 +322,7 @@ def _of_importance(problem: Problem, names: list[str]) -> int:
 
     run(1)
     sums = 4 * sum(problem.sizes[name] for name in names) if method.importance.blocks is None else 0
-    return _grown(run, min(len(inputs), spec.importance.row_budget // max(1, rows_times_tokens(longest, kind))), sums)
+    return _grown(run, min(len(inputs), problem.row_budget // max(1, rows_times_tokens(longest, kind))), sums)
 
 
 def _of_evaluation(problem: Problem) -> int:
@@ -329,7 +352,7 @@ def _of_evaluation(problem: Problem) -> int:
             )
 
     run(1)
-    return _grown(run, min(len(rows[task]), spec.token_budget // max(1, token_cost(longest, kind))), 0)
+    return _grown(run, min(len(rows[task]), problem.token_budget // max(1, token_cost(longest, kind))), 0)
 
 
 def _grown(run: Callable[[int], None], count: int, fixed: int) -> int:

@@ -11,6 +11,7 @@ from dfmerge_studies.checkpoints.digest import ids_digest
 from dfmerge_studies.checkpoints.load import ModelClass
 from dfmerge_studies.checkpoints.reference import Checkpoint
 from dfmerge_studies.checkpoints.resident import Resident
+from dfmerge_studies.importance.task_fisher import ROW_BUDGET
 from dfmerge_studies.objective.classes import Classes
 from dfmerge_studies.objective.groups import Groups, layer_groups, parameter_groups
 from dfmerge_studies.objective.inputs import check_labels, encode_for_all, read_split
@@ -18,6 +19,7 @@ from dfmerge_studies.objective.used_rows import held_out_examples, scored_exampl
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
 from dfmerge_studies.tasks.encoding import Encoded, Kind
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET
 from dfmerge_studies.tasks.metrics import TaskScore
 from dfmerge_studies.tasks.splits import Split
 
@@ -29,6 +31,8 @@ _CLASSES = {
     Kind.MULTI_LABEL: ModelClass.CLASSIFICATION,
     Kind.TOKENS: ModelClass.TOKENS,
 }
+
+ROOMY = 4  # times as many tokens in a batch on a card that has memory for them: it computes while the host launches
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Problem:
         classes: names of the classes of each task's head, as far as they are known.
         part_entries: entries of the parameters whose importance and sums are in memory at a time; None for all.
         share: bytes of the device that `memory: auto` may take, of several processes on it; None for one alone.
+        roomy: batches have `ROOMY` times the default number of tokens where the spec does not say how many.
     """
 
     spec: StudySpec
@@ -103,6 +108,17 @@ class Problem:
     rehearsed: set[tuple[str, str]] = field(default_factory=set)
     part_entries: int | None = None
     share: int | None = None
+    roomy: bool = False
+
+    @property
+    def row_budget(self) -> int:
+        """Tokens in one chunk of rows whose importance is computed."""
+        return self.spec.importance.row_budget or ROW_BUDGET * (ROOMY if self.roomy else 1)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens in one batch that is scored."""
+        return self.spec.token_budget or TOKEN_BUDGET * (ROOMY if self.roomy else 1)
 
     @property
     def kinds(self) -> Mapping[str, Kind]:

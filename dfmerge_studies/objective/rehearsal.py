@@ -86,7 +86,7 @@ def _score(problem: Problem, task: str) -> None:
         return
 
     def losses(inputs: Sequence[Encoded]) -> list[list[float]]:
-        return choice_losses(model, kind, inputs, pad_id=problem.pad_id, token_budget=problem.spec.token_budget)
+        return choice_losses(model, kind, inputs, pad_id=problem.pad_id, token_budget=problem.token_budget)
 
     if isinstance(problem.spec.tasks[task], HarnessTask):
         _ask(problem, task, pair)
@@ -175,7 +175,7 @@ def _weigh(problem: Problem, method: Method, task: str) -> None:
                 estimator=estimator,
                 writer=writer,
                 generator=torch_generator(problem.spec.search.seed, "sampled", task),
-                row_budget=problem.spec.importance.row_budget,
+                row_budget=problem.row_budget,
                 compact=True,
                 blocks=method.importance.blocks,
             )

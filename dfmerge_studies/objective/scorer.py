@@ -135,7 +135,7 @@ class Scorer(Distributed):
                 examples,
                 tokenizer=self.problem.resident.tokenizer,
                 pad_id=self.problem.pad_id,
-                token_budget=self.problem.spec.token_budget,
+                token_budget=self.problem.token_budget,
                 progress=counted(self.progress, f"{task}: {split}", len(examples)),
                 ranks=self.problem.ranks,
             )

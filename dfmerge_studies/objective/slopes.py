@@ -101,7 +101,7 @@ def _add_task_(
     done, found = counted(progress, f"{task}: gradient", len(mine)), 0.0
     problem.resident.use_head_(task)
     padding = pass_in_tokens(problem.resident.model)
-    for chunk in length_batches(mine, kind, problem.spec.importance.row_budget, padding=padding):
+    for chunk in length_batches(mine, kind, problem.row_budget, padding=padding):
         ranks.check()
         losses = answer_losses(problem.resident.model, kind, [mine[i] for i in chunk], pad_id=problem.pad_id)
         loss = losses.sum() * weight

@@ -73,11 +73,12 @@ class ImportanceSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="what Fishers are rounded to; auto: bfloat16, or what an older study has"
     )
-    row_budget: int = Field(
-        8192,
+    row_budget: int | None = Field(
+        None,
         gt=0,
         le=limits.COUNT,
-        description="tokens in one chunk of rows: bounds memory; changes results by rounding only",
+        description="tokens in one chunk of rows: bounds memory; changes results by rounding only; "
+        "null: 8192, and four times as many on a GPU that has memory for them",
     )
 
     @property

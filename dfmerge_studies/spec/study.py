@@ -87,11 +87,12 @@ class StudySpec(Settings):
     compute: Literal["auto", "float32", "tf32", "bf16"] = Field(
         "auto", description="of matrix products when float32 weights are scored; auto: bf16 where the hardware has it"
     )
-    token_budget: int = Field(
-        16384,
+    token_budget: int | None = Field(
+        None,
         gt=0,
         le=limits.COUNT,
-        description="tokens in one evaluation batch: bounds memory; changes results by rounding only",
+        description="tokens in one evaluation batch: bounds memory; changes results by rounding only; "
+        "null: 16384, and four times as many on a GPU that has memory for them",
     )
     trust_remote_code: bool = Field(
         False,

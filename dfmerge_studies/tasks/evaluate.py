@@ -23,6 +23,7 @@ from dfmerge_studies.ranks import SOLO, GroupError, Ranks
 from dfmerge_studies.tasks.batches import device_of
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.folding import folding_is_right
+from dfmerge_studies.tasks.replay import forget_replays_, replayed, state_of
 from dfmerge_studies.tasks.scoring import forward_losses
 
 T = TypeVar("T")
@@ -170,12 +171,14 @@ def _own_losses(
     results: list[list[Any]] = [[] for _ in mine]
     with evaluating(model), torch.inference_mode():
         folded = folding_is_right(model, kind, examples, pad_id)  # of all: ranks must do the same
-        score = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
+        compute = partial(forward_losses, model, kind, pad_id=pad_id, folded=folded)
+        state = state_of(model)
+        score = partial(replayed, model, state and (state, kind, pad_id, folded), compute=compute)
         batches = length_batches(mine, kind, token_budget, padding=pass_in_tokens(model))
         tables: list[Tensor] = []  # on the device: to read one is to wait for it
         for batch in batches:
             ranks.check()
-            tables += _halved([mine[i] for i in batch], score)
+            tables += _halved(model, [mine[i] for i in batch], score)
             if progress is not None:
                 progress(len(batch))
         rows = [losses for table in _read(tables) for losses in table]
@@ -184,7 +187,7 @@ def _own_losses(
     return results
 
 
-def _halved(batch: Sequence[Encoded], score: Callable[[Sequence[Encoded]], Tensor]) -> list[Tensor]:
+def _halved(model: nn.Module, batch: Sequence[Encoded], score: Callable[[Sequence[Encoded]], Tensor]) -> list[Tensor]:
     """Tables of a batch, or of its halves where it does not fit into memory; an input that does not is an error."""
     try:
         return [score(batch)]
@@ -192,10 +195,11 @@ def _halved(batch: Sequence[Encoded], score: Callable[[Sequence[Encoded]], Tenso
         if len(batch) == 1 or out_of_memory(error) is None:
             raise
     # Only here, when the error is gone, is what its frames held free.
+    forget_replays_(model)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     half = (len(batch) + 1) // 2
-    return _halved(batch[:half], score) + _halved(batch[half:], score)
+    return _halved(model, batch[:half], score) + _halved(model, batch[half:], score)
 
 
 def _read(tables: Sequence[Tensor]) -> list[list[list[float]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -16,7 +17,19 @@ from dfmerge_studies.tasks.encoding import Encoded
 T = TypeVar("T")
 KEPT = 512  # batches of a model and a function, those last used; one takes some hundred kilobytes at most
 
+_holding: list[list[Any]] = []
 _kept: WeakKeyDictionary[nn.Module, OrderedDict[Any, tuple[Sequence[Encoded], Any]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def held() -> Iterator[list[Any]]:
+    """A list of what `once` gives inside the block: whoever holds the list keeps those tensors where they are."""
+    found: list[Any] = []
+    _holding.append(found)
+    try:
+        yield found
+    finally:
+        _holding.remove(found)
 
 
 def once(make: Callable[[nn.Module, Sequence[Encoded], int], T]) -> Callable[[nn.Module, Sequence[Encoded], int], T]:
@@ -41,6 +54,8 @@ def once(make: Callable[[nn.Module, Sequence[Encoded], int], T]) -> Callable[[nn
             if len(found) > KEPT:
                 found.popitem(last=False)
         made: T = found[key][1]
+        for each in _holding:
+            each.append(made)
         return made
 
     return kept
