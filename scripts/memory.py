@@ -85,12 +85,13 @@ class Shape:
             tokens: of an input, on average.
             **fields: of the spec.
         """
-        with torch.device(self.device):
+        with torch.device("cpu" if self.device == "cuda" else self.device):
             model = self.size.build().eval().requires_grad_(False).to(self.dtype)
         deltas = [self._deltas(model) for _ in range(self.experts)]
         names = [name for name, _ in model.named_parameters() if name in deltas[0]]
         parameters = dict(model.named_parameters())
         base = {name: parameters[name].detach().clone() for name in names}
+        model.to(self.device)  # alone: what is loaded is on the host until it is placed
         tasks = [f"task{i}" for i in range(self.experts)]
         vectors = [TaskVector(task, own) for task, own in zip(tasks, deltas, strict=True)]
         found: Any = dict.fromkeys(("tokenizer", "base_digest"))
@@ -178,7 +179,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, arguments.dtype)
     small = replace(SIZES[arguments.size], layers=1, width=64, heads=1, inner=64, vocabulary=1000, key_heads=None)
     device = arguments.device
-    _run(Shape(small, 1, 0, dtype, device).problem(inputs=2, tokens=8))  # imports what is imported late
+    first = Shape(small, 1, 0, dtype, device).problem(inputs=2, tokens=8)
+    place_(first)
+    _run(first)  # imports what is imported late
+    del first
     before = _held(device)
     shape = Shape(SIZES[arguments.size], arguments.experts, arguments.lora, dtype, device)
     problem = shape.problem(

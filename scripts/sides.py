@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfmerge_studies.checkpoints.in_place import InPlace
-from dfmerge_studies.importance.task_fisher import task_fisher
+from dfmerge_studies.importance.task_fisher import ROW_BUDGET, task_fisher
 from dfmerge_studies.merging import merge_into_
+from dfmerge_studies.objective.problem import ROOMY
 from dfmerge_studies.params import TaskVector
+from dfmerge_studies.tasks.batches import device_of
 from dfmerge_studies.tasks.encoding import HEADED, Encoded, Kind
-from dfmerge_studies.tasks.evaluate import choice_losses
+from dfmerge_studies.tasks.evaluate import TOKEN_BUDGET, choice_losses
+from dfmerge_studies.tasks.replay import allow_replays_
 from scripts.sizes import Size, examples
 
 FLOOR = 1e-12  # added to importances on both sides
@@ -63,6 +66,16 @@ def row_losses(model: nn.Module, kind: Kind, example: Encoded) -> list[Tensor]:
             logits = model(input_ids=whole).logits[0, ids.shape[1] - 1 : -1]
         found.append(F.cross_entropy(logits, target))
     return found
+
+
+def exact_fisher(work: Work, index: int) -> dict[str, Tensor]:
+    """The plain way in double precision: what both sides would be without rounding."""
+    model, vector = copy.deepcopy(work.base).double(), work.vectors[index]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in vector.deltas:
+                parameter += work.coefficients[vector.expert] * vector.deltas[name].double()
+    return loop(model, work.kind, work.inputs[index], list(vector.deltas))
 
 
 @torch.no_grad()
@@ -210,12 +223,18 @@ def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
     parameters = dict(work.base.named_parameters())
     base = {name: parameters[name].detach() for name in names}
     place, fishers = InPlace(model, base, work.vectors, names), []
+    device = device_of(model)
+    size = 1 if device.type == "cpu" else ROOMY  # as a study on a card with much memory does it
+    if device.type == "cuda":
+        allow_replays_(model)
 
     def importance(index: int) -> Mapping[str, Tensor]:
         with clock.phase("write"):
             place.load_scaled_(index, work.coefficients[work.vectors[index].expert])
         with clock.phase("fisher"):
-            fisher = task_fisher(model, work.kind, work.inputs[index], pad_id=0, names=names).values
+            fisher = task_fisher(
+                model, work.kind, work.inputs[index], pad_id=0, names=names, row_budget=size * ROW_BUDGET
+            ).values
         if keep:
             fishers.append(fisher)
         return fisher
@@ -224,5 +243,7 @@ def ours(work: Work, clock: Clock, *, keep: bool = True) -> Found:
     merge_into_(model, base, work.vectors, work.coefficients, importance, floor=FLOOR)
     clock.seconds["merge"] += clock.now() - before - clock.seconds["write"] - clock.seconds["fisher"]
     with clock.phase("evaluate"):
-        losses = [choice_losses(model, work.kind, rows, pad_id=0) for rows in work.rows]
+        losses = [
+            choice_losses(model, work.kind, rows, pad_id=0, token_budget=size * TOKEN_BUDGET) for rows in work.rows
+        ]
     return Found(fishers, {n: p.detach() for n, p in model.named_parameters()}, losses, clock.seconds)
