@@ -21,7 +21,7 @@ from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
 from dfmerge_studies.objective.slopes import Sample
 from dfmerge_studies.points import Point, fine_name
-from dfmerge_studies.report.figures.trajectory import _kind
+from dfmerge_studies.report.kinds import kinds_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import load_study, open_storage
@@ -389,7 +389,7 @@ def test_a_study_keeps_its_sampler_and_refuses_another_rate(project: Project) ->
     status = project.cli("status", "spec.yaml").stdout
     assert "gradient (steps down the loss)" in status
     view = StudyView.of(load_study(open_storage(f"sqlite:///{project.folder}/colours.db", create=False), "colours"))
-    assert [_kind(view, each) for each in view.trials] == ["known", "step", "step"]
+    assert kinds_of(view) == ["known", "step", "step"]
     ends = more["descent"]
     assert (ends["first"]["trial"], ends["last"]["trial"]) == (0, 2)
     assert f"{ends['first']['loss']:.3f} in trial 0, {ends['last']['loss']:.3f} in trial 2" in status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import Any
 
 import optuna
@@ -9,11 +10,13 @@ import pytest
 
 from dfmerge_studies.report.expectations import expectation_text, gain_left
 from dfmerge_studies.report.figures.trajectory import Trajectory, trajectory
+from dfmerge_studies.report.kinds import kinds_of
 from dfmerge_studies.report.notes import study_note, trial_note
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.marks import PROPOSAL
+from dfmerge_studies.trials.queue import put_back
 from dfmerge_studies.trials.space import Space
 from dfmerge_studies.trust_region import Goal
 from tests.project import Project
@@ -104,7 +107,57 @@ def test_the_trajectory_shows_expectations_regions_and_restarts() -> None:
     assert list(bars.x) == [2, 3, 4, 5]
     assert list(bars.y) == pytest.approx([75.0] * 4)
     assert list(bars.error_y.array) == pytest.approx([1.0] * 4)
-    assert len(drawn.static().axes) == 3
+    region = drawn.static().axes[2]
+    assert region.get_ylabel() == "trust region"
+    assert [text.get_text() for text in region.get_legend().get_texts()] == ["half width", "restart"]
+    named = [shape for shape in drawn.plotly().layout.shapes if shape.showlegend]
+    assert [(shape.name, shape.x0) for shape in named] == [("restart", 4)]
+
+
+STEP = {"from": 0}
+
+
+def test_the_caption_says_what_steps_are_where_there_are_any() -> None:
+    drawn = trajectory(with_proposals([None, STEP, STEP, proposed(1, 0.4)]))
+    assert isinstance(drawn, Trajectory)
+    assert drawn.kinds == ["startup", "step", "step", "search"]
+    assert "Triangles: steps down the loss" in drawn.caption
+    other = trajectory(with_proposals([None, None, None, proposed(1, 0.4)]))
+    assert isinstance(other, Trajectory)
+    assert "Triangles" not in other.caption
+
+
+def test_a_draw_of_a_worker_that_began_before_the_startup_was_over_is_not_shown_as_proposed() -> None:
+    """Startup is three trials; the fourth began while the third was running."""
+    study, began = study_of({}, lambda point: point["a"], 0), datetime(2026, 1, 1)
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in "ab"}
+    for place, (start, end) in enumerate([(0, 1), (1, 2), (2, 4), (3, 5), (6, 7)]):
+        trial = optuna.trial.create_trial(
+            params={"a": 0.5, "b": 0.1 * place},
+            distributions=space,
+            value=0.5,
+            user_attrs={"place": place, "tasks": {"a": 0.5, "b": 0.5}},
+        )
+        trial.datetime_start, trial.datetime_complete = (began + timedelta(minutes=each) for each in (start, end))
+        study.add_trial(trial)
+    assert kinds_of(StudyView.of(study)) == ["startup", "startup", "startup", "startup", "search"]
+
+
+def test_a_trial_that_was_cut_and_repeated_is_shown_as_what_it_was_at_first() -> None:
+    study = study_of({}, lambda point: point["a"], 0)
+    study.enqueue_trial({"a": 0.5, "b": 0.5}, user_attrs={"place": 0})
+    space = {name: optuna.distributions.FloatDistribution(0, 1) for name in "ab"}
+    for place, kept in enumerate([None, None, STEP, proposed(1, 0.4)]):
+        first = study.ask(space)
+        for name, value in {"place": place, "drawn": True, **({PROPOSAL: kept} if kept else {})}.items():
+            first.set_user_attr(name, value)
+        put_back(study, first._trial_id)
+        again = study.ask(space)
+        again.set_user_attr("tasks", {"a": 0.5, "b": 0.5})
+        study.tell(again, 0.5)
+    view = StudyView.of(study)
+    assert [trial.user_attrs["retry_of"] for trial in view.trials] == [0, 2, 4, 6]
+    assert kinds_of(view) == ["known", "startup", "step", "search"]
 
 
 def test_the_trajectory_of_trials_without_expectations_is_as_it_was() -> None:

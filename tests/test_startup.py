@@ -13,7 +13,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dfmerge_studies import InputError, RunError, StudySpec, optimize_merge
-from dfmerge_studies.report.figures.trajectory import _kind
+from dfmerge_studies.report.kinds import kinds_of
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.spec import DEFAULT_STARTUP, ObjectiveSettings, SearchSettings
@@ -70,8 +70,7 @@ def test_startup_trials_are_the_steps_of_a_study_that_descends_and_then_the_trus
     assert [set(trial.user_attrs.get(PROPOSAL, {})) & {"from", "region"} for trial in trials] == [
         set(), {"from"}, {"from"}, {"from"}, {"region"}, {"region"},
     ]  # fmt: skip
-    view = StudyView.of(session.study)
-    assert [_kind(view, trial) for trial in trials] == ["known", "step", "step", "step", "search", "search"]
+    assert kinds_of(StudyView.of(session.study)) == ["known", "step", "step", "step", "search", "search"]
 
 
 def test_slopes_are_taken_where_a_later_step_follows_from_them_and_nowhere_else(project: Project) -> None:

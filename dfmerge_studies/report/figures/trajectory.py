@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial
 from plotly.subplots import make_subplots
 
-from dfmerge_studies.methods import Coefficients
-from dfmerge_studies.report.expectations import expected_of, is_step
+from dfmerge_studies.report.expectations import expected_of
 from dfmerge_studies.report.figures.base import (
     BLUE,
     DARK,
@@ -38,11 +37,11 @@ from dfmerge_studies.report.figures.base import (
     tidy_,
     whole_step,
 )
+from dfmerge_studies.report.kinds import kinds_of
 from dfmerge_studies.report.tables import bounds_text
 from dfmerge_studies.report.view import StudyView
-from dfmerge_studies.study.fingerprint import sampler_of
 from dfmerge_studies.study.value import best_trial
-from dfmerge_studies.trials.marks import FIXED, place_of
+from dfmerge_studies.trials.marks import place_of
 from dfmerge_studies.trials.reading import violation
 
 if TYPE_CHECKING:
@@ -178,7 +177,10 @@ class Trajectory(Drawing):
         figure.update_xaxes(tick0=0, dtick=whole_step(last - first))
         layout_(figure, height=560)
         return figure.update_layout(
-            legend={"y": 1, "yanchor": "top"}, legend2={"y": 0.37, "yanchor": "top"}, hovermode="closest"
+            legend={"y": 1, "yanchor": "top"},
+            legend2={"y": 0.37, "yanchor": "top"},
+            legend3={"y": 0.12, "yanchor": "top"},
+            hovermode="closest",
         )
 
     def _add_expectations_(self, figure: go.Figure) -> None:
@@ -200,13 +202,20 @@ class Trajectory(Drawing):
                 y=self.half_widths,
                 mode="lines",
                 line={"color": GREY, "shape": "hv"},
-                showlegend=False,
+                name="half width",
+                legend="legend3",
+                showlegend=True,
                 row=3,
                 col=1,
             )
             figure.update_yaxes(title_text="region", rangemode="tozero", row=3, col=1)
+        style = {"color": GREY, "width": 1, "dash": "dot"}
         for place in self.restarts:
-            figure.add_vline(x=place, line={"color": GREY, "width": 1, "dash": "dot"})
+            for row in (1, 2, 3):  # the last one has the legend's line
+                named = row == 3 and place == self.restarts[0]
+                figure.add_vline(
+                    x=place, line=style, name="restart", legend="legend3", showlegend=named, row=row, col=1
+                )
 
     def static(self) -> Figure:
         """The same for a file."""
@@ -222,12 +231,13 @@ class Trajectory(Drawing):
                 )
             for region in others:
                 widths = [math.nan if width is None else width for width in self.half_widths]
-                region.plot(self.places, widths, color=GREY, drawstyle="steps-post")
+                region.plot(self.places, widths, color=GREY, drawstyle="steps-post", label="half width")
                 region.set_ylim(bottom=0)
-                tidy_(region, x="trial", y="region")
+                tidy_(region, x="trial", y="trust region")
             for place in self.restarts:
                 for each in axes:
-                    each.axvline(place, color=GREY, linewidth=0.8, linestyle=":")
+                    named = "restart" if place == self.restarts[0] and each in others else None
+                    each.axvline(place, color=GREY, linewidth=0.8, linestyle=":", label=named)
             top.plot(
                 self.places,
                 [math.nan if value is None else value for value in scaled_or_none(self.best, self.unit)],
@@ -261,8 +271,8 @@ class Trajectory(Drawing):
             tidy_(top, y=axis_label(self.measure, self.unit))
             tidy_(bottom, x="" if others else "trial", y=self.chosen)
             bottom.xaxis.get_major_locator().set_params(integer=True)
-            legend_(top)
-            legend_(bottom)
+            for each in axes:
+                legend_(each)
         return figure
 
     def _static_points(self, axes: Axes, kind: str, words: str, symbol: str) -> None:
@@ -306,16 +316,17 @@ def trajectory(view: StudyView) -> Trajectory | Missing:
     }
     if set(experts) == set(view.tasks):
         levels = {"each task's own expert": view.value_of(experts), **levels}
+    kinds = kinds_of(view)
     return Trajectory(
         NAME,
         TITLE,
-        _caption(view),
+        _caption(view, kinds),
         measure=view.measure,
         unit=view.unit,
         places=[place_of(trial) for trial in view.trials],
         numbers=[trial.number for trial in view.trials],
         scores=[view.value(trial) for trial in view.trials],
-        kinds=[_kind(view, trial) for trial in view.trials],
+        kinds=kinds,
         feasible=[violation(trial) <= 0 for trial in view.trials],
         best=best,
         coefficients=view.points(),
@@ -351,24 +362,14 @@ def _level(view: StudyView, other: StudyView) -> float:
     return view.value_of(other.trial_scores(other.best, "validation") or {})
 
 
-def _kind(view: StudyView, trial: FrozenTrial) -> str:
-    """Given, of the method's grid, random, a step down the loss, or proposed from what earlier trials scored."""
-    if FIXED in trial.system_attrs:
-        return "known"
-    if view.policy is Coefficients.SHARED_GRID:
-        return "grid"
-    if is_step(trial):
-        return "step"
-    random = sampler_of(view.fingerprint) in ("random", "gradient")
-    return "startup" if random or place_of(trial) < max(1, int(view.fingerprint["search.startup_trials"])) else "search"
-
-
-def _caption(view: StudyView) -> str:
+def _caption(view: StudyView, kinds: Sequence[str]) -> str:
     what = (
         f"Top: {view.measure} on the validation inputs of the merge that each trial tried, and of the trial that would "
-        "have been chosen so far; level lines are the best merges of other methods in the same storage. Bottom: the "
+        "have been chosen so far; level lines are the best merges of other methods in the same storage. Below: the "
         "coefficients that the trial used."
     )
+    if "step" in kinds:
+        what += " Triangles: steps down the loss of some validation inputs, each from what the earlier ones gave."
     if view.pruned:
         what += f" Without the {len(view.pruned)} trials that were stopped on a part of the rows, which have no score."
     if any("mean" in expected_of(trial) for trial in view.trials):
