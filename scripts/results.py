@@ -10,6 +10,9 @@ per line, labels in the order of `TASKS`. The texts are other people's and are n
 
 Experts are the 22M encoder all-MiniLM-L6-v2, fine-tuned whole, with a head per task. The stage `experts` trains those
 that WORK/models lacks, and the multi-task model; `studies` runs and compares; `report` draws the figures.
+
+Searches start from uniform points (`search.startup: uniform`), as those of the page's tables did; a new study of one's
+own descends first.
 """
 
 from __future__ import annotations
@@ -87,7 +90,7 @@ def write_spec(data: Path, work: Path, *, limit: int, test_rows: int, trials: in
         "tasks": tasks,
         "method": "df-merge",
         "multi_task": "models/multitask",
-        "search": {"trials": trials, "startup_trials": startup, "seed": 0},
+        "search": {"trials": trials, "startup": "uniform", "startup_trials": startup, "seed": 0},
         "importance": {"dtype": "float32"},
         "cache_limit": "6GB",
         "device": "cpu",

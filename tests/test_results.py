@@ -18,6 +18,7 @@ def test_the_spec_reads_the_data_folder_that_is_named(tmp_path: Path) -> None:
             (tmp_path / f"{name}.{split}.jsonl").write_text(text)
     file = results.write_spec(tmp_path, tmp_path / "work", limit=4, test_rows=5, trials=3, startup=2)
     spec = StudySpec.from_yaml(file)
+    assert spec.search.startup == "uniform"  # as the tables of the page were made
     assert list(spec.tasks) == list(spec.experts) == list(results.RECIPES)
     for name, task in spec.tasks.items():
         assert task.training_split is not None
