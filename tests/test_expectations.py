@@ -110,8 +110,11 @@ def test_the_trajectory_shows_expectations_regions_and_restarts() -> None:
     region = drawn.static().axes[2]
     assert region.get_ylabel() == "trust region"
     assert [text.get_text() for text in region.get_legend().get_texts()] == ["half width", "restart"]
-    named = [shape for shape in drawn.plotly().layout.shapes if shape.showlegend]
-    assert [(shape.name, shape.x0) for shape in named] == [("restart", 4)]
+    lines = drawn.plotly().layout.shapes
+    assert [(line.name, line.x0, line.yref) for line in lines] == [
+        ("restart", 4, f"{panel} domain") for panel in ("y", "y2", "y3")
+    ]
+    assert [line.showlegend for line in lines] == [False, False, True]
 
 
 STEP = {"from": 0}

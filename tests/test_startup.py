@@ -73,6 +73,14 @@ def test_startup_trials_are_the_steps_of_a_study_that_descends_and_then_the_trus
     assert kinds_of(StudyView.of(session.study)) == ["known", "step", "step", "step", "search", "search"]
 
 
+def test_status_of_a_study_that_still_descends_says_from_when_on_a_gain_is_expected(project: Project) -> None:
+    starting(project, search={"startup": "descent"})
+    project.json("run", "spec.yaml", "--trials", "2", "--no-test")
+    shown = " ".join(project.cli("status", "spec.yaml").stdout.split())
+    assert "auto (steps down the loss, then one Gaussian process per task in a trust region)" in shown
+    assert "gain to come known once a trial is proposed, after 4 trials" in shown
+
+
 def test_slopes_are_taken_where_a_later_step_follows_from_them_and_nowhere_else(project: Project) -> None:
     trials = results(ran(starting(project, search={"startup": "descent"})).study)
     assert [GRADIENT in trial.user_attrs for trial in trials] == [True, True, True, False, False, False]

@@ -176,8 +176,8 @@ def status_table(summary: Mapping[str, Any]) -> Table:
                 drops = [f"{task} {drop:+.1f}" for task, drop in best["drops"].items() if task in tasks]
                 if drops:
                     table.add_row(name, f"{'  '.join(drops)}{within}")
-    if summary["expected_gain"] is not None:
-        table.add_row("gain to come", gain_text(summary["expected_gain"], metrics))
+    if (gain := _gain_to_come(summary, metrics)) is not None:
+        table.add_row("gain to come", gain)
     if summary["descent"] is not None:
         table.add_row("loss", descent_text(summary["descent"]))
     if summary["seconds_per_trial"]:
@@ -188,6 +188,17 @@ def status_table(summary: Mapping[str, Any]) -> Table:
         )
     table.add_row("storage", summary["storage"])
     return table
+
+
+def _gain_to_come(summary: Mapping[str, Any], metrics: Metrics) -> str | None:
+    """How much improvement is still expected; None where the search expects nothing in one value."""
+    if summary["expected_gain"] is not None:
+        return gain_text(summary["expected_gain"], metrics)
+    search, best, complete = summary["search"], summary["best"], summary["trials"]["complete"]
+    if search is None or search["sampler"] not in ("auto", "gp") or best is None or "values" in best:
+        return None
+    startup = search["startup_trials"]
+    return f"known once a trial is proposed, after {startup} trials" if complete < startup else None
 
 
 def verdict_lines(summary: Mapping[str, Any]) -> list[str]:

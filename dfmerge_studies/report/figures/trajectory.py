@@ -214,7 +214,14 @@ class Trajectory(Drawing):
             for row in (1, 2, 3):  # the last one has the legend's line
                 named = row == 3 and place == self.restarts[0]
                 figure.add_vline(
-                    x=place, line=style, name="restart", legend="legend3", showlegend=named, row=row, col=1
+                    x=place,
+                    line=style,
+                    name="restart",
+                    legend="legend3",
+                    showlegend=named,
+                    row=row,
+                    col=1,
+                    exclude_empty_subplots=False,  # the coefficients are drawn after
                 )
 
     def static(self) -> Figure:
