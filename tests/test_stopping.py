@@ -319,7 +319,8 @@ def test_several_worker_processes_stop_together_and_say_so_once(project: Project
     run = project.process("run", "spec.yaml", "--workers", "2", "--no-test")
     status = project.json("status", "spec.yaml")
     trials, stopped = status["trials"], status["stopped"]
-    assert stopped["after"] <= trials["complete"] == trials["target"] <= stopped["after"] + 1
+    # While one worker has the trial after which the rule holds, the other may end some and begin the next.
+    assert stopped["after"] <= trials["complete"] == trials["target"] <= stopped["after"] + 4
     assert (trials["running"], trials["waiting"]) == (0, 0)
     words = f"stopped after {stopped['after']} of 30"
     assert run.stderr.count(words) == 1
