@@ -40,7 +40,9 @@ class DescentSampler(JointSampler):
     """Proposes one trial, a step from the path's last one; nothing is proposed while no trial has a slope.
 
     Trials that run or have failed since the last one with a slope are taken for steps in the same direction, so that
-    several workers try several lengths of it and a point that cannot be merged is not proposed again.
+    several workers try several lengths of it and a point that cannot be merged is not proposed again.  Only places
+    before the trial's own count: a process may be killed between the mark of a step and its point, whose place the next
+    trial takes.
 
     Args:
         space: what is searched.
@@ -71,8 +73,8 @@ class DescentSampler(JointSampler):
             return {}
         start = _start(known, study.direction is StudyDirection.MAXIMIZE)
         path = [start, *(each for each in known if FROM in _proposal(each))]
-        last = place_of(path[-1])
-        ahead = {place_of(each) for each in others if FROM in _proposal(each) and place_of(each) > last}
+        between = range(place_of(path[-1]) + 1, place_of(trial))
+        ahead = {place_of(each) for each in others if FROM in _proposal(each)}.intersection(between)
         self.expected = {FROM: place_of(start)}
         return self._stepped(path[-1].params, [_slopes(each) for each in path], 1 + len(ahead))
 

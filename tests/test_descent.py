@@ -270,10 +270,12 @@ def trial(place: int, point: tuple[float, float], slopes: tuple[float, float] | 
     )
 
 
-def proposed(*trials: FrozenTrial, rate: float = 0.05) -> tuple[dict[str, float], Any]:
+def proposed(*trials: FrozenTrial, rate: float = 0.05, place: int | None = None) -> tuple[dict[str, float], Any]:
     study = optuna.create_study(direction="maximize")
     study.add_trials(trials)
     asked = study.ask()
+    if place is not None:
+        asked.set_user_attr(PLACE, place)
     sampler = make_sampler("gradient", seed=0, study_name="s", space=SPACE, rate=rate)
     point = sampler.sample_relative(study, study.trials[asked.number], {**SPACE.distributions()})
     return point, study.trials[asked.number].user_attrs.get(PROPOSAL)
@@ -307,6 +309,16 @@ def test_trials_without_a_slope_are_steps_in_the_same_direction(state: TrialStat
     begun = trial(0, (0.5, 0.5), (1.0, -1.0))
     running = trial(1, (0.45, 0.55), None, path=0, state=state)
     assert proposed(begun, running)[0] == pytest.approx({"a": 0.4, "b": 0.6})
+
+
+@pytest.mark.parametrize("later", [1, 2])
+def test_a_trial_without_its_point_is_no_step_ahead_of_the_one_that_takes_its_place(later: int) -> None:
+    """A process may be killed when it has noted where a path started and not yet the point."""
+    begun = trial(0, (0.5, 0.5), (1.0, -1.0))
+    lost = create_trial(state=TrialState.FAIL, user_attrs={PLACE: 1, DRAWN: True, PROPOSAL: {"from": 0}})
+    running = trial(2, (0.4, 0.6), None, path=0, state=TrialState.RUNNING)
+    found = proposed(begun, lost, *[running][: later - 1], place=1)[0]
+    assert found == pytest.approx({"a": 0.45, "b": 0.55})
 
 
 def test_a_better_point_that_is_given_later_does_not_move_the_path() -> None:
