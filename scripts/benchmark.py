@@ -126,13 +126,14 @@ def compared(work: Work, left: Found, right: Found) -> dict[str, Any]:
         if sorted(x)[1] - sorted(x)[0] > 1e-3
     ]
     same = all(x.index(min(x)) == y.index(min(y)) for x, y in decided)
-    alike = all(agreement[name] <= bound for name, bound in AGREE.items())
-    if max(apart) > AGREE["fisher"]:  # a rectified unit near 0 is on or off by rounding: more digits say who is right
+    alike = max(apart) <= AGREE["fisher"]
+    if not alike:  # a rectified unit near 0 is on or off by rounding: more digits say who is right
         worst = apart.index(max(apart))
         exact = exact_fisher(work, worst)
         plain_off, ours_off = (distance(exact, each.fishers[worst]) for each in (left, right))
         agreement |= {"fisher, plain to exact": plain_off, "fisher, ours to exact": ours_off}
-        alike = ours_off <= max(KINK, plain_off) and all(agreement[n] <= AGREE[n] for n in AGREE if n != "fisher")
+        alike = ours_off <= max(KINK, plain_off)
+    alike &= all(agreement[name] <= AGREE[name] for name in ("merged", "losses"))
     return {
         "distance": agreement,
         "scores": {"plain": scores[0], "ours": scores[1]},

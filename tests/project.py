@@ -21,7 +21,9 @@ import torch
 import yaml
 from transformers import AutoModel
 
+from dfmerge_studies import StudySpec
 from dfmerge_studies.cli.app import main
+from dfmerge_studies.study.session import open_study
 from dfmerge_studies.tasks.encoding import Kind
 from tests.models import CHOICES, FAMILIES, LABELS, TEXTS, make_model
 from tests.processes import Forked, command, command_with_forked_workers, free_port
@@ -124,6 +126,20 @@ def start_ranks(target: Callable[..., None], *arguments: Any, folder: Path, **en
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [cli_environment(RANK=rank, LOCAL_RANK=rank, **shared, **environment) for rank in ("0", "1")]
     return [Forked(target, *arguments, folder=folder, environment=rank) for rank in ranks]
+
+
+def run_cut_at(spec: StudySpec, *places: int) -> None:
+    """Run a study that is interrupted as it starts the trials of these places, and resumed after each but the last."""
+    stop = set(places)
+
+    def interrupt(event: Any) -> None:
+        if event.kind == "started" and event.place in stop:
+            stop.discard(event.place)
+            raise KeyboardInterrupt
+
+    for _ in places:
+        with pytest.raises(KeyboardInterrupt):
+            open_study(spec).run(on_event=interrupt)
 
 
 def make_project(

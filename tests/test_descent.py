@@ -35,7 +35,7 @@ from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
 from tests import ranks_child
 from tests.models import make_model
-from tests.project import EXPERTS, Project, make_project, start_ranks
+from tests.project import EXPERTS, Project, make_project, run_cut_at, start_ranks
 from tests.test_fisher import loop_losses
 from tests.test_generate_tasks import generating
 from tests.test_in_memory import target_score, toys
@@ -363,16 +363,7 @@ def test_a_study_that_is_cut_goes_on_as_the_uncut_one(project: Project) -> None:
     whole = open_study(descending(project, **fields))
     whole.run()
     cut = descending(project, **fields, storage="sqlite:///cut.db")
-    stop = {1, 3}
-
-    def interrupt(event: Any) -> None:
-        if event.kind == "started" and event.place in stop:
-            stop.discard(event.place)
-            raise KeyboardInterrupt
-
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            open_study(cut).run(on_event=interrupt)
+    run_cut_at(cut, 1, 3)
     last = open_study(cut)
     last.run()
     assert history(last) == history(whole)

@@ -24,7 +24,7 @@ from dfmerge_studies.study.plan import Plan
 from dfmerge_studies.study.session import Session, open_study
 from dfmerge_studies.trials.reading import results
 from tests.models import FAMILIES, make_model
-from tests.project import EXPERTS, Project
+from tests.project import EXPERTS, Project, run_cut_at
 from tests.test_fisher import loop_fisher
 
 TWO = {"groups": {"attention": "attention|Attention", "mlp": "DenseReluDense|mlp"}}
@@ -303,17 +303,8 @@ def test_a_study_that_is_cut_in_either_half_goes_on_as_the_uncut_one(project: Pr
     cut = granular(project, **fields, storage="sqlite:///cut.db")
     session = open_study(cut)
     session.add_trials(1)  # states the total of the spec, and one more, before the first trial
-    stop = {2, 5}
-
-    def interrupt(event: Any) -> None:
-        if event.kind == "started" and event.place in stop:
-            stop.discard(event.place)
-            raise KeyboardInterrupt
-
     whole.run(target=7)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            open_study(cut).run(on_event=interrupt)
+    run_cut_at(cut, 2, 5)
     last = open_study(cut)
     last.run()
     assert len(results(last.study)) == 7

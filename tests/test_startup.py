@@ -28,7 +28,7 @@ from dfmerge_studies.trials.marks import DRAWN, GRADIENT, PLACE, PROPOSAL, TASKS
 from dfmerge_studies.trials.reading import results
 from dfmerge_studies.trials.space import Space
 from tests import ranks_child
-from tests.project import Project, start_ranks
+from tests.project import Project, run_cut_at, start_ranks
 from tests.test_in_memory import target_score, toys
 from tests.test_lm_eval import CASES, harness_project
 
@@ -95,16 +95,8 @@ def test_the_first_region_stands_around_the_best_startup_trial(project: Project)
 def test_a_study_that_is_cut_goes_on_as_the_uncut_one(project: Project) -> None:
     fields = {"startup": "descent", "startup_trials": 3, "trials": 4}
     whole = ran(starting(project, search=fields))
-    cut, stop = starting(project, storage="sqlite:///cut.db", search=fields), {2, 3}
-
-    def interrupt(event: Any) -> None:
-        if event.kind == "started" and event.place in stop:
-            stop.discard(event.place)
-            raise KeyboardInterrupt
-
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            open_study(cut).run(on_event=interrupt)
+    cut = starting(project, storage="sqlite:///cut.db", search=fields)
+    run_cut_at(cut, 2, 3)
     assert points(ran(cut)) == points(whole)
 
 

@@ -148,10 +148,11 @@ def memory_of(problem: Problem, activations: Activations) -> Memory:
         "sums": sums,
         "importance": 4 * largest if weighed else 0,
     }
-    folding = device["sums"] + device["importance"]  # which is not there when a batch is scored
-    device["activations"] = max(activations.importance, activations.evaluation - folding)
     if problem.roomy:  # passes are recorded, and their activations stay
         device["activations"] = activations.importance + activations.evaluation
+    else:
+        folding = device["sums"] + device["importance"]  # which is not there when a batch is scored
+        device["activations"] = max(activations.importance, activations.evaluation - folding)
 
     host = {"base": held_base, "vectors": sum(held for _, held in vectors), "merged": merged, "waiting": waiting}
     if resident.device.type == "cpu":

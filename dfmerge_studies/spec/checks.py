@@ -169,18 +169,18 @@ def _slopes_lacking(spec: StudySpec, how: str) -> Iterator[Finding]:
     row = spec.row
     if not row.searches:
         return
-    other = "Use sampler: auto" if how == "sampler: gradient" else "Use startup: uniform"
+    other = "sampler: auto" if how == "sampler: gradient" else "startup: uniform"
     if spec.objective.kind not in ("mean", "weighted"):
         what = f"{how} descends a mean of losses, and the objective is {spec.objective.kind}"
-        yield "objective", what, f"Use mean or weighted, or {other[4:]}"
+        yield "objective", what, f"Use mean or weighted, or {other}"
     if row.importance.blocks is not None:
-        yield "method", f"{spec.method!r} has importance in blocks, whose slopes are not known", other
+        yield "method", f"{spec.method!r} has importance in blocks, whose slopes are not known", f"Use {other}"
     if row.searched:
         own = ", ".join(each.name for each in row.searched)
         what = f"{how} has slopes of coefficients only, and {own} would be searched beside them"
-        yield f"parameters.{spec.method}", what, f"Give a value to each of them, or use {other[4:]}"
+        yield f"parameters.{spec.method}", what, f"Give a value to each of them, or use {other}"
     if spec.protect is not None:
-        yield "protect", f"{how} does not know the step that protect takes away", other
+        yield "protect", f"{how} does not know the step that protect takes away", f"Use {other}"
 
 
 def _rows_lacking(spec: StudySpec) -> Iterator[Finding]:
