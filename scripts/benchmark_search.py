@@ -5,8 +5,9 @@
     python scripts/benchmark_search.py real SPEC --step 0.05 --out out                  searches of real merges
     python scripts/benchmark_search.py table out                                        the tables again
 
-`record` takes about half an hour of one core for each variant, and goes on where it was cut (its logs stand beside the
-file; `--part 0/2` and `--part 1/2` share the work between two processes, a last call without `--part` gathers it).
+`record` takes a quarter of an hour of one core for each variant, and goes on where it was cut (its logs stand beside
+the file; `--part 0/2` and `--part 1/2` share the work between two processes, a last call without `--part` gathers it).
+Surfaces that the file has and that are not recorded again stay in it.
 `grid` searches recorded surfaces, `real` merges and scores at every trial. All samplers start with the coefficients 1/M
 and share their uniform startup points, but for those that have a start of their own (`cmaes`, `qmc`).
 
@@ -367,14 +368,15 @@ def main() -> None:
             Path(str(importlib.resources.files("dfmerge_studies") / "quickstart/quickstart.yaml"))
         )
         logs = {
-            (variant, split): options.out.with_suffix(f".{variant}.{split}.jsonl")
-            for split in options.splits
+            variant: {split: options.out.with_suffix(f".{variant}.{split}.jsonl") for split in options.splits}
             for variant in options.variants
         }
-        for (variant, split), log in logs.items():
-            record(spec, variant, log, split=split, part=options.part or (0, 1))
+        for variant, each in logs.items():
+            record(spec, variant, each, part=options.part or (0, 1))
         if options.part is None:
-            gathered(spec, logs).save(options.out)
+            grid = Grid.load(options.out) if options.out.exists() else Grid(list(spec.experts), list(spec.tasks))
+            flat = {(variant, split): log for variant, each in logs.items() for split, log in each.items()}
+            gathered(grid, flat).save(options.out)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "searches.jsonl"

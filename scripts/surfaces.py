@@ -11,6 +11,7 @@ per expert and step serves all searches.  A variant is a method with settings of
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import xxhash
 from numpy.typing import NDArray
+from transformers import BertModel
 
 from dfmerge_studies import Merger, StudySpec, load_problem
 from dfmerge_studies.importance.cache import open_cache
@@ -56,6 +60,7 @@ class Merges:
         self._cache = open_cache(self._folder.name if self._folder is not None else str(cache), Path.cwd())
         self._mergers: dict[str, Merger] = {}
         self._scorer = Merger(problem, METHODS["gta"], None)
+        score_faster_(problem)
 
     def merge_(self, variant: str, point: Mapping[str, float]) -> None:
         """Write the merge at a point into the resident model."""
@@ -76,6 +81,49 @@ class Merges:
         merger = self._scorer if problem is None else Merger(problem, METHODS["gta"], None)
         found = merger.scores(split)
         return np.array([100.0 * found[task] for task in self.problem.tasks])
+
+
+def score_faster_(problem: Problem) -> None:
+    """Let a BERT compute once per batch what all merges have in common, and not what its pooler does not read.
+
+    The former are the layers below the first one that an expert changes, the latter the last layer's feed-forward part
+    at all positions but the first. Scores stay the same; passes for gradients and other models are left as they are.
+
+    Args:
+        problem: whose resident model is scored.
+    """
+    bert, changed = problem.resident.model.base_model, set(problem.resident.names)
+    if not isinstance(bert, BertModel) or bert.pooler is None:
+        return
+    names = {id(parameter): name for name, parameter in problem.resident.model.named_parameters()}
+    untouched = [
+        changed.isdisjoint(names[id(p)] for p in part.parameters()) for part in (bert.embeddings, *bert.encoder.layer)
+    ]
+    lower = list(bert.encoder.layer)[: max(0, [*untouched, False].index(False) - 1)]
+    forwards, outputs = [layer.forward for layer in lower], dict[bytes, torch.Tensor]()
+
+    def through_all(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        key = xxhash.xxh3_128_digest(hidden.numpy())
+        if key not in outputs:
+            outputs[key] = functools.reduce(lambda below, forward: forward(below, *args, **kwargs), forwards, hidden)
+        return outputs[key]
+
+    def through(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden
+
+    for layer, forward, scoring in zip(lower, forwards, [through_all, *[through] * len(lower)], strict=False):
+        layer.forward = _unless_gradients(forward, scoring)
+    last = bert.encoder.layer[-1]
+    feed = last.feed_forward_chunk
+    last.feed_forward_chunk = _unless_gradients(feed, lambda hidden: feed(hidden[:, :1]))
+
+
+def _unless_gradients(usual: Callable[..., torch.Tensor], scoring: Callable[..., torch.Tensor]) -> Any:
+    @functools.wraps(usual)  # transformers looks at how many arguments it takes
+    def either(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return (usual if torch.is_grad_enabled() else scoring)(*args, **kwargs)
+
+    return either
 
 
 @dataclass
@@ -137,32 +185,31 @@ class Grid:
 
 
 def record(
-    spec: StudySpec, variant: str, log: Path, *, split: Split, steps: int = 10, part: tuple[int, int] = (0, 1)
+    spec: StudySpec, variant: str, logs: Mapping[Split, Path], *, steps: int = 10, part: tuple[int, int] = (0, 1)
 ) -> None:
-    """Score every merge of a grid; what the log has is not done again.
+    """Score every merge of a grid; what the logs have is not done again.
 
     Args:
         spec: what is merged.
         variant: row of `VARIANTS`.
-        log: one JSON line per point is appended; see `gathered`.
-        split: what is scored.
+        logs: by what is scored; one JSON line per point is appended, see `gathered`.
         steps: of the grid, per coefficient.
         part: which of how many equal parts, so that several processes can share the work.
     """
-    every = list(itertools.product(range(steps + 1), repeat=len(spec.experts)))
-    known = {tuple(line["x"]) for line in read_log(log)}
-    missing = [x for number, x in enumerate(every) if number % part[1] == part[0] and x not in known]
+    every = list(itertools.product(range(steps + 1), repeat=len(spec.experts)))[part[0] :: part[1]]
+    known = {split: {tuple(line["x"]) for line in read_log(log)} for split, log in logs.items()}
+    missing = {x: lacking for x in every if (lacking := [split for split in logs if x not in known[split]])}
     if not missing:
         return
     merges = Merges(load_problem(spec), None)
-    for x in missing:
+    for x, lacking in missing.items():
         merges.merge_(variant, {name: k / steps for name, k in zip(merges.problem.experts, x, strict=True)})
-        append(log, {"x": x, "scores": merges.scores(split).round(4).tolist()})
+        for split in lacking:
+            append(logs[split], {"x": x, "scores": merges.scores(split).round(4).tolist()})
 
 
-def gathered(spec: StudySpec, logs: Mapping[tuple[str, Split], Path], steps: int = 10) -> Grid:
-    """The grid of logs, by variant and split; those that lack points are left out."""
-    grid = Grid(list(spec.experts), list(spec.tasks))
+def gathered(grid: Grid, logs: Mapping[tuple[str, Split], Path], steps: int = 10) -> Grid:
+    """A grid with the surfaces of logs, by variant and split; those that lack points are left out."""
     for (variant, split), log in logs.items():
         values = np.full((*(steps + 1,) * len(grid.experts), len(grid.tasks)), np.nan)
         for line in read_log(log):

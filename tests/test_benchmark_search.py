@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
 import json
 import sys
@@ -14,6 +15,8 @@ from dfmerge_studies import StudySpec, load_problem, merge
 from scripts import benchmark_search
 from scripts.surfaces import Grid, Merges, RealSurface, gathered, read_log, record
 
+QUICKSTART = ["sentiment", "continent", "syllables"]
+
 
 @pytest.fixture
 def spec(project):
@@ -22,12 +25,12 @@ def spec(project):
 
 @pytest.mark.slow
 def test_a_recorded_surface_is_what_merges_score(spec, tmp_path):
-    logs = {}
-    for variant in ("df-merge", "gta"):
-        logs[variant, "validation"] = tmp_path / f"{variant}.jsonl"
-        record(spec, variant, logs[variant, "validation"], split="validation", steps=2)
+    logs = {variant: tmp_path / f"{variant}.jsonl" for variant in ("df-merge", "gta")}
+    for variant, log in logs.items():
+        record(spec, variant, {"validation": log}, steps=2)
     file = tmp_path / "surfaces.npz"
-    gathered(spec, logs, steps=2).save(file)
+    empty = Grid(list(spec.experts), list(spec.tasks))
+    gathered(empty, {(variant, "validation"): log for variant, log in logs.items()}, steps=2).save(file)
     grid = Grid.load(file)
     assert (grid.experts, grid.tasks) == (list(spec.experts), list(spec.tasks))
     problem = load_problem(spec)
@@ -42,15 +45,32 @@ def test_a_recorded_surface_is_what_merges_score(spec, tmp_path):
 
 
 def test_a_recording_that_was_cut_goes_on_and_an_incomplete_one_is_left_out(spec, tmp_path, capsys):
-    log = tmp_path / "gta.jsonl"
-    record(spec, "gta", log, split="validation", steps=1, part=(0, 2))
+    log, grid = tmp_path / "gta.jsonl", Grid(list(spec.experts), list(spec.tasks))
+    grid.validation["df-merge"] = np.zeros((2, 2, 2))  # of an earlier recording
+    record(spec, "gta", {"validation": log}, steps=1, part=(0, 2))
     with log.open("a") as stream:
         stream.write('{"x": [1, 1], "scor')  # cut
-    assert gathered(spec, {("gta", "validation"): log}, steps=1).validation == {}
+    assert list(gathered(grid, {("gta", "validation"): log}, steps=1).validation) == ["df-merge"]
     assert "lacks 2 points of gta" in capsys.readouterr().out
-    record(spec, "gta", log, split="validation", steps=1)
+    record(spec, "gta", {"validation": log}, steps=1)
     assert sorted(tuple(line["x"]) for line in read_log(log)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert list(gathered(spec, {("gta", "validation"): log}, steps=1).validation) == ["gta"]
+    assert list(gathered(grid, {("gta", "validation"): log}, steps=1).validation) == ["df-merge", "gta"]
+
+
+@pytest.mark.slow
+def test_a_recording_scores_what_merges_score_without_the_layers_that_they_have_in_common(monkeypatch):
+    file = importlib.resources.files("dfmerge_studies") / "quickstart/quickstart.yaml"
+    spec = StudySpec.from_yaml(Path(str(file)), [f"tasks.{task}.limit=24" for task in QUICKSTART])
+    problem = load_problem(spec)
+    points = [dict.fromkeys(QUICKSTART, 0.5), {"sentiment": 0.9, "continent": 0.1, "syllables": 0.4}]
+    wanted = [merge(problem, point, method="df-merge").tasks for point in points]
+    merges, layers = Merges(problem, None), problem.resident.model.base_model.encoder.layer
+    for number, (point, tasks) in enumerate(zip(points, wanted, strict=True)):
+        merges.merge_("df-merge", point)
+        if number:  # the first merge has been through the lower layers
+            monkeypatch.setattr(layers[0].attention, "forward", None)
+        assert merges.scores("validation").tolist() == pytest.approx([100 * tasks[task] for task in QUICKSTART])
+    assert wanted[0] != wanted[1]
 
 
 def test_between_grid_points_a_surface_is_linear_along_every_coefficient():
@@ -108,7 +128,7 @@ def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monke
 
 def test_the_recorded_surfaces_of_the_quickstart_are_there():
     grid = Grid.load(Path(benchmark_search.__file__).parent / "surfaces" / "quickstart.npz")
-    assert grid.experts == grid.tasks == ["sentiment", "continent", "syllables"]
+    assert grid.experts == grid.tasks == QUICKSTART
     for variant in ("df-merge", "gta"):
         values = grid.validation[variant]
         assert values.shape == (11, 11, 11, 3)
