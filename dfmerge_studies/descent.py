@@ -41,8 +41,8 @@ class DescentSampler(JointSampler):
 
     Trials that run or have failed since the last one with a slope are taken for steps in the same direction, so that
     several workers try several lengths of it and a point that cannot be merged is not proposed again.  Only places
-    before the trial's own count: a process may be killed between the mark of a step and its point, whose place the next
-    trial takes.
+    before the trial's own count: on a storage that is no database, a process may be killed between the mark of a step
+    and its point, whose place the next trial takes.
 
     Args:
         space: what is searched.

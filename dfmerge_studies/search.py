@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from dfmerge_studies.descent import RATE, DescentSampler
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.joint import JointSampler
-from dfmerge_studies.storage import id_of
-from dfmerge_studies.trials.marks import DISCARDED, FIXED, PROPOSAL, RETRY_OF, mark, place_of
+from dfmerge_studies.storage import id_of, storage_of
+from dfmerge_studies.trials.marks import DISCARDED, FIXED, PROPOSAL, RETRY_OF, place_of
 from dfmerge_studies.trials.reading import violation
 from dfmerge_studies.trials.space import GridExhausted, Space
 from dfmerge_studies.trust_region import PLAIN_MEAN, Goal, TrustRegionSampler
@@ -135,8 +135,8 @@ class StatelessSampler(BaseSampler):
         sampler = self._fresh(trial_seed(self._seed, self._study_name, place_of(trial)))
         point = sampler.sample_relative(study, trial, search_space)
         expected: Mapping[str, Any] | None = getattr(sampler, "expected", None)
-        if expected is not None:  # before the point is: a trial that is repeated has both
-            mark(study, id_of(trial), {PROPOSAL: expected})
+        if expected is not None:
+            storage_of(study).set_trial_user_attr(id_of(trial), PROPOSAL, expected)
         return point
 
     def sample_independent(

@@ -21,8 +21,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial
 
-from dfmerge_studies.storage import id_of
-from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, mark, place_of
+from dfmerge_studies.storage import id_of, storage_of
+from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, place_of
 from dfmerge_studies.trials.space import Space
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TiedSampler(BaseSampler):
         point = self._coarse.sample_relative(seen, drawn, {**self._space.coarse.distributions()})
         kept = seen.get_trials(deepcopy=False)[trial.number].user_attrs.get(PROPOSAL)
         if kept is not None:
-            mark(study, id_of(trial), {PROPOSAL: kept})
+            storage_of(study).set_trial_user_attr(id_of(trial), PROPOSAL, kept)
         return self._space.spread(point) if point else {}
 
     def sample_independent(

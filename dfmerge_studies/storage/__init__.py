@@ -22,7 +22,7 @@ from dfmerge_studies.storage.failures import (
 )
 from dfmerge_studies.storage.files import network_file_system
 from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
-from dfmerge_studies.storage.heartbeats import last_heartbeat, record_heartbeat, stale_ids
+from dfmerge_studies.storage.heartbeats import heartbeat_after_beginning, last_heartbeat, record_heartbeat, stale_ids
 from dfmerge_studies.storage.read_only import is_read_only
 from dfmerge_studies.storage.studies import (
     check_name,
@@ -30,6 +30,7 @@ from dfmerge_studies.storage.studies import (
     join_study,
     load_study,
     load_study_if_any,
+    read_study,
     study_names,
 )
 from dfmerge_studies.storage.urls import check_constraints, resolve_url, safe_url, storage_file, storage_identity
@@ -49,6 +50,7 @@ __all__ = [
     "check_url",
     "create_study",
     "drawn_from",
+    "heartbeat_after_beginning",
     "id_of",
     "is_damaged",
     "is_read_only",
@@ -59,6 +61,7 @@ __all__ = [
     "may_pass",
     "network_file_system",
     "open_storage",
+    "read_study",
     "record_heartbeat",
     "resolve_url",
     "root_text",

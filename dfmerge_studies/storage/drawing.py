@@ -1,4 +1,4 @@
-"""A study while a trial is drawn: its trials as read a moment ago, and parameters that are written together."""
+"""A study while a trial is drawn: its trials as read a moment ago, and what is then written together."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.storage.handles import id_of, storage_of
 
+_PARAMETERS = ":relative_params:"  # in the name of a system attribute
+
 
 class DrawnStorage:
-    """Stands before a storage: knows the trials, and takes parameters without writing them.
+    """Stands before a storage: knows the trials, and takes parameters and attributes without writing them.
 
     Args:
         study: the study.
         trials: all of its trials, in the order of their numbers, as read just now; the one to draw among them.
+
+    Attributes:
+        params: internal value and distribution of the drawn trial's parameters, by name.
+        attributes: what a sampler has noted on it.
     """
 
     def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
         self._behind = storage_of(study)
         self._trials = trials
         self.params: dict[str, tuple[float, BaseDistribution]] = {}
+        self.attributes: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._behind, name)
@@ -55,6 +62,15 @@ class DrawnStorage:
         if former is not None:
             check_distribution_compatibility(former, distribution)
         self.params[name] = (value, distribution)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Keep an attribute for who writes it."""
+        self.attributes[key] = value
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Write Optuna's notes, but for the one that tells others of the parameters before they are written."""
+        if _PARAMETERS not in key:
+            self._behind.set_trial_system_attr(trial_id, key, value)
 
 
 def drawn_from(study: optuna.Study, drawing: DrawnStorage) -> optuna.Study:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import optuna
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
 
 
@@ -19,6 +19,12 @@ def backend_of(storage: BaseStorage) -> BaseStorage:
         storage: from `open_storage`, or from `storage_of`.
     """
     return getattr(storage, "_backend", storage)
+
+
+def database_of(storage: BaseStorage) -> RDBStorage | None:
+    """Return the database behind a storage, if it is one whose tables this package writes itself."""
+    backend = backend_of(storage)
+    return backend if isinstance(backend, RDBStorage) and backend.engine.name in ("sqlite", "postgresql") else None
 
 
 def study_id_of(study: optuna.Study) -> int:

@@ -1,4 +1,7 @@
-"""Signs of life of running trials: Optuna's heartbeats, which only some storages have."""
+"""Signs of life of running trials: Optuna's heartbeats, which only some storages have.
+
+The first one of a trial in a database is written with it, see `writes.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from optuna.storages._rdb.models import TrialHeartbeatModel
 from optuna.trial import FrozenTrial
 from sqlalchemy import select
 
-from dfmerge_studies.storage.handles import id_of, storage_of, study_id_of
+from dfmerge_studies.storage.handles import database_of, id_of, storage_of, study_id_of
 
 
 def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
@@ -24,6 +27,12 @@ def record_heartbeat(study: optuna.Study, trial_id: int) -> float | None:
     if seconds is not None:
         storage.record_heartbeat(trial_id)
     return seconds
+
+
+def heartbeat_after_beginning(study: optuna.Study) -> float | None:
+    """Seconds until a trial that has just begun needs its next sign of life; None: it has none yet."""
+    database = database_of(storage_of(study))
+    return None if database is None else database.get_heartbeat_interval()
 
 
 def stale_ids(study: optuna.Study) -> set[int]:

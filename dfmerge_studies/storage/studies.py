@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import optuna
 from optuna.exceptions import DuplicatedStudyError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb.models import StudyUserAttributeModel
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import StudyDirection
-from sqlalchemy import text
+from optuna.trial import FrozenTrial
+from sqlalchemy import select, text
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.names import NAME
 from dfmerge_studies.storage.engines import open_storage
 from dfmerge_studies.storage.failures import storage_errors
-from dfmerge_studies.storage.handles import backend_of
+from dfmerge_studies.storage.handles import backend_of, database_of, storage_of, study_id_of
 from dfmerge_studies.storage.urls import storage_file
 
 
@@ -132,3 +137,19 @@ def load_study_if_any(url: str, name: str) -> optuna.Study | None:
     with storage_errors(url):
         storage = open_storage(url, create=False)
         return load_study(storage, name) if name in study_names(storage) else None
+
+
+def read_study(study: optuna.Study) -> tuple[Sequence[FrozenTrial], dict[str, Any]]:
+    """Read a study's trials and its user attributes, from a database in one transaction.
+
+    Args:
+        study: the study; its trials are not to be changed.
+    """
+    database = database_of(storage_of(study))
+    if database is None:
+        return study.get_trials(deepcopy=False), study.user_attrs
+    with _create_scoped_session(database.scoped_session) as session:
+        asked = select(StudyUserAttributeModel.key, StudyUserAttributeModel.value_json)
+        rows = session.execute(asked.where(StudyUserAttributeModel.study_id == study_id_of(study)))
+        attributes = {str(key): json.loads(value) for key, value in rows}
+        return study.get_trials(deepcopy=False), attributes  # in this thread's session, which is this one

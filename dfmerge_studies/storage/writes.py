@@ -1,7 +1,7 @@
 """A trial's beginning, its attributes and parameters, its result: each written to a database in one transaction.
 
 Optuna has one call for each attribute and parameter, and each begins a transaction and reads the trial first.  Together
-they are six statements at most, and a process that dies leaves all or nothing of them.  Storages that are no database
+they are five statements at most, and a process that dies leaves all or nothing of them.  Storages that are no database
 that this module knows get Optuna's calls one by one.
 """
 
@@ -20,9 +20,10 @@ from optuna.storages._rdb import models
 from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import func, literal, select, union_all, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from dfmerge_studies.storage.handles import backend_of, storage_of, study_id_of
+from dfmerge_studies.storage.handles import database_of, storage_of, study_id_of
 
 _INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
@@ -34,6 +35,7 @@ class TrialWrite:
     Attributes:
         attributes: user attributes by name; JSON values; what is there is replaced.
         params: internal value and distribution of parameters that the trial does not have yet, by name.
+        early: user attributes that are there wherever a parameter is.
         constraints: by name; one that is there is left alone.
         values: objectives, which end the trial; None: it goes on running.
         pruned: whether they are estimates from a part of the rows, so that it ends as pruned and not as complete.
@@ -42,6 +44,7 @@ class TrialWrite:
 
     attributes: Mapping[str, Any] = field(default_factory=dict)
     params: Mapping[str, tuple[float, BaseDistribution]] = field(default_factory=dict)
+    early: Mapping[str, Any] = field(default_factory=dict)
     constraints: Mapping[str, float] = field(default_factory=dict)
     values: Sequence[float] | None = None
     pruned: bool = False
@@ -54,7 +57,7 @@ class TrialWrite:
 
 
 def begin_trial(study: optuna.Study, attributes: Mapping[str, Any]) -> FrozenTrial:
-    """Create a running trial that has its attributes from its first moment.
+    """Create a running trial that has its attributes, and in a database a sign of life, from its first moment.
 
     Args:
         study: the study.
@@ -64,29 +67,42 @@ def begin_trial(study: optuna.Study, attributes: Mapping[str, Any]) -> FrozenTri
         The trial; its number is how many trials the study had before.
     """
     storage, study_id = storage_of(study), study_id_of(study)
-    database = _database(storage)
+    database = database_of(storage)
     trial = create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes))
     if database is None:
         return storage.get_trial(storage.create_new_trial(study_id, template_trial=trial))
     insert = _INSERTS[database.engine.name]
     with _create_scoped_session(database.scoped_session) as session:
-        # The study's row is locked, as Optuna does it: numbers are given one after the other.
-        models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
-        row: Any = models.TrialModel(study_id=study_id, state=TrialState.RUNNING)
-        row.datetime_start = trial.datetime_start
-        row.number = session.query(models.TrialModel.trial_id).filter_by(study_id=study_id).count()
-        session.add(row)
-        session.flush()
-        session.execute(insert(models.TrialUserAttributeModel).values(_attributes(row.trial_id, attributes)))
-        trial.number, trial._trial_id = row.number, row.trial_id
+        # Numbers are given one after the other: the study's row is locked, as Optuna does it; SQLite has no locks of
+        # rows, and lets one process at a time count and insert.
+        if database.engine.name != "sqlite":
+            models.StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+        trial._trial_id, trial.number = _inserted(session, database, study_id, trial)
+        session.execute(insert(models.TrialUserAttributeModel).values(_attributes(trial._trial_id, attributes)))
+        _put_heartbeat(session, database, trial._trial_id)
     return trial
+
+
+def _inserted(session: Any, database: RDBStorage, study_id: int, trial: FrozenTrial) -> tuple[int, int]:
+    """Insert the row of a trial, and return its id and number."""
+    table = models.TrialModel.__table__
+    number = select(func.count()).where(table.c.study_id == study_id).scalar_subquery()
+    values = {"study_id": study_id, "state": trial.state, "datetime_start": trial.datetime_start, "number": number}
+    row = _INSERTS[database.engine.name](table).values(values)
+    if database.engine.dialect.insert_returning:
+        trial_id, given = session.execute(row.returning(table.c.trial_id, table.c.number)).one()
+    else:  # SQLite before 3.35
+        (trial_id,) = session.execute(row).inserted_primary_key
+        given = session.execute(select(table.c.number).where(table.c.trial_id == trial_id)).scalar_one()
+    return trial_id, given
 
 
 def take_trial(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]) -> bool:
     """Set a waiting trial running, with attributes that are there from that moment; only one process can.
 
-    In a database whoever comes second changes nothing.  On other storages the attributes come first, so that a process
-    that is killed in between leaves them, and one that comes within that moment may replace them.
+    In a database whoever comes second changes nothing, and the trial has a sign of life from that moment.  On other
+    storages the attributes come first, so that a process that is killed in between leaves them, and one that comes
+    within that moment may replace them.
 
     Args:
         study: the trial's study.
@@ -100,7 +116,7 @@ def take_trial(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]
         optuna.exceptions.UpdateFinishedTrialError: it has finished.
     """
     storage = storage_of(study)
-    database = _database(storage)
+    database = database_of(storage)
     if database is None:
         state = storage.get_trial(trial_id).state
         storage.check_trial_is_updatable(trial_id, state)
@@ -113,6 +129,7 @@ def take_trial(study: optuna.Study, trial_id: int, attributes: Mapping[str, Any]
         if trial.state != TrialState.WAITING:
             return False
         _put_attributes(session, database, trial_id, attributes)
+        _put_heartbeat(session, database, trial_id)
         trial.state = TrialState.RUNNING
         trial.datetime_start = datetime.now()
     return True
@@ -130,17 +147,11 @@ def write_trial(study: optuna.Study, trial_id: int, write: TrialWrite) -> None:
         optuna.exceptions.UpdateFinishedTrialError: it has finished; nothing is written then.
     """
     storage = storage_of(study)
-    database = _database(storage)
+    database = database_of(storage)
     if database is not None:
         _write_at_once(database, trial_id, write)
     else:
         _write_one_by_one(study, storage, trial_id, write)
-
-
-def _database(storage: BaseStorage) -> RDBStorage | None:
-    """The database behind a storage, if it is one that this module knows."""
-    backend = backend_of(storage)
-    return backend if isinstance(backend, RDBStorage) and backend.engine.name in _INSERTS else None
 
 
 def _locked(session: Any, database: RDBStorage, trial_id: int) -> Any:
@@ -153,11 +164,9 @@ def _locked(session: Any, database: RDBStorage, trial_id: int) -> Any:
 def _write_at_once(database: RDBStorage, trial_id: int, write: TrialWrite) -> None:
     insert = _INSERTS[database.engine.name]
     with _create_scoped_session(database.scoped_session) as session:
-        trial = _locked(session, database, trial_id)
-        if write.params:
-            session.execute(insert(models.TrialParamModel).values(_params(trial_id, write.params)))
-        if write.attributes:
-            _put_attributes(session, database, trial_id, write.attributes)
+        _write_if_unfinished(session, database, trial_id, write)
+        if attributes := {**write.early, **write.attributes}:
+            _put_attributes(session, database, trial_id, attributes)
         if write.constraints:
             rows = _attributes(trial_id, {_constraint_key(name): value for name, value in write.constraints.items()})
             session.execute(insert(models.TrialSystemAttributeModel).values(rows).on_conflict_do_nothing())
@@ -168,8 +177,30 @@ def _write_at_once(database: RDBStorage, trial_id: int, write: TrialWrite) -> No
             put = insert(models.TrialValueModel).values(_values(trial_id, write.values))
             changed = {"value": put.excluded.value, "value_type": put.excluded.value_type}
             session.execute(put.on_conflict_do_update(index_elements=["trial_id", "objective"], set_=changed))
-            trial.state = write.state
-            trial.datetime_complete = datetime.now()
+
+
+def _write_if_unfinished(session: Any, database: RDBStorage, trial_id: int, write: TrialWrite) -> None:
+    """Put the parameters and end the trial, which see for themselves that it has not finished.
+
+    Raises:
+        optuna.exceptions.UpdateFinishedTrialError: it has finished.
+    """
+    trial, statements = models.TrialModel, []
+    unfinished = (trial.trial_id == trial_id, trial.state.in_((TrialState.RUNNING, TrialState.WAITING)))
+    if write.params:
+        param = models.TrialParamModel
+        columns = [param.param_name, param.param_value, param.distribution_json]
+        rows = [
+            select(trial.trial_id, *(literal(v, c.type) for v, c in zip(row, columns, strict=True))).where(*unfinished)
+            for row in _params(write.params)
+        ]
+        insert = _INSERTS[database.engine.name](param)
+        statements.append(insert.from_select([param.trial_id, *columns], union_all(*rows)))
+    if write.values is not None:
+        end = {"state": write.state, "datetime_complete": datetime.now()}
+        statements.append(update(models.TrialModel.__table__).where(*unfinished).values(end))
+    if not statements or not all(session.execute(each).rowcount for each in statements):
+        _locked(session, database, trial_id)
 
 
 def _put_attributes(session: Any, database: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
@@ -178,7 +209,18 @@ def _put_attributes(session: Any, database: RDBStorage, trial_id: int, attribute
     session.execute(put.on_conflict_do_update(index_elements=["trial_id", "key"], set_=changed))
 
 
+def _put_heartbeat(session: Any, database: RDBStorage, trial_id: int) -> None:
+    """The first sign of life of a trial that begins to run; `heartbeats.py` has the others."""
+    if database.get_heartbeat_interval() is None:
+        return
+    now = {"heartbeat": func.current_timestamp()}
+    put = _INSERTS[database.engine.name](models.TrialHeartbeatModel).values(trial_id=trial_id, **now)
+    session.execute(put.on_conflict_do_update(index_elements=["trial_id"], set_=now))
+
+
 def _write_one_by_one(study: optuna.Study, storage: BaseStorage, trial_id: int, write: TrialWrite) -> None:
+    for key, attribute in write.early.items():
+        storage.set_trial_user_attr(trial_id, key, attribute)
     for name, (value, distribution) in write.params.items():
         storage.set_trial_param(trial_id, name, value, distribution)
     for key, attribute in write.attributes.items():
@@ -200,16 +242,8 @@ def _constraint_key(name: str) -> str:
     return f"{_CONSTRAINTS_KEY}:{name}"
 
 
-def _params(trial_id: int, params: Mapping[str, tuple[float, BaseDistribution]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "trial_id": trial_id,
-            "param_name": name,
-            "param_value": value,
-            "distribution_json": distribution_to_json(distribution),
-        }
-        for name, (value, distribution) in params.items()
-    ]
+def _params(params: Mapping[str, tuple[float, BaseDistribution]]) -> list[tuple[str, float, str]]:
+    return [(name, value, distribution_to_json(distribution)) for name, (value, distribution) in params.items()]
 
 
 def _attributes(trial_id: int, attributes: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ class Claims:
         raised: asked, once the target is reached, whether it has become larger meanwhile.
         interrupts: a signal ends the waiting.
         on_event: told of the trials of dead workers that were put back.
+        read: reads the study's trials.
         answered: told the study's trials whenever the storage has answered.
         enough: asked before each trial whether the study stops here.
 
@@ -74,6 +75,7 @@ class Claims:
         raised: Callable[[], int] | None,
         interrupts: Interrupts,
         on_event: OnEvent,
+        read: Callable[[], Sequence[FrozenTrial]],
         answered: Callable[[Sequence[FrozenTrial]], None],
         enough: Enough | None = None,
     ) -> None:
@@ -86,6 +88,7 @@ class Claims:
         self._raised = raised
         self._interrupts = interrupts
         self._on_event = on_event
+        self._ask = read
         self._answered = answered
 
     def claim(self, owner: Mapping[str, Any]) -> FrozenTrial | None:
@@ -123,7 +126,7 @@ class Claims:
         return False
 
     def _read(self) -> Sequence[FrozenTrial]:
-        self.seen = self._study.get_trials(deepcopy=False)
+        self.seen = self._ask()
         return self.seen
 
     def _seen(self, trial_id: int) -> FrozenTrial:

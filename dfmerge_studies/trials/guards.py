@@ -14,7 +14,13 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 
 from dfmerge_studies.signals import INTERRUPTS, STOP
-from dfmerge_studies.storage import DATABASE_ERRORS, STORAGE_FAILURES, record_heartbeat, storage_of
+from dfmerge_studies.storage import (
+    DATABASE_ERRORS,
+    STORAGE_FAILURES,
+    heartbeat_after_beginning,
+    record_heartbeat,
+    storage_of,
+)
 from dfmerge_studies.trials.marks import BEAT, mark
 
 _BEAT_SECONDS = 30.0
@@ -72,7 +78,7 @@ class Interrupts:
 
 @contextlib.contextmanager
 def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
-    """Record that a trial is alive, now and from a thread until the context ends.
+    """Record that a trial is alive, now unless it began with such a record, and from a thread until the context ends.
 
     Storages without a heartbeat of their own get the time of day as an attribute.  A storage that fails is tried again
     at the next beat: what counts is whether it takes the result.
@@ -84,7 +90,8 @@ def signs_of_life(study: optuna.Study, trial_id: int) -> Iterator[None]:
             return _beat(study, trial_id)
         return _BEAT_SECONDS
 
-    interval = beat()
+    begun = heartbeat_after_beginning(study)
+    interval = beat() if begun is None else begun
 
     def run() -> None:
         while not over.wait(interval):

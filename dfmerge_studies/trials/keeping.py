@@ -8,12 +8,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import RunError
-from dfmerge_studies.storage import STORAGE_FAILURES, Known, SQLiteWatch, storage_errors, watch_of, write_study
+from dfmerge_studies.storage import (
+    STORAGE_FAILURES,
+    Known,
+    SQLiteWatch,
+    read_study,
+    storage_errors,
+    watch_of,
+    write_study,
+)
 from dfmerge_studies.storage.watch import beside, holds
 from dfmerge_studies.trials.reading import WITH_RESULT
 
@@ -33,6 +42,7 @@ class Keeper:
         self._study = study
         self._watch = watch_of(study)
         self._told: dict[int, Path | None] = {}  # numbers of trials, and their files in the outbox
+        self._attributes: dict[str, Any] = {}  # of the study, as they were read with its trials
         if self._watch is not None:
             self._known = Known(study.study_name, study.directions, study.metric_names)
             self.learn()
@@ -43,11 +53,18 @@ class Keeper:
         if self._watch is None:
             self._release()
 
+    def read(self) -> Sequence[FrozenTrial]:
+        """Read the study's trials, and with them what else is written where the file is lost."""
+        if self._watch is None:
+            return self._study.get_trials(deepcopy=False)
+        trials, self._attributes = read_study(self._study)
+        return trials
+
     def check(self, trials: Sequence[FrozenTrial] | None = None) -> None:
         """Look whether the storage has what it was told; what it has need not be kept any longer.
 
         Args:
-            trials: the study's, if they were read just now.
+            trials: the study's, if `read` has read them just now.
 
         Raises:
             StorageLost: its file was deleted, replaced or damaged; says where the results are.
@@ -58,7 +75,7 @@ class Keeper:
         self._release()
         self.learn(trials)
         if self._watch is not None and trials is not None:
-            self._known.attributes = self._study.user_attrs
+            self._known.attributes = self._attributes
 
     def lost(self) -> StorageLost | None:
         """The error to raise where the file is lost, after it was written again; None if it is not lost."""
@@ -79,8 +96,8 @@ class Keeper:
         if trials is not None:
             self._known.trials = list(trials)
             return
-        self._known.trials = self._study.get_trials(deepcopy=False)
-        self._known.attributes = self._study.user_attrs
+        trials, self._known.attributes = read_study(self._study)
+        self._known.trials = list(trials)
 
     def _release(self) -> None:
         for number, kept in self._told.items():

@@ -183,7 +183,7 @@ class _Worker:
         self.away_since: float | None = None
         self.undelivered: _Undelivered | None = None  # the result that the storage has not taken yet
         self.interrupts = interrupts
-        self.claims = Claims(study, target, raised, interrupts, on_event, self._answered, enough)
+        self.claims = Claims(study, target, raised, interrupts, on_event, keeper.read, self._answered, enough)
         self.turns = Turns(study, interrupts)
         self.objectives = len(study.directions)
         self.constraints: int | None = None  # how many the study's trials have, once one is complete
@@ -308,7 +308,8 @@ class _Worker:
         # The owner once more: on storages that are no database, a rival that lost the race for a waiting trial may have
         # written its own name last.
         marks = {OWNER: self.owner, DRAWN: True}
-        write_trial(self.study, trial_id, TrialWrite(marks, drawing.params))
+        write_trial(self.study, trial_id, TrialWrite(marks, drawing.params, early=drawing.attributes))
+        marks = {**drawing.attributes, **marks}
         self.keeper.learn([_drawn(t, coefficients, self.space, marks) if id_of(t) == trial_id else t for t in seen])
         return coefficients
 

@@ -92,7 +92,13 @@ def tell(study: optuna.Study, trial_id: int, result: TrialResult) -> None:
     storage = storage_of(study)
     # Zero-padded, so that the order of names is the order of constraints in every storage.
     constraints = {f"{index:03d}": value for index, value in enumerate(result.constraints)}
-    write = TrialWrite(result.attributes, {}, constraints, result.values, result.pruned, result.intermediate)
+    write = TrialWrite(
+        attributes=result.attributes,
+        constraints=constraints,
+        values=result.values,
+        pruned=result.pruned,
+        intermediate=result.intermediate,
+    )
     for delay in (*TELL_DELAYS, None):
         try:
             write_trial(study, trial_id, write)
