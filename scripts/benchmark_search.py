@@ -16,7 +16,8 @@ and share their uniform startup points, but for those that have a start of their
     s            seconds of the processor per proposal
     test         test score of the best trial by validation, points
 
-Samplers: auto and gp are this project's; tpe, cmaes, qmc and random are Optuna's, CMA-ES from 1/M with a deviation of
+Samplers: default is a study by this project's default search, which descends first, for `real` only; auto (from uniform
+points) and gp are this project's; tpe, cmaes, qmc and random are Optuna's, CMA-ES from 1/M with a deviation of
 1/6 (that of mergekit-evolve); bayes_opt is the paper's library with its expected improvement, xi 0.01.  cmaes and
 bayes_opt need the extra `benchmark`.
 """
@@ -51,6 +52,7 @@ except ModuleNotFoundError:  # run as a file
 
 AFTER = (10, 15, 20, 30, 40, 60)  # trials
 EDGE = 0.005
+DEFAULT = "default"
 Point = dict[str, float]
 
 
@@ -171,9 +173,20 @@ SAMPLERS: dict[str, Callable[[Setting, Surface], list[Any]]] = {
 }
 
 
-def run(name: str, setting: Setting, surface: Surface, test: Surface | None) -> dict[str, Any]:
+def by_study(real: RealSurface) -> Callable[[Setting, Surface], list[Any]]:
+    """The default search, which asks for slopes besides scores; its proposals are not timed."""
+
+    def search(setting: Setting, surface: Surface) -> list[Any]:
+        return [(point, scores, float("nan")) for point, scores in real.search(setting.trials, setting.startup)]
+
+    return search
+
+
+def run(
+    search: Callable[[Setting, Surface], list[Any]], setting: Setting, surface: Surface, test: Surface | None
+) -> dict[str, Any]:
     """One search, as it is logged."""
-    found = SAMPLERS[name](setting, surface)
+    found = search(setting, surface)
     values = [float(scores.mean()) for _, scores, _ in found]
     best = int(np.argmax(values))
     return {
@@ -197,7 +210,7 @@ def on_grid(job: tuple[Path, str, str, Setting]) -> dict[str, Any]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     grid = Grid.load(file)
     test = grid.surface(variant, "test") if variant in grid.test else None
-    found = run(sampler, setting, grid.surface(variant), test)
+    found = run(SAMPLERS[sampler], setting, grid.surface(variant), test)
     return {"variant": variant, "sampler": sampler, "seed": setting.seed, **found}
 
 
@@ -240,7 +253,8 @@ def search_real(options: argparse.Namespace, log: Path) -> None:
                 if (variant, sampler, seed) in known:
                     continue
                 setting = Setting(names, seed, options.trials, options.startup, options.step)
-                found = run(sampler, setting, surface, lambda point, real=real: real(point, "test"))
+                search = by_study(real) if sampler == DEFAULT else SAMPLERS[sampler]
+                found = run(search, setting, surface, lambda point, real=real: real(point, "test"))
                 append(log, {"variant": variant, "sampler": sampler, "seed": seed, **found})
                 print(json.dumps({"variant": variant, "sampler": sampler, "seed": seed}), flush=True)
 
@@ -287,7 +301,8 @@ def tables(log: Path, grid: Grid | None) -> Iterator[str]:
             gaps = [best(line) - best_so_far(line) for line in rows]
             cells = [f"{np.mean([g[n - 1] for g in gaps]):.2f} ({max(g[n - 1] for g in gaps):.1f})" for n in after]
             cells.append(f"{100 * np.mean([at_edges(line) for line in rows]):.0f} %")
-            cells.append(f"{np.mean([line['seconds'] for line in rows]):.2f}")
+            seconds = np.mean([line["seconds"] for line in rows])
+            cells.append("" if np.isnan(seconds) else f"{seconds:.2f}")
             cells.append(with_error([best_so_far(line)[-1] for line in rows]))
             cells.append(with_error([np.mean(line["test"]) for line in rows if line["test"] is not None]))
             yield f"| {sampler} | " + " | ".join(cells) + " |"
@@ -348,7 +363,8 @@ def parse() -> argparse.Namespace:
             each.add_argument("--fishers", type=Path, help="folder to keep the Fishers in")
         each.add_argument("--out", type=Path, required=True, help="folder for log, tables and plot")
         each.add_argument("--variants", nargs="+", choices=VARIANTS)
-        each.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+        samplers = [*SAMPLERS] if name == "grid" else [DEFAULT, *SAMPLERS]
+        each.add_argument("--samplers", nargs="+", choices=samplers, default=samplers)
         each.add_argument("--seeds", type=int, default=8 if name == "grid" else 5)
         each.add_argument("--trials", type=int, default=60)
         each.add_argument("--startup", type=int, default=10)

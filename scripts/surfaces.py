@@ -24,14 +24,16 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from optuna.trial import TrialState
 from transformers import BertModel
 
-from dfmerge_studies import Merger, StudySpec, load_problem
+from dfmerge_studies import Merger, StudySpec, load_problem, open_study
 from dfmerge_studies.importance.cache import open_cache
 from dfmerge_studies.methods import METHODS, Scale
 from dfmerge_studies.objective.derive import derive_problem
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.tasks.splits import Split
+from dfmerge_studies.trials.marks import TASKS, place_of
 
 VARIANTS: dict[str, tuple[str, Scale]] = {
     "df-merge": ("df-merge", Scale()),
@@ -263,3 +265,25 @@ class RealSurface:
         """Merge at a point and score."""
         self.merges.merge_(self.variant, point)
         return self.merges.scores(split, self.rows)
+
+    def search(self, trials: int, startup: int) -> list[tuple[dict[str, float], Array]]:
+        """A study of its own by the default search, whose startup descends: points and scores, in the order of places.
+
+        Args:
+            trials: how many.
+            startup: steps down the loss among them.
+        """
+        (method, scale), rows = VARIANTS[self.variant], self.rows
+        search = {"sampler": "auto", "startup": "descent", "startup_trials": startup, "trials": trials, "holdout": 0}
+        with TemporaryDirectory(prefix="dfmerge-") as folder:
+            spec = rows.spec.derive(
+                storage=f"sqlite:///{folder}/study.db",
+                method=method,
+                importance={**asdict(scale), "indices": rows.fisher_indices()},
+                search=search,
+                cache="none",
+            )
+            session = open_study(spec, problem=rows)
+            session.run(name_winner=False)
+            done = sorted(session.study.get_trials(states=[TrialState.COMPLETE]), key=place_of)
+        return [(each.params, np.array([100.0 * each.user_attrs[TASKS][task] for task in rows.tasks])) for each in done]

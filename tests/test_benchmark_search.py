@@ -97,6 +97,23 @@ def test_a_real_surface_scores_the_rows_of_its_seed(project):
 
 
 @pytest.mark.slow
+def test_the_default_search_of_real_merges_descends_and_has_their_scores(project):
+    spec = StudySpec.from_yaml(project.file, ["tasks.red.limit=4", "tasks.blue.limit=4"])
+    real = RealSurface.of_seed(Merges(load_problem(spec), None), "df-merge", 1)
+    found = real.search(trials=4, startup=3)
+    points = [point for point, _ in found]
+    assert points[0] == {"red": 0.5, "blue": 0.5}
+    assert points[1] == pytest.approx({name: 0.5 - 0.05 * sign for name, sign in _signs(points[1]).items()})
+    assert len({tuple(point.values()) for point in points}) == 4
+    for point, scores in found:
+        assert scores.tolist() == pytest.approx(real(point).tolist())
+
+
+def _signs(point):
+    return {name: 1 if value < 0.5 else -1 for name, value in point.items()}  # Adam's first step is of one length
+
+
+@pytest.mark.slow
 def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monkeypatch, capsys):
     steps = np.arange(11) / 10
     a, b = np.meshgrid(steps, steps, indexing="ij")
