@@ -157,14 +157,27 @@ def test_parameters_attributes_and_a_result_come_back_as_they_were_written(study
     assert (stored.state, stored.values) == (TrialState.COMPLETE, [1 / 3])
 
 
+def test_a_trial_may_have_more_parameters_than_a_statement_takes(study: optuna.Study) -> None:
+    trial_id = id_of(begin_trial(study, {"place": 0}))
+    point = {f"expert.{number}": number / 700 for number in range(700)}
+    write_trial(study, trial_id, TrialWrite(params={name: (at, FloatDistribution(0, 1)) for name, at in point.items()}))
+    assert study.get_trials()[0].params == point
+
+
 def test_nothing_is_written_on_a_trial_that_has_finished(study: optuna.Study) -> None:
     trial_id = id_of(begin_trial(study, {"place": 0}))
     write_trial(study, trial_id, TrialWrite(values=(1.0,)))
-    for late in (TrialWrite({"place": 9}), TrialWrite(values=(2.0,)), TrialWrite({"more": 1}, values=(2.0,))):
+    point = {"expert0": (0.5, RANGES["expert0"])}
+    for late in (
+        TrialWrite({"place": 9}),
+        TrialWrite(params=point),
+        TrialWrite(values=(2.0,)),
+        TrialWrite({"more": 1}, values=(2.0,)),
+    ):
         with pytest.raises(UpdateFinishedTrialError):
             write_trial(study, trial_id, late)
     [stored] = study.get_trials()
-    assert (stored.values, stored.user_attrs) == ([1.0], {"place": 0})
+    assert (stored.values, stored.user_attrs, stored.params) == ([1.0], {"place": 0}, {})
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:

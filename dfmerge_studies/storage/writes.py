@@ -26,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from dfmerge_studies.storage.handles import database_of, storage_of, study_id_of
 
 _INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+_ROWS = 100  # in one selection; SQLite takes up to 500, and 999 values in a statement before 3.32
 
 
 @dataclass(frozen=True)
@@ -185,22 +186,27 @@ def _write_if_unfinished(session: Any, database: RDBStorage, trial_id: int, writ
     Raises:
         optuna.exceptions.UpdateFinishedTrialError: it has finished.
     """
-    trial, statements = models.TrialModel, []
+    trial, statements = models.TrialModel, list[Any]()
     unfinished = (trial.trial_id == trial_id, trial.state.in_((TrialState.RUNNING, TrialState.WAITING)))
     if write.params:
-        param = models.TrialParamModel
-        columns = [param.param_name, param.param_value, param.distribution_json]
+        param = models.TrialParamModel.__table__
+        columns = [param.c.param_name, param.c.param_value, param.c.distribution_json]
         rows = [
             select(trial.trial_id, *(literal(v, c.type) for v, c in zip(row, columns, strict=True))).where(*unfinished)
             for row in _params(write.params)
         ]
         insert = _INSERTS[database.engine.name](param)
-        statements.append(insert.from_select([param.trial_id, *columns], union_all(*rows)))
+        parts = (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+        statements += [insert.from_select([param.c.trial_id, *columns], union_all(*part)) for part in parts]
     if write.values is not None:
         end = {"state": write.state, "datetime_complete": datetime.now()}
         statements.append(update(models.TrialModel.__table__).where(*unfinished).values(end))
-    if not statements or not all(session.execute(each).rowcount for each in statements):
+    if not statements:
         _locked(session, database, trial_id)
+    for each in statements:
+        if session.execute(each.execution_options(preserve_rowcount=True)).rowcount == 0:
+            _locked(session, database, trial_id)
+            raise AssertionError("a trial that has not finished was not written on")
 
 
 def _put_attributes(session: Any, database: RDBStorage, trial_id: int, attributes: Mapping[str, Any]) -> None:
