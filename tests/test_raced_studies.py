@@ -29,7 +29,7 @@ from dfmerge_studies.study.variants import study_spec, variants
 from dfmerge_studies.study.warm_start import best_points
 from dfmerge_studies.tasks.metrics import Metrics
 from dfmerge_studies.trials.loop import work
-from dfmerge_studies.trials.marks import PROPOSAL, RACED, ROWS, TASKS, place_of
+from dfmerge_studies.trials.marks import GRADIENT, PROPOSAL, RACED, ROWS, TASKS, place_of
 from dfmerge_studies.trials.outbox import Outbox
 from dfmerge_studies.trials.owner import working
 from dfmerge_studies.trials.reading import counts, ended, pruned_of, results, settled
@@ -199,14 +199,27 @@ def test_other_objectives_are_raced_by_their_own_value(fresh: Project, objective
         assert trial.value == pytest.approx(worth)
 
 
+def test_the_steps_of_a_startup_that_descends_are_scored_on_all_rows_and_what_follows_is_raced(fresh: Project) -> None:
+    session = opened(fresh, sampler="auto", startup_trials=4, trials=9)
+    assert session.plan.startup == "descent"
+    session.run()
+    trials = sorted(session.study.trials, key=place_of)
+    sloped = [place_of(trial) for trial in trials if GRADIENT in trial.user_attrs]
+    assert sloped == [0, 1, 2]  # the fourth is the last step: nothing follows from its slope
+    assert all(trial.state == TrialState.COMPLETE for trial in trials[:3])
+    raced = [place_of(trial) for trial in trials if trial.user_attrs[RACED]["against"] is not None]
+    assert raced == [3, 4, 5, 6, 7, 8]
+
+
 # Cut and resumed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("startup", ["uniform", "descent"])
 def test_a_raced_search_that_was_cut_in_the_middle_of_a_race_equals_an_uncut_one(
-    fresh: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, startup: str
 ) -> None:
-    settings = {"sampler": "auto", "startup_trials": 3, "trials": 7}
+    settings = {"sampler": "auto", "startup": startup, "startup_trials": 3, "trials": 7}
     session = opened(fresh, **settings)
     session.run()
     uncut = history(session.study)

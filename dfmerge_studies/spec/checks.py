@@ -162,7 +162,7 @@ def without_slopes(spec: StudySpec) -> Iterator[Finding]:
 def has_slopes(spec: StudySpec) -> bool:
     """Whether trials of a study can have slopes, as far as its spec alone says it."""
     search = spec.search
-    return spec.row.searches and not (search.step or search.race or any(_slopes_lacking(spec, "a descent")))
+    return spec.row.searches and not (search.step or any(_slopes_lacking(spec, "a descent")))
 
 
 def _slopes_lacking(spec: StudySpec, how: str) -> Iterator[Finding]:

@@ -251,10 +251,6 @@ class SearchSettings(Settings):
                 "racing needs sampler: auto or random; gp and ucb learn nothing from trials that were stopped, and "
                 "would propose their points again, and gradient needs the slope of every trial"
             )
-        if self.race is not None and self.startup == DESCENT:
-            raise ValueError(
-                "racing needs startup: uniform; descent needs the slope of every trial that it starts with"
-            )
         return self
 
     @model_validator(mode="after")

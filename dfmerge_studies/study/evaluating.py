@@ -74,12 +74,14 @@ class Trials:
 
         Args:
             point: what was proposed.
-            place: of the trial; where trials are raced, it is against the best of those before it.
+            place: of the trial; where trials are raced, it is against the best of those before it, unless its slope
+                is asked for.
         """
         session, spec = self._session, self._session.spec
-        at, incumbent = self._asked(point), self._races.incumbent(place)
+        at, sample = self._asked(point), self._sample(place)
+        incumbent = self._races.incumbent(place) if sample is None else None
         with session.merger.importances.shelf.trial() as fishers:
-            outcome = session.merger.run(at, self._races.rival(incumbent), self._sample(place))
+            outcome = session.merger.run(at, self._races.rival(incumbent), sample)
             attributes = {
                 SECONDS: rounded_seconds(outcome.seconds),
                 FISHERS: {"computed": outcome.computed, "cached": outcome.cached},
