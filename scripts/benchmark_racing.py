@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dfmerge_studies.racing import Rival
 from dfmerge_studies.study.rows import trial_rows
-from dfmerge_studies.trials.marks import RACED
+from dfmerge_studies.trials.marks import GRADIENT, RACED
 from dfmerge_studies.trials.reading import settled
 
 ORDERS = 40
@@ -65,7 +65,9 @@ def replay(trials: Sequence[FrozenTrial], error: float, seed: int) -> Replayed:
         tasks = rows[best]
         rival = Rival(tasks, dict.fromkeys(tasks, 1.0), dict.fromkeys(tasks, 1 / len(tasks)), error, seed)
         seen = [((task, row), rows[number][task][row]) for task, row in rival.order()]
-        end = next((count for count in rival.looks() if rival.cannot_win(seen[:count])), None)
+        raced = GRADIENT not in trials[number].user_attrs  # one whose slope was asked for is scored on all rows
+        looks = rival.looks() if raced else ()
+        end = next((count for count in looks if rival.cannot_win(seen[:count])), None)
         scored += end or rival.count
         stopped += end is not None
         wrong += end is not None and worth[number] > worth[best]
