@@ -9,6 +9,9 @@ A CPU build of torch knows no device but "cpu" and "meta", so the tensors say "m
 device is the CPU.  Numbers are real, so checks and branches that depend on values go where they go elsewhere.
 Attention is counted as one fused kernel forward and two backward, as on CUDA.
 
+There may be several such places, "meta:0" and "meta:1", as there are several cards.  An operator over tensors of two is
+refused, as CUDA refuses it.
+
 A narrow model stands for a wide one: `Widths` maps each of its widths to the real one when bytes and products are
 counted.  Launches and waits do not depend on widths.
 """
@@ -20,6 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -70,19 +74,19 @@ class Counts:
 
 
 class _Elsewhere(Tensor):
-    """A tensor around one of the CPU."""
+    """A tensor around one of the CPU, at a place."""
 
     plain: Tensor
 
     @staticmethod
-    def __new__(cls, plain: Tensor) -> _Elsewhere:
+    def __new__(cls, plain: Tensor, place: torch.device = ELSEWHERE) -> _Elsewhere:
         made: _Elsewhere = Tensor._make_wrapper_subclass(
             cls,
             plain.shape,
             strides=plain.stride(),
             storage_offset=plain.storage_offset(),
             dtype=plain.dtype,
-            device=ELSEWHERE,
+            device=place,
         )
         made.plain = plain
         return made
@@ -101,8 +105,8 @@ def _plain(value: Any) -> Any:
     return value.plain if isinstance(value, _Elsewhere) else value
 
 
-def _moved(value: Any) -> Any:
-    return _Elsewhere(value) if isinstance(value, Tensor) and not isinstance(value, _Elsewhere) else value
+def _moved(place: torch.device, value: Any) -> Any:
+    return _Elsewhere(value, place) if isinstance(value, Tensor) and not isinstance(value, _Elsewhere) else value
 
 
 class _Counting(TorchDispatchMode):
@@ -144,7 +148,10 @@ class _Counting(TorchDispatchMode):
         if name not in _NO_KERNEL:
             read = tensors[1:] if name == "copy_" else tensors  # what it held is not read
             self.launched([_plain(tensor) for tensor in read] + made, flops=self._flops(name, tensors))
-        return self._given(operator, name, args, keywords, plain_args, out)
+        place = (
+            next(tensor.device for tensor in tensors if isinstance(tensor, _Elsewhere)) if target is None else target
+        )
+        return self._given(operator, name, args, keywords, torch.device(place), out)
 
     @staticmethod
     def _crosses(name: str, args: Any, here: bool, to_host: bool) -> bool:
@@ -157,6 +164,8 @@ class _Counting(TorchDispatchMode):
         if here or name in ("copy_", "_to_copy"):
             return
         strays = [tensor for tensor in tensors if not isinstance(tensor, _Elsewhere) and tensor.dim() > 0]
+        if len({tensor.device for tensor in tensors if isinstance(tensor, _Elsewhere)}) > 1:
+            raise RuntimeError(f"{name}: tensors on two devices")
         if strays and name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
             raise RuntimeError(f"{name}: tensors on two devices")
         for _ in strays:
@@ -171,13 +180,13 @@ class _Counting(TorchDispatchMode):
         return 2 * math.prod(left) * right[-1]
 
     @staticmethod
-    def _given(operator: Any, name: str, args: Any, keywords: Any, plain_args: Any, out: Any) -> Any:
-        """The result, elsewhere; what is written in place is the tensor that was given."""
+    def _given(operator: Any, name: str, args: Any, keywords: Any, place: torch.device, out: Any) -> Any:
+        """The result at its place; what is written in place is the tensor that was given."""
         if out is None:
             return None
         if name.endswith("_") and args and isinstance(args[0], Tensor):
             return args[0]
-        result = pytree.tree_map(_moved, out)
+        result = pytree.tree_map(partial(_moved, place), out)
         if any(value.alias_info is not None for value in operator._schema.returns):
             return return_and_correct_aliasing(operator, args, keywords, result)
         return result
@@ -239,7 +248,7 @@ def _attention(mode: _Counting, real: Callable[..., Tensor]) -> Callable[..., Te
             if enable_gqa and k.shape[1] != q.shape[1]:
                 k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
             if is_causal:
-                later = torch.ones(q.shape[-2], k.shape[-2], device=ELSEWHERE).triu(1)
+                later = torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device).triu(1)
                 attn_mask = later * torch.finfo(q.dtype).min
             elif attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = (~attn_mask).to(q.dtype) * torch.finfo(q.dtype).min
@@ -272,6 +281,9 @@ def counting(widths: Widths | None = None) -> Iterator[Counts]:
         mode.wait("tolist")
         return self.plain.tolist()
 
+    def like(self: _Elsewhere, data: Any) -> Tensor:
+        return tensor(data, dtype=self.dtype).to(self.device)
+
     def cast(device_type: str, *arguments: Any, **keywords: Any) -> Any:
         return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *arguments, **keywords)
 
@@ -288,6 +300,7 @@ def counting(widths: Widths | None = None) -> Iterator[Counts]:
             mock.patch.object(torch, "inference_mode", _no_gradients),  # whose tensors know no subclass
             mock.patch.object(F, "scaled_dot_product_attention", _attention(mode, F.scaled_dot_product_attention)),
             mock.patch.object(_Elsewhere, "tolist", to_list, create=True),
+            mock.patch.object(_Elsewhere, "new_tensor", like, create=True),
             mode,
         ):
             yield counts
