@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.blocks import Block, merged_step
 from dfmerge_studies.errors import RunError
-from dfmerge_studies.params import TaskVector, at_least_float32
+from dfmerge_studies.params import TaskVector, at_least_float32, stacked
 from dfmerge_studies.points import Coefficient, coefficient_at
 
 Weights = Mapping[str, Tensor] | Mapping[str, Tensor | Block]
@@ -154,7 +154,7 @@ class WeightedSum:
         sums, self._sums = self._sums, []
         if not sums:
             return
-        finite = torch.isfinite(torch.stack([total for _, _, total in sums]))
+        finite = torch.isfinite(stacked([total for _, _, total in sums]))
         if bool(finite.all()):
             return
         expert, name, _ = sums[finite.tolist().index(False)]

@@ -13,7 +13,7 @@ Buffers and integer tensors are no parameters here: they stay the base's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -156,6 +156,23 @@ def check_finite(tensor: Tensor, name: str, *, where: str) -> None:
             where=where,
             hint="The checkpoint is damaged or its training diverged; use another one",
         )
+
+
+def stacked(numbers: Sequence[Tensor]) -> Tensor:
+    """Single numbers as one tensor, on the device of the first: one copy from each other device, and no wait.
+
+    Args:
+        numbers: of one type, without dimensions, on any devices.
+    """
+    places: dict[torch.device, list[int]] = {}
+    for position, number in enumerate(numbers):
+        places.setdefault(number.device, []).append(position)
+    if len(places) < 2:
+        return torch.stack(list(numbers))
+    parts = [torch.stack([numbers[i] for i in positions]).to(numbers[0].device) for positions in places.values()]
+    order = [i for positions in places.values() for i in positions]
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=numbers[0].device)
+    return torch.cat(parts).index_select(0, back)
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ from dfmerge_studies.tasks import replay
 from dfmerge_studies.tasks.encoding import Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
 from tests.models import FAMILIES, make_examples, make_model
-from tests.project import Project
+from tests.project import Project, make_project
 from tests.zoo import SUPPORTED, UNUSED, ZOO, family_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -85,8 +85,9 @@ def test_losses_are_those_of_the_cpu_and_the_same_twice(family: str) -> None:
         assert losses == pytest.approx(wanted, rel=1e-4)
 
 
-def merged(project: Project, method: str, device: str) -> tuple[dict[str, Tensor], Any]:
-    spec = StudySpec.from_yaml(project.file, [f"device={device}", "compute=float32", "importance.dtype=float32"])
+def merged(project: Project, method: str, device: str, *more: str) -> tuple[dict[str, Tensor], Any]:
+    overrides = [f"device={device}", "compute=float32", "importance.dtype=float32", *more]
+    spec = StudySpec.from_yaml(project.file, overrides)
     problem = load_problem(spec)
     outcome = Merger(problem, METHODS[method], None).run({n: 0.3 + 0.4 * i for i, n in enumerate(problem.experts)})
     return {n: p.detach().cpu() for n, p in problem.resident.model.named_parameters()}, outcome
@@ -99,6 +100,20 @@ def test_a_df_merge_is_that_of_the_cpu(family: str, project_of: NewProject) -> N
     found, there = merged(project, "df-merge", "cuda")
     # No loss depends on a bias of keys, so that its importance is rounding on either device.
     assert distance(found, {n: value for n, value in expected.items() if not n.endswith("key.bias")}) < 1e-5
+    assert there.tasks == scores.tasks
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("method", ["df-merge", "gta"])
+@pytest.mark.parametrize("family", ["t5", "bert", "llama"])
+def test_a_merge_over_two_cards_is_that_of_the_cpu(family: str, method: str, tmp_path: Path) -> None:
+    project = make_project(tmp_path / family, family, rows=8, samples=3, layers=5)
+    expected, scores = merged(project, method, "cpu")
+    found, there = merged(project, method, "auto", "device_map=auto")
+    problem = load_problem(StudySpec.from_yaml(project.file, ["device=auto", "device_map=auto"]))
+    assert len({parameter.device for parameter in problem.resident.model.parameters()}) >= 2
+    shared = {n: expected[n] for n in problem.resident.names if not n.endswith("key.bias")}
+    assert distance(found, shared) < 1e-5
     assert there.tasks == scores.tasks
 
 

@@ -9,7 +9,7 @@ A rank of 16 keeps of a 4096 x 4096 matrix 1/128 of what the matrix would take.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,10 @@ class Factored(OnDemand[Factors | Tensor]):
         entry = self._source[name]
         return entry.dense() if isinstance(entry, Factors) else entry
 
-    def to(self, device: torch.device) -> Factored:
-        """The same on a device."""
-        return Factored({name: entry.to(device) for name, entry in self.entries.items()})
+    def to(self, place: Callable[[str], torch.device]) -> Factored:
+        """The same, each on its device.
+
+        Args:
+            place: from a name to where it goes.
+        """
+        return Factored({name: entry.to(place(name)) for name, entry in self.entries.items()})

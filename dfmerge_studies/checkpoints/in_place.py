@@ -1,7 +1,7 @@
 """A model that every scaled expert and every merge is written into, in place.
 
 theta_pre   base parameters, for the names on which an expert differs    {name: tensor}
-tau[i]      task vectors, on the same device                             {name: tensor}
+tau[i]      task vectors, each entry where its parameter is              {name: tensor}
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.checkpoints.spread import place_of
 from dfmerge_studies.checkpoints.streamed import on_device, streamed
 from dfmerge_studies.params import TaskVector
 from dfmerge_studies.points import Coefficient, coefficient_at
@@ -35,18 +36,26 @@ class InPlace:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Where the first parameter is, and batches are put; all others too, unless the model is spread."""
         return next(self.model.parameters()).device
 
+    def place_of(self, name: str) -> torch.device:
+        """Where a parameter is, and what belongs to it.
+
+        Args:
+            name: as for `spread.place_of`.
+        """
+        return place_of(self.model, name)
+
     def keep_on_(self, *, host: bool) -> None:
-        """Bring theta_pre and the task vectors from the host to the model's device, or keep them and copy what is used.
+        """Bring theta_pre and the task vectors from the host to the parameters, or keep them and copy what is used.
 
         Args:
             host: whether they stay in the host's memory.
         """
         place = streamed if host else on_device
-        self.base = place(self.base, self.device)
-        self.task_vectors = [TaskVector(v.expert, place(v.deltas, self.device)) for v in self.task_vectors]
+        self.base = place(self.base, self.place_of)
+        self.task_vectors = [TaskVector(v.expert, place(v.deltas, self.place_of)) for v in self.task_vectors]
 
     @torch.no_grad()
     def load_scaled_(self, expert: int, coefficient: Coefficient) -> None:

@@ -26,6 +26,7 @@ from dfmerge_studies.checkpoints.load import (
 )
 from dfmerge_studies.checkpoints.lora import keep_factors
 from dfmerge_studies.checkpoints.reference import Checkpoint
+from dfmerge_studies.checkpoints.spread import Place, spread_
 from dfmerge_studies.checkpoints.token_rows import Union, fit_
 from dfmerge_studies.checkpoints.vocabulary import reads_alike
 from dfmerge_studies.errors import InputError
@@ -62,6 +63,18 @@ class Resident(InPlace):
     def use_head_(self, task: str) -> None:
         """Put the head of one task on the model; nothing happens for models without heads."""
         put_head_on_(self.model, self.heads.get(task, {}))
+
+    def spread_(self, places: Mapping[str, Place]) -> None:
+        """Spread the model over several devices, and put heads where the model has its own.
+
+        Args:
+            places: as for `spread.spread_`.
+        """
+        spread_(self.model, places)
+        self.heads = {
+            task: {name: tensor.to(self.place_of(name)) for name, tensor in head.items()}
+            for task, head in self.heads.items()
+        }
 
 
 def head_names(model: PreTrainedModel, missing: frozenset[str]) -> frozenset[str]:

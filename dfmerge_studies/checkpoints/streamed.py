@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dfmerge_studies.checkpoints.factored import Factored, Factors
 from dfmerge_studies.params import OnDemand
+
+PlaceOf = Callable[[str], torch.device]  # from a parameter's name to where it is
 
 
 class Streamed(OnDemand[Tensor]):
@@ -19,12 +21,12 @@ class Streamed(OnDemand[Tensor]):
 
     Args:
         held: in the host's memory.
-        device: where they are used.
+        place: where each is used.
     """
 
-    def __init__(self, held: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, held: Mapping[str, Tensor], place: PlaceOf) -> None:
         super().__init__(held)
-        self._device = device
+        self._place = place
 
     @property
     def held(self) -> Mapping[str, Tensor]:
@@ -32,35 +34,35 @@ class Streamed(OnDemand[Tensor]):
         return self._source
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source[name].to(self._device, non_blocking=True)
+        return self._source[name].to(self._place(name), non_blocking=True)
 
 
-def streamed(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
-    """The same tensors, to be used on a device and kept on the host; factors of matrices, which are small, go there.
+def streamed(tensors: Mapping[str, Tensor], place: PlaceOf) -> Mapping[str, Tensor]:
+    """The same tensors, to be used on devices and kept on the host; factors of matrices, which are small, go there.
 
     Args:
         tensors: in the host's memory, theta_pre or a task vector.
-        device: where they are used.
+        place: where each is used.
     """
     if not isinstance(tensors, Factored):
-        return Streamed({name: _pinned(tensor, device) for name, tensor in tensors.items()}, device)
+        return Streamed({name: _pinned(tensor, place(name)) for name, tensor in tensors.items()}, place)
     kept = {
-        name: entry.to(device) if isinstance(entry, Factors) else _pinned(entry, device)
+        name: entry.to(place(name)) if isinstance(entry, Factors) else _pinned(entry, place(name))
         for name, entry in tensors.entries.items()
     }
-    return Streamed(Factored(kept), device)
+    return Streamed(Factored(kept), place)
 
 
-def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
-    """The same tensors on a device.
+def on_device(tensors: Mapping[str, Tensor], place: PlaceOf) -> Mapping[str, Tensor]:
+    """The same tensors, each on its device.
 
     Args:
         tensors: in the host's memory, theta_pre or a task vector.
-        device: where they go.
+        place: where each goes.
     """
     if isinstance(tensors, Factored):
-        return tensors.to(device)
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+        return tensors.to(place)
+    return {name: tensor.to(place(name)) for name, tensor in tensors.items()}
 
 
 def kept_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
+from dfmerge_studies.checkpoints.spread import is_spread, on_host
 from dfmerge_studies.errors import InputError, RunError, first_line
 from dfmerge_studies.temporary import beside
 
@@ -161,7 +162,9 @@ def save_model(
 
     whole = cast("PreTrainedModel", model.base_model) if heads else model
     with quiet_transformers():
-        whole.save_pretrained(folder, max_shard_size=shard_size)
+        whole.save_pretrained(
+            folder, max_shard_size=shard_size, state_dict=on_host(whole) if is_spread(whole) else None
+        )
     tokenizer.save_pretrained(folder)
     for file in source.glob("*.py"):
         shutil.copy2(file, folder)

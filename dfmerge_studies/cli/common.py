@@ -198,6 +198,10 @@ def join_ranks(spec: StudySpec) -> Ranks:
 
     if launched() == 1:
         return SOLO
+    if spec.device_map is not None:
+        from dfmerge_studies.objective.cards import refused_in_group
+
+        raise refused_in_group(spec, launched())
     quiet_libraries()
     group = Group(spec.device)
     atexit.register(group.leave)  # however the command ends, the others end with it

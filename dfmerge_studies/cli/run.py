@@ -75,6 +75,13 @@ def run(
         device=device,
         cache=cache,
     )
+    if workers > 1 and settings.device_map is not None:
+        raise InputError(
+            f"device_map: {settings.device_map} spreads one model over all CUDA devices, and --workers {workers} asks "
+            f"for {workers} models",
+            where=settings.where("device_map"),
+            hint="Leave out one of the two",
+        )
     common.check_early(settings, storage=True)
     again = common.again(spec, storage=storage, overrides=overrides)
     with common.tracking_of(tracker) as tracking:

@@ -163,7 +163,8 @@ class FactorCapture(Capture):
         reached = reached_positions(g).to(dtype)  # (n, T)
         current = self._pass
         if self._weights is not None and current is not None:
-            live = self._weights if current.live is None else self._weights[current.live.to(g.device)]
+            weights = self._weights.to(g.device)  # the losses may be on another than the layer
+            live = weights if current.live is None else weights[current.live.to(g.device)]
             reached = reached * live.to(dtype)[:, None]
         with torch.autocast(g.device.type, enabled=False):
             flat = a.to(dtype).flatten(0, 1)

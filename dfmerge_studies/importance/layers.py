@@ -108,6 +108,7 @@ def parts(call: Call, rows: Tensor, live: Tensor | None) -> dict[str, Part]:
         found: dict[str, Part] = dict(_run_again(call, rows, live))
     else:
         (g,), (a,) = call.arrived.values(), call.inputs
+        a = a.to(g.device)  # in a spread model the layer before may be on another
         if a.shape[0] != call.batch:
             raise call.refuse(f"its input of shape {tuple(a.shape)} is not one row per input and choice")
         if live is not None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.capture import Capture, check_names
-from dfmerge_studies.params import at_least_float32
+from dfmerge_studies.params import at_least_float32, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +292,7 @@ def spread(model: nn.Module, nodes: Mapping[str, Tensor], names: Collection[str]
     Returns:
         {parameter: tensor of its shape}, in the precision of `nodes`; views that repeat values, not to be written.
     """
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     found = masks_of(model)
     means = [nodes[mask.gate].mean() for mask in found]
     per_layer: dict[str, list[tuple[Mask, Tensor]]] = {}
@@ -308,8 +308,9 @@ def spread(model: nn.Module, nodes: Mapping[str, Tensor], names: Collection[str]
                 module = model.get_submodule(f"{layer}.{owner}")
                 line = _per_feature(mask, nodes[mask.gate], _features(module)[1])
                 values[f"{layer}.{name}"] = line[:, None] if kind == "weight" and not _transposed(module) else line
-    elsewhere = torch.stack(means).mean()
-    return {name: values.get(name, elsewhere).expand(shapes[name]) for name in names}
+    elsewhere = stacked(means).mean()
+    found_at = {name: values.get(name, elsewhere.to(parameters[name].device)) for name in names}
+    return {name: value.expand(parameters[name].shape) for name, value in found_at.items()}
 
 
 def _per_feature(mask: Mask, nodes: Tensor, features: int) -> Tensor:

@@ -61,12 +61,18 @@ def _may_scale(module: nn.Module, dims: int) -> bool:
     if any(p.shape != own["weight"].shape for p in own.values()) or module._modules or module._buffers:
         return False
     others = {n: v for n, v in vars(module).items() if n != "_parameters"}
-    if "forward" in others or any(isinstance(value, Tensor) for value in others.values()):
+    if ("forward" in others and not _only_moved(module)) or any(isinstance(value, Tensor) for value in others.values()):
         return False
     try:
         return len(inspect.signature(type(module).forward).parameters) == 2
     except (TypeError, ValueError):
         return False
+
+
+def _only_moved(module: nn.Module) -> bool:
+    """Whether a module's own `forward` is accelerate's, which moves inputs and runs that of its class."""
+    inner = getattr(vars(module).get("_old_forward"), "__func__", None)
+    return hasattr(module, "_hf_hook") and inner is type(module).forward
 
 
 @torch.no_grad()

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from dfmerge_studies.methods import UNSCALED, Scale
-from dfmerge_studies.params import OnDemand
+from dfmerge_studies.params import OnDemand, stacked
 
 
 def scaled(values: Mapping[str, Tensor], scale: Scale) -> Mapping[str, Tensor]:
@@ -57,7 +56,7 @@ class _Scaled(OnDemand[Tensor]):
         found = [(value.numel(), value.double().sum()) for value in raised]
         if not found:
             return 0.0
-        sums: list[float] = torch.stack([total for _, total in found]).tolist()  # one wait for the device
+        sums: list[float] = stacked([total for _, total in found]).tolist()  # one wait for the device
         return sum(sums) / max(1, sum(entries for entries, _ in found))
 
 

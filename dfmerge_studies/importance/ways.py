@@ -18,6 +18,7 @@ from dfmerge_studies.errors import DFMergeError, RunError, first_line, out_of_me
 from dfmerge_studies.importance.passes import Job
 from dfmerge_studies.importance.rows import sum_by_rows
 from dfmerge_studies.methods import Estimator
+from dfmerge_studies.params import stacked
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,8 @@ def _difference(job: Job, names: Collection[str], sums: Callable[[Job], dict[str
         return error.what if isinstance(error, DFMergeError) else first_line(error)
     expected = sum_by_rows(job, names)
     relative, absolute = TOLERANCE.get(next(job.model.parameters()).dtype, TOLERANCE_16_BIT)
-    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    whole = stacked([value.norm() for value in expected.values()]).norm()
     for name, value in expected.items():
-        if not (found[name] - value).norm() <= relative * value.norm() + absolute * whole:
+        if not (found[name] - value).norm() <= relative * value.norm() + absolute * whole.to(value.device):
             return f"batched, that of {name} comes out otherwise"
     return None

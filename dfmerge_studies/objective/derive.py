@@ -62,6 +62,7 @@ def _loaded(spec: StudySpec) -> dict[str, object]:
         "tasks": [(name, task.model_copy(update={"limit": None})) for name, task in spec.tasks.items()],
         "dtype": spec.dtype,
         "device": spec.device,
+        "device_map": spec.device_map,
         "root": spec.root,
     }
 

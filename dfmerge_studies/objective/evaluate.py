@@ -19,6 +19,7 @@ from dfmerge_studies.checkpoints.load import has_tokenizer, load_model, load_tok
 from dfmerge_studies.checkpoints.missing import check_answers
 from dfmerge_studies.checkpoints.reference import Checkpoint, resolve
 from dfmerge_studies.checkpoints.resident import head_names
+from dfmerge_studies.checkpoints.spread import place_of
 from dfmerge_studies.checkpoints.weights import read_tensors
 from dfmerge_studies.checkpoints.write import HEADS, read_classes
 from dfmerge_studies.errors import InputError
@@ -27,6 +28,7 @@ from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.inputs import check_labels, encode_split, padding_id
 from dfmerge_studies.objective.loading import choose_device, find_checkpoints
 from dfmerge_studies.objective.problem import Checkpoints
+from dfmerge_studies.objective.spreading import place_model_
 from dfmerge_studies.objective.used_rows import scored_examples
 from dfmerge_studies.params import float_parameters
 from dfmerge_studies.progress import Progress, counted, silent
@@ -137,7 +139,7 @@ def _evaluate(
     own = not checkpoint.is_adapter or (spec.tokenizer == "union" and has_tokenizer(checkpoint))
     tokenizer = load_tokenizer(checkpoint if own else found.base)
     heads = _heads(spec, checkpoint, found, dtype, contents) if found.has_heads else {}
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+    place_model_(model, spec, device)
     of_experts = classes_of_heads(spec, found.base, found.experts)
     classes = {**of_experts, **_classes_of_heads(spec, checkpoint)}
     results: dict[str, TaskScore] = {}
@@ -150,7 +152,7 @@ def _evaluate(
         check_labels(spec, task, examples, heads)
         examples = scored_examples(spec, task, split, examples, classes)
         head = heads.get(task, {})
-        put_head_on_(model, {name: tensor.to(device) for name, tensor in head.items()})
+        put_head_on_(model, {name: tensor.to(place_of(model, name)) for name, tensor in head.items()})
         check_answers(
             model,
             missing - head.keys(),
@@ -169,7 +171,8 @@ def _evaluate(
             right = wanted_answers(settings, examples)
             answers = judged(settings, given, right, *named_classes(spec, task, classes))
         else:
-            expert = _load_expert(spec, task, found, dtype).to(device)  # type: ignore[arg-type]  # as above
+            expert = _load_expert(spec, task, found, dtype)
+            place_model_(expert, spec, device)
             others = taken_answers(settings, ask(expert, settings, kind, examples))
             answers = judged(settings, given, _in_order_of(spec, classes, of_experts, task, others))
         results[task] = metric.result(answers)

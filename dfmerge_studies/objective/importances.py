@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dfmerge_studies.checkpoints.digest import ids_digest, json_digest
+from dfmerge_studies.checkpoints.spread import devices_of
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherCache, FisherKey, Shelf
 from dfmerge_studies.importance.factors import block_names
@@ -158,7 +159,8 @@ class Importances:
         key = self.key(index, coefficient, names)
         stored = ranks.from_leader(lambda: self.shelf.get(key))  # what the leader has or lacks, all have or lack
         if stored is not None:
-            return self._by_parameter({name: value.to(resident.device) for name, value in stored.items()}, names), True
+            there = {name: value.to(resident.place_of(name)) for name, value in stored.items()}
+            return self._by_parameter(there, names), True
         start = time.perf_counter()
         values = self.computed(index, coefficient, names, progress=progress)
 
@@ -222,10 +224,11 @@ class Importances:
 
         What is used now and what the cache gives later must be the same, or resuming would change the study.
         """
-        dtype, device = getattr(torch, self._rounding), self.problem.resident.device
+        dtype = getattr(torch, self._rounding)
         found = {name: values.pop(name).to(dtype) for name in list(values)}
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # once per Fisher: its time is what keeping it must be worth
+        for device in devices_of(self.problem.resident.model):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # once per Fisher: its time is what keeping it must be worth
         return found
 
     def put(

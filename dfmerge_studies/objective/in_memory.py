@@ -238,7 +238,7 @@ class ModelMerger(Generic[Model]):
                 )
             if bool((value < 0).any()):
                 raise InputError(f"a negative value for the parameter {name}", where=where)
-            found[name] = value.detach().to(self.place.device).float()
+            found[name] = value.detach().to(self.place.place_of(name)).float()
         return scaled(found, self.scale)
 
     @cached_property

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from dfmerge_studies.checkpoints.streamed import PlaceOf
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherKey
 from dfmerge_studies.methods import Estimator, Importance, Method
@@ -82,15 +82,16 @@ class Float32(OnDemand[Tensor]):
 
     Args:
         stored: by name.
-        device: where they are asked for, if not where they are.
+        place: where each is asked for, if not where it is.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], place: PlaceOf | None = None) -> None:
         super().__init__(stored)
-        self._device = device
+        self._place = place
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._source[name].to(self._device).float()
+        found = self._source[name]
+        return (found if self._place is None else found.to(self._place(name))).float()
 
 
 @dataclass
@@ -136,7 +137,7 @@ class InParts:
         Returns:
             As `Importances.at`.
         """
-        own, ranks, device = self._all, self._all.problem.ranks, self._all.problem.resident.device
+        own, ranks, place = self._all, self._all.problem.ranks, self._all.problem.resident.place_of
         if index not in self._entries:
             self._entries[index] = _Entry(own.key(index, coefficient, self._names))
         entry = self._entries[index]
@@ -148,7 +149,7 @@ class InParts:
 
         stored = ranks.from_leader(found)
         if stored is not None:
-            return Float32(stored, device), True
+            return Float32(stored, place), True
         start = time.perf_counter()
         which = f", from tensor {self._names.index(part[0]) + 1} of {len(self._names)}"
         values = own.computed(index, coefficient, part, part=which, progress=self._progress)
@@ -165,7 +166,7 @@ class InParts:
         kept = ranks.from_leader(keep)
         assert kept is not None
         values.clear()
-        return Float32(kept, device), False
+        return Float32(kept, place), False
 
     def whole(self, index: int, coefficient: Coefficient) -> tuple[Mapping[str, Tensor], bool]:
         """All parts of one expert's importance, kept on the host; each value is copied when it is asked for.
@@ -182,4 +183,4 @@ class InParts:
         entry = self._entries[index]
         values = problem.ranks.from_leader(lambda: dict(entry.stored or entry.gathered))
         assert values is not None
-        return Float32(values, problem.resident.device), all(hits)
+        return Float32(values, problem.resident.place_of), all(hits)

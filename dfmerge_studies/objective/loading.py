@@ -11,12 +11,14 @@ import torch
 from dfmerge_studies.checkpoints.reference import resolve
 from dfmerge_studies.checkpoints.resident import load_resident
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.objective.cards import check_device_map
 from dfmerge_studies.objective.classes import classes_of_heads
 from dfmerge_studies.objective.computing import computing
 from dfmerge_studies.objective.inputs import check_labels, encode_for_all, padding_id, read_split
 from dfmerge_studies.objective.memory import place_
 from dfmerge_studies.objective.preflight import read_indices
 from dfmerge_studies.objective.problem import Checkpoints, Problem, TaskInputs
+from dfmerge_studies.objective.spreading import spread_problem_
 from dfmerge_studies.objective.used_rows import fisher_rows, scored_examples
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
@@ -133,7 +135,7 @@ def _load_problem(
         guards=[name for name, task in spec.tasks.items() if task.guard],
         unite=spec.tokenizer == "union",
         dtype=dtype,
-        device=device,
+        device=device if spec.device_map is None else torch.device("cpu"),  # until it is spread
         stay=True,
         loading=lambda name: progress(f"loading {name}", 1 + list(spec.experts).index(name), steps),
     )
@@ -158,10 +160,11 @@ def _load_problem(
             {"validation": scored_examples(spec, name, "validation", everything, classes)}, fisher, everything
         )
     pad_id = padding_id(resident.tokenizer)
+    problem = Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes, share=share)
+    spread_problem_(problem)
     with computing(spec, device):  # the model has the base's weights, on every rank
         for name, task in tasks.items():
             settle_folding(resident.model, checkpoints.kinds[name], task.validation, pad_id)
-    problem = Problem(spec, checkpoints, resident, tasks, pad_id, ranks, classes, share=share)
     place_(problem)
     progress("ready", steps, steps)
     return problem
@@ -175,8 +178,9 @@ def choose_device(spec: StudySpec, ranks: Ranks = SOLO) -> torch.device:
         ranks: several ranks have a device each, which their launcher decided.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there, or a `device_map` has no devices to spread a model over.
     """
+    check_device_map(spec, ranks)
     if ranks.device is not None:
         return ranks.device
     if spec.device == "auto":

@@ -21,12 +21,14 @@ from functools import partial
 
 import torch
 
+from dfmerge_studies.checkpoints.spread import is_spread, shares_of_devices
 from dfmerge_studies.checkpoints.streamed import Streamed, kept_bytes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.factors import factor_entries
 from dfmerge_studies.importance.nodes import masks_of
 from dfmerge_studies.importance.task_fisher import rows_times_tokens, task_fisher
 from dfmerge_studies.methods import Estimator, Importance
+from dfmerge_studies.objective.cards import SPARE, room_on
 from dfmerge_studies.objective.importances import check_importance, writer_for
 from dfmerge_studies.objective.in_parts import gathered_on_host, needing_all
 from dfmerge_studies.objective.live_bytes import LiveBytes
@@ -41,7 +43,6 @@ from dfmerge_studies.tasks.replay import allow_replays_
 from dfmerge_studies.tasks.sampling import torch_generator
 from dfmerge_studies.transforms import TRANSFORMS
 
-_SPARE = 0.1  # of what is free on a device: fragments, libraries' own buffers
 _ROUNDS = 3  # of making parts smaller until they fit
 _EASY = 0.5  # of what is free: below, nothing is measured
 
@@ -203,7 +204,8 @@ def _roomy(problem: Problem) -> bool:
 
     Passes that score are then recorded, too (`tasks/replay.py`), so that their activations stay.
     """
-    if problem.resident.device.type != "cuda" or problem.spec.memory != "auto":
+    resident = problem.resident
+    if resident.device.type != "cuda" or problem.spec.memory != "auto" or is_spread(resident.model):
         return False
     held = memory_of(problem, Activations()).device.model
     there = _room(problem, held)
@@ -230,8 +232,8 @@ def _room(problem: Problem, held: int) -> int | None:
         return parse_size(spec.memory)
     if problem.share is not None:
         in_parts = device.type == "cuda" or needing_all(problem, spec.row, check_importance(problem, spec.row)) is None
-        return int((1 - _SPARE) * problem.share) if in_parts else None
-    return held + int((1 - _SPARE) * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+        return int((1 - SPARE) * problem.share) if in_parts else None
+    return room_on(shares_of_devices(problem.resident.model), held) if device.type == "cuda" else None
 
 
 def _fits(problem: Problem, held: int, there: int | None) -> bool:
@@ -255,7 +257,8 @@ def _entries_at_a_time(problem: Problem, there: int) -> int | None:
     found = activations_of(problem)
     needs = memory_of(problem, found).device
     fixed = needs.total - needs.sums - needs.importance - needs.activations
-    room = (there - fixed - found.importance) // per_entry
+    alone = min(shares_of_devices(problem.resident.model).values())  # all parameters of a part may be on one device
+    room = int(alone * (there - fixed - found.importance)) // per_entry
     needed = fixed + max(found.evaluation, found.importance + per_entry * least)
     if there < needed and spec.memory != "auto":
         raise InputError(

@@ -23,7 +23,7 @@ from dfmerge_studies.errors import RunError
 from dfmerge_studies.merging import Weights
 from dfmerge_studies.objective.groups import Groups
 from dfmerge_studies.objective.problem import Problem
-from dfmerge_studies.params import TaskVector, at_least_float32, evaluating, tracking
+from dfmerge_studies.params import TaskVector, at_least_float32, evaluating, stacked, tracking
 from dfmerge_studies.points import fine_name
 from dfmerge_studies.progress import Progress, counted
 from dfmerge_studies.tasks.evaluate import length_batches, pass_in_tokens, token_cost
@@ -146,14 +146,14 @@ def slopes_along(
             g.mul_(len(found)).div_(total)
     places: list[str] = []
     sums: list[Tensor] = []
+    zero = next(iter(gradient.values())).new_zeros((), dtype=torch.float64)
     for vector, importance in zip(vectors, importances, strict=True):
         for group, names in (groups or {"": tuple(gradient)}).items():
             place = fine_name(vector.expert, group) if groups else vector.expert
             parts = [_along(gradient[name], vector, importance, name, floor) for name in names if name in vector.deltas]
             places.append(place)
-            sums.append(torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64))
-    device = next(iter(gradient.values())).device
-    values: list[float] = torch.stack([each.to(device) for each in sums]).tolist()  # one wait for the device
+            sums.append(stacked(parts).sum() if parts else zero)
+    values: list[float] = stacked(sums).tolist()  # one wait for the device
     return dict(zip(places, values, strict=True))
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dfmerge_studies import limits
 from dfmerge_studies.errors import did_you_mean
@@ -341,6 +341,16 @@ class ObjectiveSettings(Settings):
         if self.weights is not None and max(self.weights.values()) > limits.COUNT:
             raise ValueError(f"no weight can be larger than {limits.COUNT}")
         return self
+
+
+def spread_over_all(value: str | None, info: ValidationInfo) -> str | None:
+    """A `device_map` is over all CUDA devices, so the spec's `device` cannot be one of them, or none."""
+    device = info.data.get("device", "auto")
+    if value is not None and device not in ("auto", "cuda"):
+        raise ValueError(
+            f"{value} spreads a model over all CUDA devices, and device: {device} names one; leave out one of the two"
+        )
+    return value
 
 
 def parse_size(text: str) -> int:

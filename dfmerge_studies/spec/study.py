@@ -23,6 +23,7 @@ from dfmerge_studies.spec.fields import (
     ProtectSettings,
     SearchSettings,
     parse_size,
+    spread_over_all,
 )
 from dfmerge_studies.spec.known import KnownMethod
 from dfmerge_studies.spec.messages import Wrong, odd_values
@@ -77,6 +78,9 @@ class StudySpec(Settings):
         "auto", description="size that the cache may reach, e.g. 20GB; oldest go first; null: no limit"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = Field(
+        None, description="how accelerate spreads a model's layers over all CUDA devices; null: one device"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field("float32", description="of weights in memory")
     memory: str = Field(
         "auto",
@@ -102,6 +106,7 @@ class StudySpec(Settings):
     _full_experts = field_validator("experts", mode="before")(full_experts)
     _full_tasks = field_validator("tasks", mode="before")(full_tasks)
     _full_objective = field_validator("objective", mode="before")(full_objective)
+    _spread_over_all = field_validator("device_map")(spread_over_all)
     _full_search = field_validator("search", mode="before")(full_search)
 
     _file: Path = PrivateAttr(Path("spec.yaml"))

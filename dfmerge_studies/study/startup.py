@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from dfmerge_studies.checkpoints.spread import devices_of
 from dfmerge_studies.errors import DFMergeError
+from dfmerge_studies.objective.cards import free_bytes, own_bytes
 from dfmerge_studies.objective.memory import Activations, has_room_for_all, held_bytes, memory_of
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.objective.rehearsal import rehearse_
@@ -47,6 +47,8 @@ def _can_descend(problem: Problem) -> bool:
 def available_bytes(problem: Problem) -> int:
     """Bytes of the device that computes that are free or held by this process; of several on it, the share of one.
 
+    Of a spread model, those of all its devices.
+
     Args:
         problem: what is loaded.
     """
@@ -54,5 +56,5 @@ def available_bytes(problem: Problem) -> int:
     if problem.share is not None:
         return problem.share
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+        return sum(free_bytes(each) + own_bytes(each) for each in devices_of(problem.resident.model))
     return host_room().free + held_bytes(problem)

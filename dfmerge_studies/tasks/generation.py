@@ -145,7 +145,7 @@ def written(
     """The tokens written for one batch, up to and with the first end.
 
     Args:
-        model: a language model in evaluation mode, on one device.
+        model: a language model in evaluation mode.
         kind: how it answers.
         batch: B inputs.
         writer: where texts end.

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dfmerge_studies.checkpoints.spread import is_spread
 from dfmerge_studies.errors import first_line
 from dfmerge_studies.tasks.encoding import Encoded
 from dfmerge_studies.tasks.placing import KEPT, held
@@ -58,10 +59,11 @@ def allow_replays_(model: nn.Module) -> None:
     """Let passes of a model be recorded: it stays where it is, and there is memory for the activations of a batch.
 
     Args:
-        model: on its device; nothing changes for an architecture that is not among those compared.
+        model: on its device; nothing changes for one on several, or for an architecture that is not among those
+            compared.
     """
     ours = type(model).__module__.startswith("transformers.")  # and no code that came with a checkpoint
-    if ours and getattr(model.config, "model_type", None) in COMPARED:
+    if ours and getattr(model.config, "model_type", None) in COMPARED and not is_spread(model):
         _allowed.setdefault(model, _Replays())
 
 

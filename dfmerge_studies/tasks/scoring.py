@@ -69,7 +69,8 @@ def encode(model: nn.Module, batch: Sequence[Encoded], pad_id: int) -> tuple[Ten
     inputs = texts_of(model, batch, pad_id)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     encoder: Any = model.get_encoder()  # type: ignore[operator]  # nn.Module's attributes are typed Tensor | Module
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+    hidden: Tensor = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return hidden.to(mask.device), mask  # a spread encoder ends elsewhere
 
 
 def decode(model: nn.Module, hidden: Tensor, mask: Tensor, targets: Tensor, relabel: Relabel | None = None) -> Tensor:
@@ -202,7 +203,7 @@ def _logits_at(model: nn.Module, positions: Tensor, **inputs: Tensor) -> Tensor:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]  # nn.Module's attributes are typed narrowly
 
     def gathered(states: Tensor) -> Tensor:
-        return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+        return states.gather(1, positions.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
 
     if head is None:
         return gathered(model(**inputs, use_cache=False).logits)
@@ -305,7 +306,7 @@ def forward_losses(
     """Losses of all choices of a batch; of heads that pick no class what they give.
 
     Args:
-        model: model in evaluation mode, on one device.
+        model: model in evaluation mode.
         kind: how the model answers.
         batch: B inputs, with any numbers and lengths of choices.
         pad_id: token id to pad inputs with.

@@ -179,7 +179,9 @@ def _threshold(vector: TaskVector, kept: int) -> Tensor | float:
     """The magnitude of a task vector's `kept`-th largest entry; 0 where it has no more than that many."""
     if not vector.deltas:
         return 0.0
-    magnitudes = torch.cat([delta.abs().flatten().to(at_least_float32(delta)) for delta in vector.deltas.values()])
+    parts = [delta.abs().flatten().to(at_least_float32(delta)) for delta in vector.deltas.values()]
+    several = len({part.device for part in parts}) > 1  # no device of a spread model has room for all: the host does
+    magnitudes = torch.cat([part.cpu() for part in parts] if several else parts)
     if kept >= magnitudes.numel():
         return 0.0
     return magnitudes.kthvalue(magnitudes.numel() - kept + 1).values
