@@ -36,6 +36,7 @@ from dfmerge_studies.ranks import Ranks
 from dfmerge_studies.report.export import Form, Merged, export_merge
 from dfmerge_studies.study.fingerprint import stated_fingerprint
 from dfmerge_studies.study.fishers import spec_cache
+from dfmerge_studies.study.session import open_study
 from dfmerge_studies.tasks import replay
 from dfmerge_studies.tasks.evaluate import choice_losses
 from dfmerge_studies.tasks.generation import Writer, write_tokens
@@ -355,6 +356,44 @@ def test_a_spec_with_a_device_map_is_loaded_over_all_devices(
         merged = weights(problem)
     assert found.tasks == pytest.approx(outcome.tasks, rel=1e-6)
     assert_alike(merged, weights(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "search": {
+                "trials": 4,
+                "startup_trials": 2,
+                "sampler": "auto",
+                "startup": "descent",
+                "granularity": "layers",
+            }
+        },
+        {"search": {"trials": 3, "startup_trials": 2, "sampler": "gp"}, "protect": {"task": "red"}},
+    ],
+)
+def test_a_study_over_two_devices_has_the_trials_of_one(
+    fields: dict[str, Any], deep: NewProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = deep("llama")
+    common = {"dtype": "float64", "importance": EXACT, "device": "auto", **fields}
+    name = f"sqlite:///{fields['search']['sampler']}"
+    project.write(**common, storage=f"{name}-one.db")
+    one = open_study(StudySpec.from_yaml(project.file))
+    one.run()
+    needs = memory_of(one.problem, Activations()).device
+    with two_cards(monkeypatch, int(0.9 * (needs.total + needs.model))):
+        project.write(**common, storage=f"{name}-two.db", device_map="auto")
+        two = open_study(StudySpec.from_yaml(project.file))
+        assert len(devices_of(two.problem.resident.model)) == 2
+        two.run()
+    studies = [[(trial.params, trial.values) for trial in session.study.trials] for session in (one, two)]
+    assert len(studies[0]) == fields["search"]["trials"]
+    for (ours, values), (theirs, others) in zip(*studies, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-6)
+        assert others == pytest.approx(values, rel=1e-6)
 
 
 @pytest.mark.slow

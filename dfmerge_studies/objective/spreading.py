@@ -10,6 +10,8 @@ from torch import nn
 from dfmerge_studies.checkpoints.spread import layer_map, spread_
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.objective.cards import idle_bytes, weight_budgets
+from dfmerge_studies.objective.importances import check_importance
+from dfmerge_studies.objective.in_parts import needing_all
 from dfmerge_studies.objective.memory import Activations, Needs, memory_of
 from dfmerge_studies.objective.problem import Problem
 from dfmerge_studies.spec import StudySpec
@@ -34,16 +36,14 @@ def spread_problem_(problem: Problem) -> None:
     if problem.spec.device_map is None:
         return
     resident = problem.resident
-    whole = memory_of(problem, Activations()).device
-    problem.part_entries = max(problem.sizes.values(), default=1)
-    part = memory_of(problem, Activations()).device
-    problem.part_entries = None
-    others = torch.cuda.device_count() - 1  # the sums of one parameter are on its device alone
-    trials = [
-        _on_devices(whole),
-        _on_devices(whole) - whole.base - whole.vectors,
-        _on_devices(part) - part.base - part.vectors + others * (part.sums + part.importance),
-    ]
+    whole, row = memory_of(problem, Activations()).device, problem.spec.row
+    trials = [_on_devices(whole), _on_devices(whole) - whole.base - whole.vectors]
+    if needing_all(problem, row, check_importance(problem, row)) is None:
+        problem.part_entries = max(problem.sizes.values(), default=1)
+        part = memory_of(problem, Activations()).device
+        problem.part_entries = None
+        others = torch.cuda.device_count() - 1  # the sums of one parameter are on its device alone
+        trials.append(_on_devices(part) - part.base - part.vectors + others * (part.sums + part.importance))
     weights, spare = whole.model, int(_ACTIVATIONS * whole.model)
     resident.spread_(_fitting(resident.model, problem.spec, weights, [trial + spare for trial in trials]))
 
