@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from dfmerge_studies.checkpoints.spread import is_spread, shares_of_devices
+from dfmerge_studies.checkpoints.spread import shares_of_devices
 from dfmerge_studies.checkpoints.streamed import Streamed, kept_bytes
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.factors import factor_entries
@@ -204,8 +204,8 @@ def _roomy(problem: Problem) -> bool:
 
     Passes that score are then recorded, too (`tasks/replay.py`), so that their activations stay.
     """
-    resident = problem.resident
-    if resident.device.type != "cuda" or problem.spec.memory != "auto" or is_spread(resident.model):
+    spec = problem.spec
+    if problem.resident.device.type != "cuda" or spec.memory != "auto" or spec.device_map is not None:
         return False
     held = memory_of(problem, Activations()).device.model
     there = _room(problem, held)
