@@ -474,7 +474,7 @@ def refused(project: Project, **fields: Any) -> InputError:
 @pytest.mark.parametrize("device", ["cpu", "cuda:1", "mps"])
 def test_a_single_device_beside_it_is_refused(device: str, project: Project) -> None:
     found = refused(project, device=device)
-    assert f"device: {device} names one" in found.what
+    assert f"device: {device} is a single one" in found.what
 
 
 @pytest.mark.parametrize(("count", "there"), [(0, "no CUDA device is there"), (1, "one CUDA device is there")])

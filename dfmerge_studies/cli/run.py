@@ -77,7 +77,7 @@ def run(
     )
     if workers > 1 and settings.device_map is not None:
         raise InputError(
-            f"device_map: {settings.device_map} spreads one model over all CUDA devices, and --workers {workers} asks "
+            f"{settings.device_map} spreads one model over all CUDA devices, and --workers {workers} asks "
             f"for {workers} models",
             where=settings.where("device_map"),
             hint="Leave out one of the two",

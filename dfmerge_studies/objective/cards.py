@@ -39,7 +39,7 @@ def check_device_map(spec: StudySpec, ranks: Ranks = SOLO) -> None:
     if count < 2:
         there = "no CUDA device is there" if count == 0 else "one CUDA device is there"
         raise InputError(
-            f"device_map: {spec.device_map} spreads a model over two or more CUDA devices, and {there}",
+            f"{spec.device_map} spreads a model over two or more CUDA devices, and {there}",
             where=spec.where("device_map"),
             hint="Leave it out",
         )
@@ -53,7 +53,7 @@ def refused_in_group(spec: StudySpec, processes: int) -> InputError:
         processes: how many there are.
     """
     return InputError(
-        f"device_map: {spec.device_map} spreads one model over all CUDA devices of one process, and there are "
+        f"{spec.device_map} spreads one model over all CUDA devices of one process, and there are "
         f"{processes} processes, which have a whole model each",
         where=spec.where("device_map"),
         hint="Leave it out, or start run without accelerate launch or torchrun",

@@ -348,7 +348,8 @@ def spread_over_all(value: str | None, info: ValidationInfo) -> str | None:
     device = info.data.get("device", "auto")
     if value is not None and device not in ("auto", "cuda"):
         raise ValueError(
-            f"{value} spreads a model over all CUDA devices, and device: {device} names one; leave out one of the two"
+            f"{value} spreads a model over all CUDA devices, and device: {device} is a single one; "
+            "leave out one of the two"
         )
     return value
 
