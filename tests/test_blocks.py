@@ -23,6 +23,7 @@ from dfmerge_studies.study.validate import memory_estimate
 from dfmerge_studies.tasks.batches import make_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.scoring import continuation_losses, head_outputs, probabilities
+from scripts.counting import counting, here, move_
 from tests.models import FAMILIES, make_examples, make_model
 
 M, SHAPE = 3, (4, 5)
@@ -183,6 +184,24 @@ def test_the_trace_of_the_factors_is_of_the_size_of_the_fisher_s(family: str):
         assert block.left is not None
         assert block.right is not None
         assert 0.1 < float(block.left.trace() * block.right.trace() / plain[name].sum()) < 30, name
+
+
+@pytest.mark.parametrize("blocks", ["gram", "kfac"])
+@pytest.mark.parametrize("family", ["t5", "gpt2", "bert"])
+def test_factors_on_an_accelerator_are_those_on_a_cpu(family: str, blocks: Any):
+    model, examples = make_model(family, torch.float64), make_examples(family)
+    names = list(block_names(model, [n for n, _ in model.named_parameters()]))
+    # Queries and keys of a decoder have no gradient but rounding where a choice has one token.
+    rounding = ("SelfAttention.q.weight", "SelfAttention.k.weight")
+    names = [n for n in names if not (n.startswith("decoder") and n.endswith(rounding))]
+    kind, pad = FAMILIES[family].kind, FAMILIES[family].pad_id
+    expected = task_fisher(model, kind, examples, pad_id=pad, names=names, blocks=blocks).values
+    with counting():
+        move_(model)
+        found = here(task_fisher(model, kind, examples, pad_id=pad, names=names, blocks=blocks).values)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_tied_weights_and_embeddings_have_no_block():

@@ -82,7 +82,7 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
     """The encoder once per input, the decoder once per row, back through the encoder once per choice index."""
     model = job.model
     batch = [job.examples[i] for i in chunk]
-    if job.estimator is Estimator.EXACT and device_of(model).type != "cpu":
+    if job.estimator is Estimator.EXACT and job.blocks is None and device_of(model).type != "cpu":
         _text_to_text_rows(job, capture, batch)
         return
     with capture.stage(len(batch)) as encoder:
@@ -115,7 +115,10 @@ def _text_to_text(job: Job, capture: Capture, chunk: Sequence[int]) -> None:
 
 
 def _text_to_text_rows(job: Job, capture: Capture, batch: Sequence[Encoded]) -> None:
-    """The same with the encoder once per row: an accelerator computes more than it needs to in less than it waits."""
+    """The same with the encoder once per row: an accelerator computes more than it needs to in less than it waits.
+
+    Not for blocks, in which an encoder's inputs count once per choice and not by its probability.
+    """
     rows = make_rows(batch, device_of(job.model))
     texts = [batch[i] for i, example in enumerate(batch) for _ in example.choices]
 
