@@ -146,10 +146,11 @@ def test_searches_of_a_recorded_surface_are_logged_once_and_told(tmp_path, monke
 def test_the_recorded_surfaces_of_the_quickstart_are_there():
     grid = Grid.load(Path(benchmark_search.__file__).parent / "surfaces" / "quickstart.npz")
     assert grid.experts == grid.tasks == QUICKSTART
-    for variant in ("df-merge", "gta"):
-        values = grid.validation[variant]
-        assert values.shape == (11, 11, 11, 3)
-        base, expert = values[0, 0, 0], values[10, 0, 0]  # the base, and a merge with no step but the first expert's
-        assert base.tolist() == pytest.approx([50.0, 70.0, 33.33], abs=0.01)
-        assert variant == "df-merge" or expert[0] == pytest.approx(86.67, abs=0.01)  # gta at (1, 0, 0) is the expert
+    base = {"validation": [50.0, 70.0, 33.33], "test": [50.67, 70.33, 33.33]}  # what a merge at (0, 0, 0) is
+    for split, surfaces in {"validation": grid.validation, "test": grid.test}.items():
+        assert {"df-merge", "gta", "df-merge-expert", "df-merge-expert-root", "df-merge-tensor"} <= set(surfaces)
+        for values in surfaces.values():
+            assert values.shape == (11, 11, 11, 3)
+            assert values[0, 0, 0].tolist() == pytest.approx(base[split], abs=0.01)
+    assert grid.validation["gta"][10, 0, 0, 0] == pytest.approx(86.67, abs=0.01)  # at (1, 0, 0) it is the expert
     assert round(grid.best("df-merge"), 1) == 81.7
