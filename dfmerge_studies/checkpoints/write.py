@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
-from dfmerge_studies.checkpoints.spread import is_spread, on_host
 from dfmerge_studies.errors import InputError, RunError, first_line
 from dfmerge_studies.temporary import beside
 
@@ -159,6 +158,8 @@ def save_model(
         shard_size: largest size of one weights file.
     """
     from safetensors.torch import save_file
+
+    from dfmerge_studies.checkpoints.spread import is_spread, on_host
 
     whole = cast("PreTrainedModel", model.base_model) if heads else model
     with quiet_transformers():
