@@ -105,7 +105,7 @@ def score_faster_(problem: Problem) -> None:
     forwards, outputs = [layer.forward for layer in lower], dict[bytes, torch.Tensor]()
 
     def through_all(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        key = xxhash.xxh3_128_digest(hidden.numpy())
+        key = xxhash.xxh3_128_digest(hidden.cpu().numpy())
         if key not in outputs:
             outputs[key] = functools.reduce(lambda below, forward: forward(below, *args, **kwargs), forwards, hidden)
         return outputs[key]
