@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dfmerge_studies.params import OnDemand, at_least_float32
 
+PlaceOf = Callable[[str], torch.device]  # from a parameter's name to where it is
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -74,7 +76,7 @@ class Factored(OnDemand[Factors | Tensor]):
         entry = self._source[name]
         return entry.dense() if isinstance(entry, Factors) else entry
 
-    def to(self, place: Callable[[str], torch.device]) -> Factored:
+    def to(self, place: PlaceOf) -> Factored:
         """The same, each on its device.
 
         Args:

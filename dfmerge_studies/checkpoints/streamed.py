@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.factored import Factored, Factors
+from dfmerge_studies.checkpoints.factored import Factored, Factors, PlaceOf
 from dfmerge_studies.params import OnDemand
-
-PlaceOf = Callable[[str], torch.device]  # from a parameter's name to where it is
 
 
 class Streamed(OnDemand[Tensor]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dfmerge_studies.checkpoints.streamed import PlaceOf
+from dfmerge_studies.checkpoints.factored import PlaceOf
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.importance.cache import FisherKey
 from dfmerge_studies.methods import Estimator, Importance, Method
