@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import DFMergeError, RunError
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import join_study, open_storage
-from dfmerge_studies.trials import loop, results
+from dfmerge_studies.trials import claims, loop, results
 from dfmerge_studies.trials.loop import work
 from dfmerge_studies.trials.queue import enqueue
 from dfmerge_studies.trials.results import Event, TrialResult
@@ -105,6 +106,18 @@ def work_as_told(settings: dict[str, Any]) -> None:
             tell(*arguments)
 
         loop.tell = tell_or_die
+    if settings.get("hang_at_claim"):
+        claimed, begin_trial = 0, claims.begin_trial
+
+        def hang_and_begin(*arguments: Any) -> FrozenTrial:
+            nonlocal claimed
+            claimed += 1
+            if claimed == settings["hang_at_claim"]:
+                print(json.dumps(["hanging"]), flush=True)
+                _wait_until_there(Path(settings["go"]))
+            return begin_trial(*arguments)
+
+        claims.begin_trial = hang_and_begin
     begun = time.monotonic()
     if settings.get("kill_after") is not None:
         threading.Timer(settings["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()

@@ -128,6 +128,60 @@ def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
     assert len(place.evaluations()) == max(12, begun)
 
 
+@pytest.mark.parametrize("damage", ["deleted", "replaced"])
+def test_a_worker_evaluates_no_trial_that_the_copies_of_its_lost_file_do_not_have(
+    tmp_path: Path, kind: str, another: Path, damage: str
+) -> None:
+    """It has looked at its file, another worker loses the file and writes it again, and now it begins its trial."""
+    url, name = STORAGES[kind]
+    place = Place(tmp_path / "p", storage=url, target=12, points=[], tell_delays=[0.1])
+    other = place.start(hang_at_call=2)
+    wait_for(other, "hanging")
+    late = place.start(hang_at_claim=2, go=f"{place.folder}/later")
+    wait_for(late, "hanging")
+    DAMAGES[damage](place.folder / name, shutil.copy(another, place.folder / "other"))
+    place.release()
+    output, errors = other.communicate(timeout=120)
+    assert other.returncode == 1, (output, errors)
+    evaluated = len(place.evaluations())
+    (place.folder / "later").touch()
+    output, errors = late.communicate(timeout=120)
+    assert late.returncode == 1, (output, errors)
+    assert "while it was in use" in output
+    assert len(place.evaluations()) == evaluated
+    for rescued in place.folder.glob(f"{Path(name).stem}.rescued-*"):
+        if damage == "replaced":
+            rescued.replace(place.folder / name)
+    place.run()
+    place.check_whole()
+    assert len(place.evaluations()) == 12
+
+
+@pytest.mark.parametrize("damage", ["deleted", "moved", "replaced"])
+def test_whichever_worker_writes_a_lost_file_again_it_has_what_all_of_them_told(
+    tmp_path: Path, kind: str, another: Path, damage: str
+) -> None:
+    url, name = STORAGES[kind]
+    place = Place(tmp_path / "p", storage=url, target=12, points=[], tell_delays=[0.1])
+    first = place.start(hang_at_call=2)  # it will not have seen any of what the second one does
+    wait_for(first, "hanging")
+    second = place.start(hang_at_call=4, go=f"{place.folder}/later")
+    wait_for(second, "hanging")
+    DAMAGES[damage](place.folder / name, shutil.copy(another, place.folder / "other"))
+    place.release()
+    output, errors = first.communicate(timeout=120)
+    assert first.returncode == 1, (output, errors)
+    (place.folder / "later").touch()
+    output, errors = second.communicate(timeout=120)
+    assert second.returncode == 1, (output, errors)
+    for rescued in place.folder.glob(f"{Path(name).stem}.rescued-*"):
+        if damage == "replaced":
+            rescued.replace(place.folder / name)
+    place.run()
+    place.check_whole()
+    assert len(place.evaluations()) == 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_whose_database_is_deleted_ends_with_code_1_and_the_next_one_goes_on(

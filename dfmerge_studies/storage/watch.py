@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import sqlite3
 import time
@@ -18,11 +19,14 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from dfmerge_studies.storage.handles import storage_of
 
 _TAIL = 4096  # bytes of a journal that are looked at again
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 _TURN_SECONDS = 10.0  # that a process waits for another one to write the file again
 
 
@@ -45,16 +49,24 @@ class Watch(ABC):
             study: name of a study.
             told: numbers of trials that have been completed in it.
         """
+        if (how := self.gone()) is not None:
+            return how
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        before, self._changed = self._changed, (found.st_size, found.st_mtime_ns)
+        return None if self._reads(study, told, before != self._changed) else "was cut short or written over"
+
+    def gone(self) -> str | None:
+        """What has happened to the file if another is in its place or none, as a clause; nothing of it is read."""
         try:
             found = self.path.stat()
         except FileNotFoundError:
             return "was deleted"
         except OSError:
             return None  # a server that is away
-        if (found.st_dev, found.st_ino) != self._identity:
-            return "was replaced by another file"
-        before, self._changed = self._changed, (found.st_size, found.st_mtime_ns)
-        return None if self._reads(study, told, before != self._changed) else "was cut short or written over"
+        return None if (found.st_dev, found.st_ino) == self._identity else "was replaced by another file"
 
     @abstractmethod
     def _reads(self, study: str, told: Collection[int], changed: bool) -> bool:
@@ -71,11 +83,26 @@ class Watch(ABC):
         """
         return False
 
-    def restore(self, whole: Path) -> Path:
+    @abstractmethod
+    def holds(self, file: Path, study: str, numbers: Collection[int]) -> bool:
+        """Whether a file of this kind has the results of trials.
+
+        Args:
+            file: the file.
+            study: name of a study.
+            numbers: of the trials.
+        """
+
+    def restore(self, whole: Path, study: str, numbers: Collection[int]) -> Path:
         """Move a whole copy to where it is found: to the file's own place if that is free, else beside it.
 
+        Args:
+            whole: the copy.
+            study: name of a study.
+            numbers: of the trials whose results the copy has.
+
         Returns:
-            Where it is now, or an equal one of another process.
+            Where it is now, or one of another process that has the same results.
         """
         with _turn(self.path):
             if not self.path.exists() or (self.path.is_file() and self.path.stat().st_size == 0):
@@ -83,13 +110,16 @@ class Watch(ABC):
                     self.path.with_name(self.path.name + end).unlink(missing_ok=True)
                 whole.replace(self.path)
                 return self.path
-            # One name for all workers that had this file open: their copies are the same.
-            place = self.path.with_name(f"{self.path.stem}.rescued-{self._identity[1]:x}{self.path.suffix}")
-            if place.exists():
-                whole.unlink()
-            else:
-                whole.rename(place)
-            return place
+            # One name for all workers that had this file open; where one knows what another does not, both are kept.
+            for more in itertools.count():
+                end = f"-{more}" if more else ""
+                place = self.path.with_name(f"{self.path.stem}.rescued-{self._identity[1]:x}{end}{self.path.suffix}")
+                if not place.exists():
+                    whole.rename(place)
+                    return place
+                if self.holds(place, study, numbers):
+                    return place
+            raise AssertionError("unreachable")
 
 
 class SQLiteWatch(Watch):
@@ -126,6 +156,14 @@ class SQLiteWatch(Watch):
         except sqlite3.DatabaseError:
             return False
 
+    def holds(self, file: Path, study: str, numbers: Collection[int]) -> bool:
+        """See `Watch.holds`."""
+        try:
+            with _newcomer(file) as database:
+                return set(numbers) <= _completed(database, study)
+        except sqlite3.Error:
+            return False
+
     def copy(self, target: Path) -> bool:
         """See `Watch.copy`: SQLite's own backup through a connection that was there before."""
         try:
@@ -153,8 +191,8 @@ class JournalWatch(Watch):
         super().__init__(path)
         self._whole_size = whole_size
         self._seen, self._tail = 0, b""
-        with self.path.open("rb") as file:
-            self.look(file)
+        self._open = self.path.open("rb")  # what a copy is made of once the file has no name any more
+        self.look(self._open)
 
     def look(self, file: io.BufferedReader | io.FileIO) -> None:
         """Remember the end of the file."""
@@ -178,6 +216,27 @@ class JournalWatch(Watch):
             return True
         return same
 
+    def holds(self, file: Path, study: str, numbers: Collection[int]) -> bool:
+        """See `Watch.holds`."""
+        try:
+            storage = JournalStorage(JournalFileBackend(str(file)))
+            trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+        except (OSError, KeyError, ValueError):  # a line that is none, or no such study
+            return False
+        return set(numbers) <= {trial.number for trial in trials if trial.state in _ENDED}
+
+    def copy(self, target: Path) -> bool:
+        """See `Watch.copy`: whole lines of a file that has what it had."""
+        try:
+            if not self.is_same(self._open):
+                return False
+            size = self._whole_size(self._open)
+            self._open.seek(0)
+            target.write_bytes(self._open.read(size))
+        except OSError:
+            return False
+        return True
+
 
 _WATCHES: WeakKeyDictionary[object, Watch] = WeakKeyDictionary()
 
@@ -195,15 +254,6 @@ def set_watch(storage: BaseStorage, watch: Watch) -> None:
 def watch_of(study: optuna.Study) -> Watch | None:
     """Who looks after the file behind a study; None for a server."""
     return _WATCHES.get(_backend(storage_of(study)))
-
-
-def holds(file: Path, study: str, numbers: Collection[int]) -> bool:
-    """Whether an SQLite file has the results of trials."""
-    try:
-        with _newcomer(file) as database:
-            return set(numbers) <= _completed(database, study)
-    except sqlite3.Error:
-        return False
 
 
 def _backend(storage: BaseStorage) -> object:

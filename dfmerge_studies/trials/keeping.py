@@ -23,7 +23,7 @@ from dfmerge_studies.storage import (
     watch_of,
     write_study,
 )
-from dfmerge_studies.storage.watch import beside, holds
+from dfmerge_studies.storage.watch import beside
 from dfmerge_studies.trials.reading import WITH_RESULT
 
 
@@ -77,6 +77,17 @@ class Keeper:
         if self._watch is not None and trials is not None:
             self._known.attributes = self._attributes
 
+    def check_place(self) -> None:
+        """Look whether the file is still where it was, without reading it.
+
+        Whatever was written to it before is then in every copy that another worker will make of it.
+
+        Raises:
+            StorageLost: it was deleted or replaced; says where the results are.
+        """
+        if self._watch is not None and (how := self._watch.gone()) is not None:
+            raise self._rescued(how)
+
     def lost(self) -> StorageLost | None:
         """The error to raise where the file is lost, after it was written again; None if it is not lost."""
         how = None if self._watch is None else self._watch.lost(self._study.study_name, self._told)
@@ -125,10 +136,10 @@ class Keeper:
         whole, known = beside(self._watch.path), self._known
         numbers = {*self._told, *(t.number for t in known.trials if t.state in WITH_RESULT)}
         try:
-            if not (self._watch.copy(whole) and holds(whole, known.name, numbers)):
+            if not (self._watch.copy(whole) and self._watch.holds(whole, known.name, numbers)):
                 whole.unlink(missing_ok=True)
                 write_study(known, whole, journal=not isinstance(self._watch, SQLiteWatch))
-            return self._watch.restore(whole)
+            return self._watch.restore(whole, known.name, numbers)
         except STORAGE_FAILURES:
             return None
         finally:

@@ -204,6 +204,7 @@ class _Worker:
             trial = self.claims.claim(self.owner)
             if trial is None:
                 return
+            self.keeper.check_place()  # else the result of a trial that no copy of a lost file has would stay outside
             self._run(trial)
             if len(self.failures) == MAX_FAILURES_IN_A_ROW:
                 raise RunError(
