@@ -7,15 +7,19 @@ import builtins
 import dataclasses
 import importlib
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-from pydantic import BaseModel
+import yaml
+from pydantic import BaseModel, TypeAdapter
 
 from dfmerge_studies.spec import StudySpec
+from dfmerge_studies.spec.fields import ImportanceSettings, SearchSettings
+from dfmerge_studies.tasks.settings import ChoiceTask
 from tests.models import FAMILIES, make_model
 
 ROOT = Path(__file__).parents[1]
@@ -222,6 +226,34 @@ STALE = (
     *("study/no_such.py", "study/session.py: close_study", "no_such/", "methods.METHODZ", "Merger.merge_everything_"),
     *("search.trails", "tasks.NAME.metrics", "nn.Linearr", "write_onto_", "NoSuchClass", "no_such_function()"),
 )
+
+
+def test_the_whole_spec_has_every_field_with_its_default() -> None:
+    text = (ROOT / "docs" / "specs.md").read_text(encoding="utf-8")
+    block = re.search(r"## A whole spec\n.*?```yaml\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    written = yaml.safe_load(block[1])
+    parts = [
+        (written, StudySpec, {"storage", "objective"}),  # from the name, and in short form
+        (written["importance"], ImportanceSettings, set()),
+        (written["search"], SearchSettings, {"granularity"}),  # in short form
+        (written["tasks"]["trec"], ChoiceTask, {"doc_to_target", "test_split", "max_length"}),
+    ]
+    for fields, model, other in parts:
+        assert set(fields) == set(model.model_fields)
+        for name, field in model.model_fields.items():
+            if not field.is_required() and name not in other and not isinstance(fields[name], dict):
+                assert TypeAdapter(field.annotation).validate_python(fields[name]) == field.get_default(
+                    call_default_factory=True
+                ), name
+
+
+def test_the_layers_in_the_architecture_are_those_that_are_enforced() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    enforced = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## Layers\n")[2]
+    rows = re.findall(r"^\| (`.*?) \| \S", text.replace("\\|", "/"), re.MULTILINE)
+    assert [row.replace("`", "").replace(" / ", " | ") for row in rows[: len(enforced)]] == enforced
 
 
 def test_no_two_classes_of_the_package_have_one_name() -> None:

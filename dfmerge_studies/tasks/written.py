@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 NUMBER = re.compile(
     r"(?:(?<![\w)\].,])[-+\u2212])?"  # a sign, where it is none between two things
-    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)?"
     r"(?:(?<=\d)\.\d+|(?<![\w.])\.\d+)?"
     r"(?:(?<=\d)[eE][-+]?\d+)?"
 )
