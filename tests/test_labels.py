@@ -12,7 +12,7 @@ import pytest
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.data import Row, load_rows
-from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask
+from dfmerge_studies.tasks.settings import ChoiceTask, ClassificationTask, MultiLabelTask
 
 TEXTS = ("the river", "a train", "bread and salt", "rain", "the old wall")
 
@@ -223,3 +223,111 @@ def test_names_that_are_not_the_heads_are_refused_with_both_lists(
         assert str(names) in caught.value.what
         assert str(head) in caught.value.what
         assert str(caught.value.where).endswith("tasks.t.doc_to_choice")
+
+
+# --- one reading for all splits --------------------------------------------------------------------------------------
+
+
+def write_splits(folder: Path, **splits: list[Any]) -> dict[str, Any]:
+    for name, values in splits.items():
+        lines = [json.dumps({"text": f"{name} {i}", "gold": value}) for i, value in enumerate(values)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return {"path": "json", "data_files": {name: f"{name}.jsonl" for name in splits}}
+
+
+def read_test(folder: Path, choices: list[str], **splits: list[Any]) -> list[int | None]:
+    task = ChoiceTask(
+        dataset=write_splits(folder, **splits), doc_to_text="text", doc_to_choice=choices, doc_to_target="gold"
+    )
+    return labels(load_rows("t", task, "test", root=folder, spec_file="spec.yaml"))
+
+
+STARS = ["1", "2", "3"]
+
+
+def test_a_split_that_could_be_read_in_two_ways_is_read_as_the_validation_split_is(tmp_path: Path) -> None:
+    assert read_test(tmp_path, STARS, validation=[0, 1, 2], test=[1, 2, 2]) == [1, 2, 2]
+    assert read_test(tmp_path, STARS, validation=[1, 2, 3], test=[1, 2, 2]) == [0, 1, 1]
+    assert read_test(tmp_path, STARS, validation=[1, 2, 2], test=[2, 1]) == [1, 0]
+    assert read_test(tmp_path, STARS, validation=["0", "1"], test=["2", "1"]) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("validation", "test"), [([1, 2, 2], [0, 1]), ([0, 1, 2], [3, 1]), ([1, 2], [0, 0]), ([0, 0], [1, 3])]
+)
+def test_a_split_that_cannot_be_read_as_the_validation_split_is_refused(
+    tmp_path: Path, validation: list[int], test: list[int]
+) -> None:
+    with pytest.raises(InputError, match=r"labels of the split 'test' can only be .* those of 'validation' are"):
+        read_test(tmp_path, STARS, validation=validation, test=test)
+
+
+def test_splits_may_be_written_in_different_forms_where_no_label_can_be_mistaken(tmp_path: Path) -> None:
+    assert read_test(tmp_path, ["bad", "good"], validation=["good", "bad"], test=[0, 1]) == [0, 1]
+    assert read_test(tmp_path, ["0", "1"], validation=["0", "1"], test=[1, 0]) == [1, 0]
+    assert read_test(tmp_path, STARS, validation=[1, 2, 3], test=["3", "1"]) == [2, 0]
+
+
+def test_a_test_split_is_read_where_the_validation_split_is_missing_or_has_no_labels(tmp_path: Path) -> None:
+    assert read_test(tmp_path, STARS, test=[1, 2]) == [0, 1]
+    assert read_test(tmp_path, STARS, validation=[None, None], test=[1, 2]) == [0, 1]
+
+
+def test_few_shot_examples_have_the_reading_of_the_scored_rows(tmp_path: Path) -> None:
+    dataset = write_splits(tmp_path, validation=[0, 1, 2, 0], train=[1, 2, 2])
+    task = ChoiceTask(
+        dataset=dataset,
+        doc_to_text="text",
+        doc_to_choice=STARS,
+        doc_to_target="gold",
+        training_split="train",
+        num_fewshot=3,
+    )
+    for row in load_rows("t", task, "validation", root=tmp_path, spec_file="spec.yaml"):
+        assert {example.text: example.answer for example in row.examples} == {
+            "train 0": "2",
+            "train 1": "3",
+            "train 2": "3",
+        }
+
+
+@pytest.mark.parametrize(
+    ("validation", "expected"), [([[0], [0, 1], [1]], [(1, 1), (0, 1)]), ([[1, 1], [0, 1]], [(0, 1), (0, 1)])]
+)
+def test_rows_of_two_labels_are_bits_or_lists_as_the_validation_split_has_them(
+    tmp_path: Path, validation: list[list[int]], expected: list[tuple[int, int]]
+) -> None:
+    test = [[0, 1], [0, 1]] if validation[0] == [1, 1] else [[0, 1], [1]]
+    task = MultiLabelTask(
+        type="multi-label-classification",
+        dataset=write_splits(tmp_path, validation=validation, test=test),
+        doc_to_text="text",
+        doc_to_choice=["wet", "cold"],
+        doc_to_target="gold",
+    )
+    assert [r.label for r in load_rows("t", task, "test", root=tmp_path, spec_file="spec.yaml")] == expected
+
+
+def test_two_labels_in_each_row_are_lists_where_the_validation_split_has_lists_and_refused_as_bits_elsewhere(
+    tmp_path: Path,
+) -> None:
+    def read(validation: list[list[int]], test: list[list[int]]) -> list[Any]:
+        task = MultiLabelTask(
+            type="multi-label-classification",
+            dataset=write_splits(tmp_path, validation=validation, test=test),
+            doc_to_text="text",
+            doc_to_choice=["wet", "cold"],
+            doc_to_target="gold",
+        )
+        return [row.label for row in load_rows("t", task, "test", root=tmp_path, spec_file="spec.yaml")]
+
+    assert read([[0], [0, 1]], [[0, 1], [1, 0]]) == [(1, 1), (1, 1)]
+    with pytest.raises(InputError, match="can only be lists of labels, and those of 'validation' are bits"):
+        read([[0, 1], [1, 1]], [[0], [0, 1]])
+
+
+def test_booleans_are_no_classes_of_an_unnamed_head_of_three(tmp_path: Path) -> None:
+    dataset = write_labels(tmp_path, "jsonl", [True, False]) | {"path": "json"}
+    with pytest.raises(InputError, match="label True is not among"):
+        class_rows(tmp_path, dataset, None, ["LABEL_0", "LABEL_1", "LABEL_2"])
+    assert labels(class_rows(tmp_path, dataset, None, ["LABEL_0", "LABEL_1"])) == [1, 0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from dfmerge_studies.tasks.label_sets import read_label_sets
 from dfmerge_studies.tasks.labels import class_order, known_names, read_index, read_labels
 from dfmerge_studies.tasks.numbers import read_numbers
 from dfmerge_studies.tasks.prompts import Example
+from dfmerge_studies.tasks.readings import Convention, Question, Reading
 from dfmerge_studies.tasks.settings import (
     ChosenTask,
     GenerateTask,
@@ -102,10 +105,25 @@ def load_rows(
         InputError: the data cannot be read, is empty, or does not fit the templates; says which row and field.
     """
     where = f"{spec_file}: tasks.{name}"
-    rows = _labelled_rows(task, split, root, where, labelled=labelled, classes=classes, remarks=remarks)
+
+    @cache
+    def decisive() -> dict[Question, Reading]:
+        """How the validation split is read; nothing where there is none, or none with labels."""
+        alone = Convention()
+        with suppress(InputError):
+            _labelled_rows(task, task.validation_split, root, where, alone, classes=classes)
+        return alone.own
+
+    def convention(split: str) -> Convention:
+        return Convention(None if split == task.validation_split else decisive, task.validation_split)
+
+    rows = _labelled_rows(
+        task, split, root, where, convention(split), labelled=labelled, classes=classes, remarks=remarks
+    )
     if isinstance(task, PromptedTask) and task.num_fewshot:
-        same = split == task.fewshot_source
-        pool = rows if same and labelled else _labelled_rows(task, task.fewshot_source, root, where)
+        source = task.fewshot_source
+        same = split == source
+        pool = rows if same and labelled else _labelled_rows(task, source, root, where, convention(source))
         return _with_examples(rows, pool, task, same=same, where=where)
     return rows
 
@@ -135,6 +153,7 @@ def _labelled_rows(
     split: str,
     root: Path,
     where: str,
+    convention: Convention,
     *,
     labelled: bool = True,
     classes: Sequence[str] = (),
@@ -157,7 +176,7 @@ def _labelled_rows(
         return [replace(row, targets=texts) for row, texts in zip(rows, accepted, strict=True)]
     if target is not None:
         at = f"{where}.doc_to_target"
-        labels, remark = _labels(task, rows, values, target, names, len(classes) or None, at, split)
+        labels, remark = _labels(task, rows, values, target, names, len(classes) or None, at, split, convention)
         if remark is not None and remarks is not None:
             remarks.append(remark)
         rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
@@ -175,20 +194,25 @@ def _labels(
     number: int | None,
     where: str,
     split: str,
+    convention: Convention,
 ) -> tuple[Sequence[Any], str | None]:
     """The label of every row, and a remark where they could be read otherwise too."""
     if isinstance(task, RegressionTask):
         return read_numbers(values, where=where, split=split), None
     if isinstance(task, MultiLabelTask):
         choices = rows[0].choices
-        return read_label_sets(values, choices, len(choices) or number, names=names, where=where, split=split)
+        known = len(choices) or number
+        return read_label_sets(values, choices, known, names=names, where=where, split=split, convention=convention)
     if isinstance(task, TokenTask):
         words = [row.words for row in rows]
-        return read_tags(values, words, rows[0].choices, names=names, where=where, split=split)
+        tags = rows[0].choices
+        return read_tags(values, words, tags, names=names, where=where, split=split, convention=convention)
     choices_of_rows = [row.choices for row in rows]
     if isinstance(target, int):  # in the spec it is an index for all rows, whatever the texts of choices
         return read_index(target, choices_of_rows, where=where, split=split), None
-    return read_labels(values, choices_of_rows, names=names, where=where, split=split)
+    return read_labels(
+        values, choices_of_rows, names=names, where=where, split=split, number=number, convention=convention
+    )
 
 
 def _texts(dataset: Dataset, task: TextTask, where: str) -> list[Row]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.labels import read_labels
+from dfmerge_studies.tasks.readings import Convention, Reading, Way
 from dfmerge_studies.tasks.templates import CSV_HINT, as_list, is_missing
 
 Bits = tuple[int, ...]
@@ -70,6 +71,7 @@ def read_label_sets(
     names: Sequence[str],
     where: str,
     split: str,
+    convention: Convention | None = None,
 ) -> tuple[list[Bits], str | None]:
     """The labels of every row, in one of three forms, the same for the whole split.
 
@@ -83,6 +85,7 @@ def read_label_sets(
         names: texts that integers stand for, where the data says so.
         where: file and field, for messages.
         split: name of the split, for messages.
+        convention: decides where rows of two labels could be both, and labels texts and indices.
 
     Returns:
         Per row, a bit for every label; and a remark where they could be read otherwise too.
@@ -96,7 +99,10 @@ def read_label_sets(
         raise InputError(
             "nothing says which labels there are", where=where, hint="Name them in doc_to_choice, in the head's order"
         )
-    if all(len(labels) == number and all(_is_bit(label) for label in labels) for labels in lists):
+    convention = convention or Convention()
+    own = _forms(lists, number)
+    # Of three labels or more, a row of bits has one of them twice, which no list of labels has.
+    if convention.way(own, numbered=number <= 2, where=where, split=split, question="what a row has") == "bits":
         return [tuple(int(label) for label in labels) for labels in lists], None
     _refuse_bits(lists, number, where, split)
     flat = [(row, label) for row, labels in enumerate(lists) for label in labels]
@@ -108,11 +114,23 @@ def read_label_sets(
         where=where,
         split=split,
         places=[f"row {row}" for row, _ in flat],
+        convention=convention,
     )
     bits = [[0] * number for _ in lists]
     for (row, _), label in zip(flat, found, strict=True):
         bits[row][label] = 1
     return [tuple(each) for each in bits], remark
+
+
+def _forms(lists: Sequence[Sequence[Any]], number: int) -> Reading:
+    """Whether rows have a bit for every label, or lists of those that they have; bits where they could be both."""
+    bits = [len(labels) == number and all(map(_is_bit, labels)) for labels in lists]
+    twice = [len({*map(str, labels)}) < len(labels) for labels in lists]
+    ways: list[Way] = ["bits"] if all(bits) else []
+    if not all(bits) or not any(twice):
+        ways.append("lists of labels")
+    both = next((row for row in range(len(lists)) if bits[row] and not twice[row]), None)
+    return Reading(tuple(ways), None if both is None else f"{list(lists[both])} of row {both}")
 
 
 def no_labels(answers: LabelSets) -> str | None:

@@ -1,7 +1,8 @@
 """From the labels of a split, in whatever form its files have them, to indices of choices.
 
 One rule for a whole split and for all kinds of file: where the text of every label is a choice, labels are texts; else,
-where every label is an index, they are indices; anything else is refused.
+where every label is an index, they are indices; anything else is refused.  Where both fit, a split is read as the
+task's validation split is (`readings.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from dfmerge_studies.errors import InputError
+from dfmerge_studies.tasks.readings import Convention, Reading, Way
 from dfmerge_studies.tasks.templates import CSV_HINT, is_missing
 
 # Files and YAML write booleans in these words, and a reader of CSV makes booleans of the first three.
@@ -30,6 +32,8 @@ def read_labels(
     where: str,
     split: str,
     places: Sequence[str] | None = None,
+    number: int | None = None,
+    convention: Convention | None = None,
 ) -> tuple[list[int], str | None]:
     """The index of every row's right choice.
 
@@ -40,6 +44,8 @@ def read_labels(
         where: file and field, for messages.
         split: name of the split, for messages.
         places: where each of the values stands, such as "row 3"; by default they are one per row.
+        number: of the classes where they have no names, None where it is not known.
+        convention: decides where labels could be both; alone a split is read as texts.
 
     Returns:
         One index per row, and a remark where the labels could be read otherwise too.
@@ -50,14 +56,23 @@ def read_labels(
     if places is None:
         places = [f"row {row}" for row in range(len(values))]
     texts = [_by_text(value, options, names) for value, options in zip(values, choices, strict=True)]
-    numbers = [_bynumber_of(value, options) for value, options in zip(values, choices, strict=True)]
+    numbers = [_bynumber_of(value, options, number) for value, options in zip(values, choices, strict=True)]
     read_as_texts = [index for index in texts if index is not None]
-    if len(read_as_texts) == len(values):
-        return read_as_texts, _remark_on_texts(values, choices, texts, numbers, names, places)
     read_as_numbers = [index for index in numbers if index is not None]
-    if len(read_as_numbers) < len(values):
+    ways: list[Way] = []
+    if len(read_as_texts) == len(values):
+        ways.append("texts")
+    if len(read_as_numbers) == len(values):
+        ways.append("indices")
+    if not ways:
         raise _refused(values, choices, texts, numbers, places, where, split)
-    _check_names(values, choices, texts, read_as_numbers, names, where)
+    doubt = _twofold(values, choices, texts, numbers, names, places)
+    own = Reading(tuple(ways), doubt)
+    way = (convention or Convention()).way(own, numbered=bool(names) or _numbered(choices), where=where, split=split)
+    if way == "texts":
+        return read_as_texts, _remark_on_texts(doubt) if doubt is not None and len(ways) > 1 else None
+    if len(ways) == 1:
+        _check_names(values, choices, texts, read_as_numbers, names, where)
     return read_as_numbers, _remark_on_booleans(values, choices)
 
 
@@ -136,10 +151,10 @@ def _only(choices: tuple[str, ...], value: Any, form: Any) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def _bynumber_of(value: Any, choices: tuple[str, ...]) -> int | None:
-    """A label as an index; a boolean only where there are two choices, false being the first."""
+def _bynumber_of(value: Any, choices: tuple[str, ...], classes: int | None = None) -> int | None:
+    """A label as an index; a boolean only where there are two choices, or classes, false being the first."""
     if isinstance(value, bool):
-        return int(value) if len(choices) in (0, 2) else None
+        return int(value) if (len(choices) or classes or 2) == 2 else None
     number = number_of(value)
     if number is None or number != int(number) or not 0 <= number < (len(choices) or math.inf):
         return None
@@ -167,7 +182,7 @@ def plain_name(name: str) -> str:
     return "".join(sign for sign in name.casefold() if sign not in " _-")
 
 
-def _remark_on_texts(
+def _twofold(
     values: Sequence[Any],
     choices: Sequence[tuple[str, ...]],
     texts: Sequence[int | None],
@@ -175,25 +190,34 @@ def _remark_on_texts(
     names: Sequence[str],
     places: Sequence[str],
 ) -> str | None:
-    """What to say where every label is an index too, and another one."""
-    odd = next((row for row, (text, number) in enumerate(zip(texts, numbers, strict=True)) if text != number), None)
-    if odd is None or None in numbers:
-        return None
-    text, number = texts[odd], numbers[odd]
-    assert text is not None
-    assert number is not None
-    shown = f"{values[odd]!r} ({names[values[odd]]})" if names and isinstance(values[odd], int) else repr(values[odd])
-    return (
-        f"labels are read as texts: {shown} of {places[odd]} is the choice {choices[odd][text]!r}; "
-        f"as an index it would be {choices[odd][number]!r}. If indices are meant, name the choice itself, as in "
-        "'{{ options[label] }}'"
+    """The first label that is the text of one choice and the index of another, in words."""
+    for value, options, text, number, place in zip(values, choices, texts, numbers, places, strict=True):
+        if text is not None and number is not None and text != number:
+            shown = f"{value!r} ({names[value]})" if names and isinstance(value, int) else repr(value)
+            return f"{shown} of {place} is the choice {options[text]!r}; as an index it would be {options[number]!r}"
+    return None
+
+
+def _numbered(choices: Sequence[tuple[str, ...]]) -> bool:
+    """Whether the text of some choice could be an index, and of another choice."""
+    return any(
+        _bynumber_of(text, options) not in (None, place)
+        for options in dict.fromkeys(choices)
+        for place, text in enumerate(options)
     )
 
 
+def _remark_on_texts(doubt: str) -> str:
+    """What to say where every label is an index too, and one of them another choice's."""
+    meant = "If indices are meant, name the choice itself, as in '{{ options[label] }}'"
+    return f"labels are read as texts: {doubt}. {meant}"
+
+
 def _remark_on_booleans(values: Sequence[Any], choices: Sequence[tuple[str, ...]]) -> str | None:
-    if not choices[0] or not any(isinstance(value, bool) for value in values):
+    if not any(isinstance(value, bool) for value in values):
         return None
-    return f"labels are booleans: false is read as {choices[0][0]!r}, true as {choices[0][1]!r}"
+    first, second = map(repr, choices[0]) if choices[0] else ("class 0", "class 1")
+    return f"labels are booleans: false is read as {first}, true as {second}"
 
 
 def _check_names(

@@ -16,6 +16,7 @@ from typing import Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.labels import read_labels
+from dfmerge_studies.tasks.readings import Convention
 from dfmerge_studies.tasks.templates import as_list, is_missing
 
 IGNORED = -100  # the tag of what is not scored, the convention of transformers
@@ -111,6 +112,7 @@ def read_tags(
     names: Sequence[str],
     where: str,
     split: str,
+    convention: Convention | None = None,
 ) -> tuple[list[tuple[int, ...]], str | None]:
     """The tags of every row's words, by index; one reading for all of them, as of other labels.
 
@@ -121,6 +123,7 @@ def read_tags(
         names: texts that integers stand for, where the data says so.
         where: file and field, for messages.
         split: name of the split, for messages.
+        convention: decides where tags could be names and indices.
 
     Returns:
         As many tags per row as words, and a remark where they could be read otherwise too.
@@ -137,6 +140,7 @@ def read_tags(
         where=where,
         split=split,
         places=[f"row {row}, word {word}" for row, word, _ in flat],
+        convention=convention,
     )
     read = [[IGNORED] * len(tags) for tags in lists]
     for (row, word, _), tag in zip(flat, found, strict=True):
