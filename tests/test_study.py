@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import optuna
 import pytest
@@ -45,6 +49,20 @@ def wait_for_trials(project: Project, process: Forked, count: int) -> None:
         if f": {count}/" in line:
             return
     raise AssertionError(f"the run ended with {process.wait()} before {count} trials")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_after_a_run_the_one_file_of_the_study_has_all_of_it(project: Project, tmp_path: Path, workers: str) -> None:
+    words = ["run", "spec.yaml", "--no-test", "--workers", workers]
+    environment = {**os.environ, **cli_environment()}
+    # A process of its own, which ends as a user's does: those of other tests leave without cleaning up.
+    done = subprocess.run([sys.executable, "-m", "dfmerge_studies", *words], cwd=project.folder, env=environment)
+    assert done.returncode == 0
+    assert [file.name for file in project.folder.glob("colours.db*")] == ["colours.db"]
+    copy = shutil.copy(project.folder / "colours.db", tmp_path / "copy.db")
+    trials = optuna.load_study(study_name="colours", storage=f"sqlite:///{copy}").trials
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == len(completed(project))
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import event, exc
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.storage.failures import is_damaged, storage_errors
@@ -134,7 +136,17 @@ def _open_sqlite(url: URL, create: bool, heartbeat: int, grace: int) -> BaseStor
     watch = SQLiteWatch(path, storage)
     set_watch(storage, watch)
     event.listen(storage.engine, "do_connect", watch.refuse_another)
+    weakref.finalize(storage, _close, storage.engine, os.getpid())
     return storage
+
+
+def _close(engine: Engine, process: int) -> None:
+    """Close what a process has open, at its end at the latest: the last to do so leaves all of a study in one file.
+
+    Left to the interpreter's end, a connection may stay open, and then what was written stays in the file's log.
+    """
+    if os.getpid() == process:  # connections are not for a fork
+        engine.dispose()
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:
