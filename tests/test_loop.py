@@ -418,6 +418,18 @@ def test_a_running_trial_of_another_machine_keeps_its_place(
     assert summary.counts == {"complete": 2, "running": 1, "waiting": 0, "failed": 0, "pruned": 0}
 
 
+def test_a_signal_that_comes_with_the_last_trial_is_told_to_who_would_go_on(make_study: MakeStudy) -> None:
+    study = make_study()
+
+    def stop(event: Event) -> None:
+        if event.kind == "completed" and counts(study)["complete"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    summary = work(study, SPACE, evaluate, target=3, on_event=stop)
+    assert summary.interrupted
+    assert summary.counts["complete"] == 3
+
+
 def test_a_trial_of_another_machine_without_sign_of_life_is_given_up(make_study: MakeStudy) -> None:
     study = make_study()
     _foreign(study, beat=time.time() - 1000)

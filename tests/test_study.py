@@ -124,6 +124,19 @@ def whole(make_copy: Callable[..., Project], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
+def test_ctrl_c_at_the_last_trial_ends_the_run_before_its_baselines(project: Project) -> None:
+    project.write(baselines=["task-arithmetic"])
+    process = start(project)
+    wait_for_trials(project, process, project.spec["search"]["trials"])
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, (output, errors)
+    assert "interrupted" in output + errors
+    printed = project.json("run", "spec.yaml")
+    assert [row["name"] for row in printed["rows"]][2] == "task-arithmetic"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "stops"), [("kill", (2, 4)), ("terminate", (4,)), ("interrupt", (2,))])
 def test_a_run_that_was_cut_and_resumed_gives_the_very_same_trials(whole, project, how, stops):
     cut = project

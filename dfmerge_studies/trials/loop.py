@@ -73,7 +73,7 @@ class Summary:
     Attributes:
         completed: trials that this call ended with a result, of all rows or pruned, those found in the outbox included.
         failed: trials that failed for good in this call.
-        interrupted: whether a signal ended it before the total was reached.
+        interrupted: whether a signal came: whoever called is to end too, though the total may have been reached.
         exhausted: whether the sampler had no more points.
         counts: the study's trials by state, as `counts` gives them.
         stopped: why the study has stopped before its total, None if it has not.
@@ -116,7 +116,7 @@ def work(
         enough: asked before each trial whether the study stops before its total.
 
     Returns:
-        What was done, and whether a signal ended it early.
+        What was done, and whether a signal came.
 
     Raises:
         RunError: three trials in a row failed, or the storage was away for longer than two minutes.
@@ -146,7 +146,8 @@ def work(
         stopped = worker.claims.stopped
         missing = ended(now) < worker.claims.target and not worker.exhausted
         early = interrupts.requested and missing and (stopped is None or now["running"] > 0)
-        return Summary(worker.completed, worker.failed, early, worker.exhausted, now, None if early else stopped)
+        stopped = None if early else stopped
+        return Summary(worker.completed, worker.failed, interrupts.requested, worker.exhausted, now, stopped)
 
 
 class _Undelivered(RunError):
