@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 import optuna
 import pytest
 
+from dfmerge_studies.cli import common
+from dfmerge_studies.cli.app import main
 from dfmerge_studies.errors import InputError, RunError
 from dfmerge_studies.methods import METHODS
 from dfmerge_studies.objective.loading import load_problem
 from dfmerge_studies.objective.merger import Merger
 from dfmerge_studies.spec import StudySpec
+from tests.processes import Forked
 from tests.project import Project, cli_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +67,19 @@ def test_json_goes_to_standard_output_alone(project):
     done = project.process("run", "spec.yaml", "--trials", "1", "--json")
     json.loads(done.stdout)
     assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("colours: 1/1")]
+
+
+def _interrupted_while_loading(*words: str) -> None:
+    common.load_libraries = lambda: signal.raise_signal(signal.SIGINT)
+    main([*words])
+
+
+def test_ctrl_c_before_the_first_trial_is_answered(project: Project) -> None:
+    words = ("run", "spec.yaml", "--no-test")
+    process = Forked(_interrupted_while_loading, *words, folder=project.folder, environment=cli_environment())
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (output, errors)
+    assert errors.splitlines() == ["interrupted"]
 
 
 def test_progress_is_said_line_by_line_where_nobody_watches(project):

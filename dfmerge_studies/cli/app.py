@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from dfmerge_studies.cli import (
     cache,
@@ -35,7 +36,25 @@ _SHARED_WORK = frozenset(
     {"run", "merge", "fisher", "evaluate", "export"}
 )  # commands whose work launched processes share
 
+
+class _Commands(TyperGroup):
+    """The commands; a Ctrl-C is told here, since typer makes a silent exit of it."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's own context, in later typers
+        """Run a command.
+
+        Raises:
+            typer.Exit: with 130, after an interruption.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            terminal.warn("interrupted")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Merge fine-tuned language models with Dynamic Fisher-weighted Merging, as Optuna studies.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
