@@ -173,6 +173,16 @@ def test_a_run_on_it_is_refused_by_name(shown: Project) -> None:
 
 
 @pytest.mark.slow
+def test_its_winner_is_exported_to_another_place(shown: Project, tmp_path: Path) -> None:
+    close(shown)
+    content = {str(path): path.read_bytes() for path in shown.folder.glob("*.db*")}
+    done = without_rights(lambda: shown.cli("export", "spec.yaml", "--out", str(tmp_path / "merged")).stderr)
+    assert "does not keep the model's card" in done
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert {str(path): path.read_bytes() for path in shown.folder.glob("*.db*")} == content
+
+
+@pytest.mark.slow
 def test_its_dashboard_is_served_and_writes_nothing(shown: Project, file: Path) -> None:
     (shown.folder / ".dfmerge/artifacts").mkdir(parents=True, exist_ok=True)
     close(shown)

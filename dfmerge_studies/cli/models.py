@@ -234,14 +234,18 @@ def export(
         from dfmerge_studies.report.card import CARD
         from dfmerge_studies.report.export import export_trial
         from dfmerge_studies.report.notes import keep_card
+        from dfmerge_studies.storage import is_read_only, storage_of
         from dfmerge_studies.study.session import open_study, stored_study
         from dfmerge_studies.study.winner import find_trial
 
         ranks = common.join_ranks(settings)
         found = find_trial(stored_study(settings), settings, trial)
-        session = open_study(settings, progress=progress, ranks=ranks)
+        session = open_study(settings, progress=progress, ranks=ranks, looking=True)
         exported = export_trial(session, found, out, form, force=force)
-        keep_card(session.study, model_place / CARD, settings.workdir)
+        if is_read_only(storage_of(session.study)):
+            common.warn("note: the study cannot be written to, so it does not keep the model's card")
+        else:
+            keep_card(session.study, model_place / CARD, settings.workdir)
     result: dict[str, Any] = {"out": str(out), "study": settings.name, "trial": found.number}
     result |= forms.outcome(exported, out, push_to_hub, private)
     if json:

@@ -25,11 +25,7 @@ from dfmerge_studies.points import Point
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.ranks import SOLO, Ranks
 from dfmerge_studies.spec import StudySpec
-from dfmerge_studies.storage import (
-    check_constraints,
-    open_storage,
-    storage_errors,
-)
+from dfmerge_studies.storage import check_constraints, is_read_only, open_storage, storage_errors, storage_of
 from dfmerge_studies.study import provenance
 from dfmerge_studies.study.evaluating import Trials, traced_points
 from dfmerge_studies.study.fingerprint import (
@@ -293,6 +289,7 @@ def open_study(
     ranks: Ranks = SOLO,
     on_loaded: Callable[[Problem], None] | None = None,
     share: int | None = None,
+    looking: bool = False,
 ) -> Session:
     """Create the study that a spec names, or join it.
 
@@ -306,6 +303,7 @@ def open_study(
         ranks: processes that share the work of a trial; only their leader calls this.
         on_loaded: called when models and data are there and rehearsed, before anything is written.
         share: bytes of the device that `memory: auto` may take, where other workers are on it.
+        looking: whether the study is there and no trials are run: a storage that cannot be written to will do then.
 
     Raises:
         InputError: models or data do not fit, or the study in the storage is about something else.
@@ -342,7 +340,8 @@ def open_study(
     rehearse_(problem, plan.method)
     if on_loaded is not None:
         on_loaded(problem)
-    study = _join(plan, fingerprint, problem, warm)
+    unchanged = looking and stored is not None and is_read_only(storage_of(stored))
+    study = stored if stored is not None and unchanged else _join(plan, fingerprint, problem, warm)
     plan = plan.joined(study)
     if plan.startup is not None and plan.startup != problem.spec.search.startup:  # who founded it decided otherwise
         plan = replace(plan, spec=plan.spec.derive(search={"startup": plan.startup}))
