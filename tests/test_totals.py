@@ -88,3 +88,30 @@ def test_workers_go_on_to_what_was_added_while_they_worked_and_their_parent_does
     assert process.returncode == 0, errors
     trials = json.loads(output)["trials"]
     assert (trials["target"], trials["complete"], stored_total(study)) == (5, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "note"),
+    [
+        ("--method task-arithmetic --trials 5", "tries the 11 points of its grid; --trials has no say"),
+        ("--method task-arithmetic --add 100", "tries the 11 points of its grid; --add has no say"),
+        ("--method averaging --trials 5", "tries its one point; --trials has no say"),
+        ("--method fisher --workers 2 --add 5", "tries its one point; --add has no say"),
+        (
+            "--method averaging --trials 5 --acquisition ei",
+            "tries its one point; --trials and --acquisition have no say",
+        ),
+    ],
+)
+def test_a_method_that_does_not_search_says_that_it_has_its_own_number_of_trials(project, arguments, note) -> None:
+    done = project.cli("run", "spec.yaml", *arguments.split(), "--no-test", "--json")
+    method = arguments.split()[1]
+    assert [line for line in done.stderr.splitlines() if "no say" in line] == [f"note: {method} {note}"]
+    trials = json.loads(done.stdout)["trials"]
+    assert trials["complete"] == trials["target"] == (11 if method == "task-arithmetic" else 1)
+
+
+@pytest.mark.parametrize("arguments", ["--method task-arithmetic", "--trials 1", "--add 1"])
+def test_nothing_is_said_of_flags_that_were_not_given_or_that_are_heard_nor_of_baselines(project, arguments) -> None:
+    project.write(baselines=["averaging"], search={**project.spec["search"], "trials": 1})
+    assert "no say" not in project.cli("run", "spec.yaml", *arguments.split(), "--no-test").stderr

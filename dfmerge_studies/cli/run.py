@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from dfmerge_studies.cli import common
 from dfmerge_studies.cli.bars import TrialBars
 from dfmerge_studies.cli.workers import Wanted, run_pool
 from dfmerge_studies.errors import InputError
-from dfmerge_studies.ranks import launched
+from dfmerge_studies.ranks import launched, launched_rank
 from dfmerge_studies.tasks.splits import Split
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 def run(
     spec: common.SpecArgument = None,
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, max=limits.TRIALS, help="Total of trials to reach.")
+        int | None, typer.Option("--trials", min=1, max=limits.TRIALS, help="Total of a search to reach.")
     ] = None,
     add: Annotated[
-        int | None, typer.Option("--add", min=1, max=limits.TRIALS, help="Raise the total by so many.")
+        int | None, typer.Option("--add", min=1, max=limits.TRIALS, help="Raise the total of a search by so many.")
     ] = None,
     storage: common.StorageOption = None,
     seed: Annotated[
@@ -83,6 +84,7 @@ def run(
             hint="Leave out one of the two",
         )
     common.check_early(settings, storage=True)
+    _say_unheard(settings, {"--trials": trials, "--add": add, "--acquisition": acquisition})
     again = common.again(spec, storage=storage, overrides=overrides)
     with common.tracking_of(tracker) as tracking:
         _run(settings, _Asked(trials, add, workers, _splits(settings, test)), again, tracking, as_json=json)
@@ -133,6 +135,19 @@ def _run(settings: StudySpec, asked: _Asked, again: str, tracking: Tracking | No
     _tell(session.study, session.plan, tables, again, finished=finished, as_json=as_json, seconds=seconds, kept=kept)
     if not finished:
         raise typer.Exit(130)
+
+
+def _say_unheard(settings: StudySpec, flags: Mapping[str, object]) -> None:
+    """Say which flags of a search were given for a method that does not search."""
+    given = [flag for flag, value in flags.items() if value is not None]
+    if settings.row.searches or not given or launched_rank() != 0:
+        return
+    from dfmerge_studies.study.plan import Plan
+
+    plan = Plan.of(settings)
+    points = f"the {plan.trials} points of its grid" if plan.trials > 1 else "its one point"
+    verb = "has" if len(given) == 1 else "have"
+    common.warn(f"note: {plan.method.name} tries {points}; {' and '.join(given)} {verb} no say")
 
 
 def _say_search(session: Session, asked: StudySpec) -> None:
