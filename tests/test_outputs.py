@@ -188,6 +188,33 @@ def test_a_report_replaces_its_own_files_and_no_other_page_or_picture(studied):
     assert (site / "figures/mine.png").read_text() == "mine"
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+def test_a_report_is_written_into_nothing_that_the_study_stands_on(studied, force):
+    folder = studied.folder
+    (folder / "data").mkdir()
+    shutil.move(folder / "red.validation.jsonl", folder / "data")
+    (folder / "red.validation.jsonl").symlink_to("data/red.validation.jsonl")
+    (folder / "link").symlink_to("red", target_is_directory=True)
+    parts = {
+        "base": "is the base",
+        "red": "is the expert red",
+        "link": "is the expert red",
+        ".dfmerge/fishers": "is the Fisher cache",
+        ".dfmerge": "holds",
+        "data": "holds data of the task red",
+        ".": "is the working directory" if force else "holds the spec",
+    }
+    for out, said in parts.items():
+        assert said in refused(studied, "report", "spec.yaml", *force, "--out", out)
+
+
+def test_a_report_goes_into_a_working_directory_that_holds_nothing_of_the_study(studied, tmp_path):
+    elsewhere = Project(tmp_path / "elsewhere", studied.family)
+    elsewhere.folder.mkdir()
+    elsewhere.cli("report", studied.file, "--out", ".")
+    assert (elsewhere.folder / "index.html").is_file()
+
+
 def test_a_cache_that_is_named_wrongly_deletes_and_renames_nothing(studied, tmp_path):
     before = contents(studied.folder / "base")
     for folder in (str(studied.folder / "base"), f"file://{studied.folder}/base"):

@@ -309,7 +309,8 @@ def test_bad_requests_are_refused_in_one_line(copied):
     assert "Did you mean 'landscape'" in refused("--figures", "landscap")
     assert "not a report of this program" in refused("--out", "site")
     assert (copied.folder / "site" / "index.html").read_text() == "mine"
-    assert "is a file" in refused("--out", "spec.yaml")
+    assert "is a file" in refused("--out", "site/index.html")
+    assert "is the spec" in refused("--out", "spec.yaml")
     assert "is no list of numbers" in refused("--ratios", "a")
     assert "at most 1" in refused("--figures", "ratio", "--ratios", "2")
     assert "Did you mean 'blue'" in refused("--figures", "landscape", "--pair", "red,blu")

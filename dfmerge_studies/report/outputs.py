@@ -92,19 +92,21 @@ def report_target(spec: StudySpec, out: Path, *, force: bool) -> Path:
         The path, with the home directory for `~`.
 
     Raises:
-        InputError: with `force`, a part of the study is in it.
+        InputError: a part of the study is in it, or with `force` it is the working directory or the home directory.
     """
     place = local_path(out, Path.cwd(), _WHERE)
-    if force:
-        _refuse_parts(spec, place)
+    _refuse_parts(spec, place, around=force)
     return out.expanduser()
 
 
-def _refuse_parts(spec: StudySpec, place: Path) -> None:
-    """Refuse a place that is, or holds, what the study stands on: by identity, so under any of its names."""
+def _refuse_parts(spec: StudySpec, place: Path, *, around: bool = True) -> None:
+    """Refuse a place that is, or holds, what the study stands on: by identity, so under any of its names.
+
+    With `around`, the working directory and the home directory too, whatever they hold.
+    """
     if not place.exists():
         return
-    for what, part in _parts(spec):
+    for what, part in (*(_around() if around else ()), *_parts(spec)):
         for each in {Path(os.path.abspath(part)), part.resolve()}:  # noqa: PTH100  a link, and what it leads to
             for holder in (each, *each.parents):
                 if holder.exists() and holder.samefile(place):
@@ -112,13 +114,17 @@ def _refuse_parts(spec: StudySpec, place: Path) -> None:
                     raise InputError(f"{place} {verb} {what}, {part}", where=_WHERE, hint=_OTHER)
 
 
+def _around() -> Iterator[tuple[str, Path]]:
+    """What a command must not replace, whatever it is about."""
+    yield "the working directory", Path.cwd()
+    yield "the home directory", Path("~").expanduser()
+
+
 def _parts(spec: StudySpec) -> Iterator[tuple[str, Path]]:
     """What a study stands on, with a word for each."""
     from dfmerge_studies.storage import resolve_url, storage_file
     from dfmerge_studies.trials.outbox import outboxes
 
-    yield "the working directory", Path.cwd()
-    yield "the home directory", Path("~").expanduser()
     yield "the spec", spec.file
     database = storage_file(resolve_url(spec.storage_url, spec.workdir))
     if database is not None:
