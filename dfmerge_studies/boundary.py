@@ -15,6 +15,7 @@ from typing import Any
 from dfmerge_studies.errors import DFMergeError, InputError, first_line, out_of_memory
 
 LARGEST_TEXT = 64 * 2**20  # bytes of a text file that is read whole: the largest tokenizers have about a third
+PERMIT = "Change its permissions, or those of its folder"
 _SHOWN = 120  # characters of a path in a message
 _KINDS = (
     (stat.S_ISDIR, "folder"),
@@ -36,7 +37,7 @@ def reading(where: str, what: str, hint: str) -> Iterator[None]:
     Args:
         where: the file, or file and field, that is being read.
         what: what cannot be done, as a clause that the reason follows after a colon.
-        hint: what the reader can do about it.
+        hint: what the reader can do about it, unless permissions are what is lacking.
 
     Raises:
         InputError: for whatever was raised; errors of this package and lack of memory pass.
@@ -50,7 +51,15 @@ def reading(where: str, what: str, hint: str) -> Iterator[None]:
             reason = first_line(OSError(error.errno, error.strerror))
         else:
             reason = first_line(error)
+        hint = PERMIT if _is_forbidden(error) else hint
         raise out_of_memory(error) or InputError(f"{what}: {reason}", where=where, hint=hint) from error
+
+
+def _is_forbidden(error: BaseException | None) -> bool:
+    """Whether what was raised, or what it was raised from, is a lack of permission: no other file would mend that."""
+    while error is not None and not isinstance(error, PermissionError):
+        error = error.__cause__
+    return error is not None
 
 
 def local_path(text: str | Path, root: Path, where: str) -> Path:

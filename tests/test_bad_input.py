@@ -25,6 +25,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from tests.models import save_model_directory
 from tests.project import Project
+from tests.rights import without_rights
 
 Spoil = Callable[[Project], None]
 
@@ -663,3 +664,33 @@ def test_ucb_without_its_extra_is_refused_by_name_before_anything_is_loaded(
     for words in ("search.acquisition", "acquisition: ucb needs botorch", "dfmerge-studies[ucb]"):
         assert words in done.stderr + done.stdout
     assert not list(project.folder.glob("*.db"))
+
+
+@pytest.mark.parametrize(
+    ("what", "command", "where"),
+    [
+        ("red/model.safetensors", "run", "red/model.safetensors: cannot be read"),
+        ("red/model.safetensors", "run --set dtype=bfloat16", "red/model.safetensors: cannot be read"),
+        ("red/model.safetensors", "evaluate --model red", "red/model.safetensors: cannot be read"),
+        ("red/config.json", "run", "red/config.json: cannot be read"),
+        ("red/tokenizer.json", "run", "red/tokenizer.json: cannot be read"),
+        ("red/generation_config.json", "run", "red/generation_config.json: not the settings of a generation"),
+        ("red", "run", "spec.yaml: experts.red: the folder"),
+        ("red.validation.jsonl", "run", "red.validation.jsonl): the data set cannot be read"),
+        ("rows.json", "run --set importance.indices=rows.json", "rows.json): cannot be read"),
+    ],
+)
+def test_what_may_not_be_read_is_mended_by_its_permissions_and_not_by_another_copy(
+    project: Project, what: str, command: str, where: str
+) -> None:
+    (project.folder / "rows.json").write_text('{"red": [0], "blue": [0]}')
+    path = project.folder / what
+    path.chmod(0)
+    first, *rest = command.split()
+    try:
+        said = without_rights(lambda: project.cli(first, "spec.yaml", *rest, check=2).stderr)
+    finally:
+        path.chmod(0o755)
+    assert where in said
+    assert "permission denied. Change its permissions" in said.replace(f": {path}", "")
+    assert "Copy" not in said

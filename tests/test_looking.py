@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
-import os
 import sqlite3
-import sys
-import traceback
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,6 +20,7 @@ from dfmerge_studies.report.serving import Publisher, dashboard_server
 from dfmerge_studies.report.view import StudyView
 from dfmerge_studies.storage import is_read_only, open_storage
 from tests.project import Project
+from tests.rights import without_rights
 
 
 @pytest.fixture
@@ -94,42 +91,9 @@ def test_the_note_says_that_the_dashboards_best_ignores_constraints(project: Pro
 # A storage that cannot be written to
 
 
-def without_rights(job: Callable[[], Any]) -> Any:
-    """What a job gives in a child process that may write to no file against its mode, as root otherwise may."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            _give_up_overriding()
-            answer = {"answer": job()}
-        except BaseException:
-            answer = {"error": traceback.format_exc()}
-        os.write(writer, json.dumps(answer).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as stream:
-        told = json.load(stream)
-    os.waitpid(child, 0)
-    assert "error" not in told, told["error"]
-    return told["answer"]
-
-
-def _give_up_overriding() -> None:
-    """Drop CAP_DAC_OVERRIDE (capabilities(7)) from this process, for good."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    sets = (ctypes.c_uint32 * 6)()  # twice: effective, permitted, inheritable
-    assert libc.capget(header, sets) == 0, os.strerror(ctypes.get_errno())
-    for place in (0, 1, 2):
-        sets[place] &= ~(1 << 1)
-    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
-
-
 @pytest.fixture
 def shown(finished: Project) -> Iterator[Project]:
     """A finished project whose folder and files may be read and not written."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("rights are given up as Linux has them")
     gc.collect()  # the last connection takes the log with it
     yield finished
     for path in (finished.folder, *finished.folder.rglob("*")):

@@ -115,6 +115,9 @@ def resolve(reference: str, *, root: Path, where: str, trust_remote_code: bool =
             if path.exists():
                 raise InputError(f"{path} is a file, expected a model directory", where=where, hint="Name its folder")
             path = _download(reference, path, where)
+    with reading(where, f"the folder {path} cannot be looked into", "Name a directory that save_pretrained wrote"):
+        next(path.iterdir(), None)  # needs the right to read, the next one that to enter
+        (path / "config.json").exists()
     checkpoint = Checkpoint(reference, path, trust_remote_code)
     _refuse_kernels(checkpoint)
     if checkpoint.is_adapter:
