@@ -464,6 +464,15 @@ HEAVY_CASES = [
     ),
     case("device-away", "run SPEC --device cuda:7", "device", "'cuda:7'", "not available", "auto"),
     case("cache-is-a-file", "run SPEC --cache spec.yaml", "cache", "spec.yaml is a file", "Name a folder"),
+    case(
+        "cache-of-no-server",
+        "run SPEC --set cache=ftp://nowhere.invalid/x?token=hush",
+        "spec.yaml: cache: 'ftp://nowhere.invalid/x?token=***' cannot be opened",
+        "Correct the URL",
+    ),
+    case("cache-of-no-host", "cache ls SPEC --cache ftp://", "spec.yaml: cache: the URL 'ftp://' names no place"),
+    case("cache-of-no-protocol", "validate SPEC --set cache=foo://x", "spec.yaml: cache: 'foo://x'", "s3://bucket/x"),
+    case("pull-from-no-server", "cache pull SPEC --from ftp://nowhere.invalid", "--from: 'ftp://nowhere.invalid'"),
     case("cache-ls-is-a-file", "cache ls SPEC --cache spec.yaml", "cache", "spec.yaml is a file", "Name a folder"),
     # Weights as loaded.
     case(

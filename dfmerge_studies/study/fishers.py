@@ -8,7 +8,7 @@ from dfmerge_studies.spec import StudySpec, parse_size
 
 def spec_cache(spec: StudySpec) -> FisherCache | None:
     """The spec's Fisher cache."""
-    return open_cache(spec.cache_place, spec.workdir, cache_limit(spec))
+    return open_cache(spec.cache_place, spec.workdir, cache_limit(spec), where=spec.where("cache"))
 
 
 def cache_limit(spec: StudySpec) -> int | None:

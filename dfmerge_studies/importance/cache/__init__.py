@@ -50,9 +50,10 @@ def default_limit(location: str | None, folder: Path) -> int | None:
     Returns:
         Bytes; None for a cache that is behind a URL, or that is nowhere.
     """
-    cache = open_cache(location, folder)
-    if not isinstance(cache, LocalCache):
+    if location is None or _is_url(location):
         return None
+    cache = open_cache(location, folder)
+    assert isinstance(cache, LocalCache)
     there = next(place for place in (cache.folder, *cache.folder.parents) if place.is_dir())
     free = shutil.disk_usage(there).free + sum(entry.size for entry in cache.entries())
     return min(_LARGEST_DEFAULT, free // _SHARE_OF_DISK)
@@ -74,15 +75,24 @@ def open_cache(
     """
     if location is None:
         return None
-    if "://" in location and not location.startswith("file://"):
+    if _is_url(location):
         if re.search(r"://([^/]*|[^/]*:.*)@", location):
             raise InputError(
                 "the URL holds a user name or a password",
                 where=where,
                 hint="Leave them out; put credentials into the environment or into fsspec's configuration",
             )
-        return RemoteCache(location, limit=limit)
+        if not location.partition("://")[2]:  # what fsspec says of it is about arguments of a class
+            raise InputError(
+                f"the URL {location!r} names no place", where=where, hint="Name one, such as s3://bucket/x"
+            )
+        return RemoteCache(location, limit=limit, where=where)
     path = local_path(location.removeprefix("file://"), folder, where)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a {kind_of(path) or 'file'}", where=where, hint="Name a folder")
     return LocalCache(path, limit=limit)
+
+
+def _is_url(location: str) -> bool:
+    """Whether a place is behind fsspec, and no folder of this machine."""
+    return "://" in location and not location.startswith("file://")

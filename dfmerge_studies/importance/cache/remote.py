@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dfmerge_studies.errors import InputError, first_line
 from dfmerge_studies.importance.cache.base import CacheEntry, FisherCache, is_digest
 from dfmerge_studies.importance.cache.file import STRONG, checksum, parse_fisher
+from dfmerge_studies.redact import masked_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +39,17 @@ class RemoteCache(FisherCache):
         url: an fsspec URL of a folder, such as s3://bucket/prefix; credentials come from the environment.
         limit: bytes that the cache may take.
         grace: seconds for which an entry counts as in use after each use.
+        where: what names the URL, for messages.
 
     Raises:
-        InputError: fsspec does not know the protocol, or a package for it is missing.
+        InputError: fsspec does not know the protocol, a package for it is missing, or a server that is asked at once
+            does not answer.
     """
 
-    def __init__(self, url: str, *, limit: int | None = None, grace: float = GRACE) -> None:
+    def __init__(self, url: str, *, limit: int | None = None, grace: float = GRACE, where: str = "cache") -> None:
         super().__init__(url, limit=limit)
         self._grace = grace
-        self._files, self._root = _open(url)
+        self._files, self._root = _open(url, where)
         self._noted: dict[str, float] = {}  # when this process last noted a use: not for every read
 
     def load(self, digest: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,7 +192,7 @@ class RemoteCache(FisherCache):
         }
 
 
-def _open(url: str) -> tuple[Any, str]:
+def _open(url: str, where: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.split("://")[0]
@@ -198,12 +201,18 @@ def _open(url: str) -> tuple[Any, str]:
         files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         extra = "pip install 'dfmerge-studies[s3]'" if protocol == "s3" else first_line(error)
-        raise InputError(f"a package for {protocol}:// is not installed", where="cache", hint=extra) from error
+        raise InputError(f"a package for {protocol}:// is not installed", where=where, hint=extra) from error
     except ValueError as error:
         raise InputError(
-            f"{url!r}: {first_line(error)}",
-            where="cache",
+            f"{masked_url(url)!r}: {first_line(error)}",
+            where=where,
             hint="Name a folder, or a URL that fsspec knows, such as s3://bucket/x",
+        ) from error
+    except Exception as error:  # some file systems connect at once; each has types of its own for what goes wrong
+        raise InputError(
+            f"{masked_url(url)!r} cannot be opened: {first_line(error)}",
+            where=where,
+            hint="Correct the URL, or check its server and the connection",
         ) from error
     return files, root.rstrip("/")
 
