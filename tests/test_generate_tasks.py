@@ -268,8 +268,12 @@ def test_a_prompt_leaves_room_for_what_is_written_and_a_target_ends_with_the_end
     ("fields", "where", "hint"),
     [
         ({"doc_to_choice": ["a", "b"]}, "tasks.red.doc_to_choice", "It goes with type: choice, classification"),
-        ({"until": "x"}, "tasks.red.until", "It has its place elsewhere"),
-        ({"filter_list": [{"function": "strip"}]}, "tasks.red.filter_list.0.function", "It has its place elsewhere"),
+        ({"until": "x"}, "tasks.red.until", "It is a field of tasks.red.generation_kwargs"),
+        (
+            {"filter_list": [{"function": "strip"}]},
+            "tasks.red.filter_list.0.function",
+            "It is a field of tasks.red.filter_list.0.filter",
+        ),
         ({"filter_list": [{"filter": [{"functoin": "strip"}]}]}, "filter.0.functoin", "Did you mean 'function'?"),
     ],
 )

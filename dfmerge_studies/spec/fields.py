@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -43,6 +43,8 @@ def search_of(name: str) -> dict[str, Any]:
 
 class ExpertSettings(Settings):
     """One fine-tuned model."""
+
+    form: ClassVar[str] = "a model's directory or Hub id, or {model, task}"
 
     model: str = Field(description="directory, Hub id, Hub id@revision, or package:MODULE/FOLDER")
     task: str | None = Field(None, description="task that its importance is estimated on; null: on all of them")
@@ -95,6 +97,8 @@ class ImportanceSettings(Settings):
 class WarmStart(Settings):
     """Another study, whose best points are tried first."""
 
+    form: ClassVar[str] = "a study's name, or {study, storage, points}"
+
     study: str = Field(description="its name")
     storage: str | None = Field(None, description="its storage, an Optuna URL; null: the storage of this study")
     points: int = Field(5, gt=0, le=limits.TRIALS, description="how many of its points are tried at most")
@@ -102,6 +106,9 @@ class WarmStart(Settings):
 
 class Granularity(Settings):
     """Coefficients that are finer than an expert's whole model; one of the three ways."""
+
+    form: ClassVar[str] = "model, layers, {blocks: K} or {groups: {NAME: REGEX}}"
+    words: ClassVar[tuple[str, ...]] = ("model", "layers")
 
     each: Literal["layer"] | None = Field(None, description="layer: every layer, as the short form `layers` has it")
     blocks: int | None = Field(None, gt=0, le=limits.LAYERS, description="so many runs of consecutive layers")
@@ -131,11 +138,15 @@ class Granularity(Settings):
 class Racing(Settings):
     """Trials that cannot win are stopped on a part of their rows."""
 
+    form: ClassVar[str] = "{error: NUMBER}"
+
     error: float = Field(0.1, gt=0, le=0.5, description="bound on the rate at which a trial that would win is stopped")
 
 
 class SearchSettings(Settings):
     """How coefficients are proposed."""
+
+    form: ClassVar[str] = f"a mapping of fields, or {', '.join(SEARCHES)}"
 
     coefficients: Literal["method", "per-expert"] = Field(
         "method", description="per-expert: search one per expert, also where the method has one shared value on a grid"
@@ -316,6 +327,8 @@ class SearchSettings(Settings):
 class ProtectSettings(Settings):
     """A task whose directions at the base a merge does not move along."""
 
+    form: ClassVar[str] = "{task, rank, strength}"
+
     task: str = Field(description="name of the task, best a guard")
     rank: int = Field(8, gt=0, le=limits.COUNT, description="directions of each linear layer")
     strength: float | list[float] = Field(
@@ -325,6 +338,8 @@ class ProtectSettings(Settings):
 
 class ObjectiveSettings(Settings):
     """What makes one trial better than another."""
+
+    form: ClassVar[str] = "a kind such as mean, or {kind, weights}"
 
     kind: Literal["mean", "weighted", "min", "pareto", "agreement"] = Field(
         "mean",

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.spec import TRACED, ObjectiveSettings, SearchSettings
-from dfmerge_studies.spec.messages import explain
+from dfmerge_studies.spec.messages import explained
 from dfmerge_studies.tasks.strict import Settings
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -97,4 +97,4 @@ def _settings(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        raise explain(error, Path("optimize_merge"), {"": [kind]})[0].problem from None
+        raise explained(error, Path("optimize_merge"), kind)[0].problem from None

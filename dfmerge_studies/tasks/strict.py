@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -21,7 +21,14 @@ class Settings(BaseModel):
 
     So is a boolean where a number or a text is meant: pydantic takes it for 0 or 1, and YAML reads yes, no, on and off
     as one.
+
+    Attributes:
+        form: what they may be written as, for messages; empty for a mapping of fields alone.
+        words: the texts among that.
     """
+
+    form: ClassVar[str] = ""
+    words: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -92,7 +99,7 @@ def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, .
 
     What settings hold that are a class of their own is left to that class.
     """
-    kinds = _members(annotation)
+    kinds = members(annotation)
     if isinstance(value, bool) and bool not in kinds and Any not in kinds:
         yield (), value, kinds
     elif isinstance(value, Mapping):
@@ -106,13 +113,17 @@ def _misplaced(value: Any, annotation: Any) -> Iterator[tuple[tuple[str | int, .
                 yield from (((index, *place), boolean, meant) for place, boolean, meant in _misplaced(each, inner))
 
 
-def _members(annotation: Any) -> list[Any]:
-    """The types that a union allows, or the type itself."""
+def members(annotation: Any) -> list[Any]:
+    """The types that a union allows, or the type itself.
+
+    Args:
+        annotation: of a field.
+    """
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _members(get_args(annotation)[0])
+        return members(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [kind for member in get_args(annotation) for kind in _members(member)]
+        return [kind for member in get_args(annotation) for kind in members(member)]
     return [annotation]
 
 
