@@ -190,6 +190,11 @@ LIGHT_CASES = [
     case("set-without-value", "run SPEC --set search.trials", "--set", "'search.trials' is not key=value", "Write"),
     case("set-into-a-text", "run SPEC --set name.x=1", "--set", "'name'", "holds no fields"),
     case("unknown-split", "evaluate SPEC --model red --split dev", "--split", "'dev'", "validation or test"),
+    case("grid-of-one", "report SPEC --figures landscape --grid 1", "--grid", "greater than or equal to 2", "-h"),
+    case("grid-too-large", "report SPEC --figures landscape --grid 101", "--grid", "less than or equal to 100"),
+    case(
+        "line-of-one-point", "report SPEC --figures interpolation --points 1", "--points", "greater than or equal to 2"
+    ),
     case("export-to-nowhere", "export SPEC", "--out", "Add --out DIR"),
     case("no-size", "cache prune SPEC --keep lots", "--keep", "'lots' is no size", "20GB"),
     # The spec as text.

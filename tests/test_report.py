@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from dfmerge_studies import StudySpec, merge, open_study
+from dfmerge_studies import InputError, StudySpec, merge, open_study
 from dfmerge_studies.report.figures import FIGURES, figures, plotly_figures
 from dfmerge_studies.report.figures.base import Drawing, Missing
 from dfmerge_studies.report.figures.landscape import Landscape
@@ -53,6 +53,12 @@ def copied(done: Project, tmp_path: Path) -> Project:
 @pytest.fixture
 def session(copied: Project) -> Session:
     return open_study(StudySpec.from_yaml(copied.file))
+
+
+@pytest.mark.parametrize("count", [1, 101])
+def test_a_landscape_takes_from_python_what_the_command_line_takes(session: Session, count: int) -> None:
+    with pytest.raises(InputError, match=f"a grid of {count} cannot be drawn. Give 2 to 100"):
+        landscape(session, count)
 
 
 def view_of(project: Project, name: str = "colours") -> StudyView:

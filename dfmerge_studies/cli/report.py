@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,10 +34,10 @@ def report(
         ),
     ] = None,
     points: Annotated[
-        int, typer.Option("--points", max=limits.POINTS, help="interpolation: models per expert, base included.")
+        int, typer.Option("--points", min=2, max=limits.POINTS, help="interpolation: models per expert, base included.")
     ] = 11,
     grid: Annotated[
-        int, typer.Option("--grid", max=isqrt(limits.POINTS), help="landscape: coefficients per expert.")
+        int, typer.Option("--grid", min=2, max=limits.GRID, help="landscape: coefficients per expert.")
     ] = 9,
     pair: Annotated[
         str | None, typer.Option("--pair", metavar="a,b", help="landscape: two experts; the first two by default.")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfmerge_studies import limits
 from dfmerge_studies.checkpoints.resident import Resident
 from dfmerge_studies.errors import InputError, did_you_mean
 from dfmerge_studies.importance.cache import LocalCache
@@ -142,8 +143,8 @@ def landscape(
     Raises:
         InputError: the pair or the grid cannot be used.
     """
-    if not 2 <= grid <= 101:
-        raise InputError(f"a grid of {grid} cannot be drawn", where="--grid", hint="Give 2 to 101")
+    if not 2 <= grid <= limits.GRID:
+        raise InputError(f"a grid of {grid} cannot be drawn", where="--grid", hint=f"Give 2 to {limits.GRID}")
     names = chosen_pair(session.problem.experts, pair)
     problem = _of_two(session.problem, names)
     plane = plane_of(problem.resident)

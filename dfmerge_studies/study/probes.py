@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from optuna.trial import FrozenTrial
 
+from dfmerge_studies import limits
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.progress import Progress, silent
 from dfmerge_studies.study.probed import Rechosen, ScoredLines, keep_probe, stored_probe
@@ -45,10 +46,10 @@ def interpolate(session: Session, points: int = POINTS, *, progress: Progress = 
         progress: told of every model that is scored.
 
     Raises:
-        InputError: fewer than two points.
+        InputError: fewer than two points, or too many.
     """
-    if points < 2:
-        raise InputError(f"{points} points make no line", where="--points", hint="Give at least 2")
+    if not 2 <= points <= limits.POINTS:
+        raise InputError(f"{points} points make no line", where="--points", hint=f"Give 2 to {limits.POINTS}")
     lambdas = [i / (points - 1) for i in range(points)]
     former = ScoredLines.of(session.study)
     scores = dict(former.scores) if former is not None and former.lambdas == lambdas else {}
