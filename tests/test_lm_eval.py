@@ -331,6 +331,26 @@ def test_importance_of_written_answers_is_that_of_our_own_task_of_the_same_field
     assert any(bool(value.any()) for value in found[0].values())
 
 
+@pytest.mark.parametrize("ending", ["assistant", "assistant:   ", "assistant:\n\n"])
+def test_importance_of_written_answers_reads_the_whole_prompt_that_the_model_answers(
+    tmp_path: Path, ending: str
+) -> None:
+    """Templates of Llama 3 and Qwen end in line feeds, which belong to the prompt and not to what is written."""
+    project = harness_project(
+        tmp_path / "p", written={"lm_eval": "tiny_written", "metric": "exact_match", "apply_chat_template": True}
+    )
+    tokenizer = FAMILIES["gpt2"].tokenizer()
+    said = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}, {% endfor %}"
+    tokenizer.chat_template = f"{said}{{% if add_generation_prompt %}}{ending}{{% endif %}}"
+    tokenizer.save_pretrained(project.folder / "base")
+    problem = loaded(project)
+    for example in problem.tasks["written"].validation[:3]:
+        (context, _), *_ = (args for _, args in example.question.requests)
+        assert context.endswith(ending.rstrip("\n") if ending not in context else ending)
+        assert list(example.input_ids) == tokenizer(context)["input_ids"]
+        assert example.choices[0]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 

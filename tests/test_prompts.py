@@ -19,7 +19,7 @@ from dfmerge_studies.tasks.data import Row, load_rows
 from dfmerge_studies.tasks.encoding import Encoded, Kind
 from dfmerge_studies.tasks.evaluate import choice_losses
 from dfmerge_studies.tasks.prompts import Example, turns_of
-from dfmerge_studies.tasks.settings import ChoiceTask, MultiLabelTask
+from dfmerge_studies.tasks.settings import ChoiceTask, GenerateTask, MultiLabelTask
 from dfmerge_studies.tasks.shown import shown_input
 from dfmerge_studies.tasks.tokenise import encode_rows, prompted
 from tests.models import FAMILIES, TEXTS
@@ -228,6 +228,28 @@ def test_a_row_that_stands_in_the_training_split_too_does_not_give_its_answer_aw
     assert len(second.examples) == 2
     with pytest.raises(InputError, match=r"3 examples asked for.*has 2 rows that do not ask what a scored row asks"):
         rows_of(tmp_path, task(dataset=files, fewshot_split="train", num_fewshot=3))
+
+
+def test_what_a_row_asks_is_its_input_and_its_choices_in_any_order(tmp_path: Path) -> None:
+    def lines(name: str, rows: list[dict[str, Any]]) -> None:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    other = [{"q": "bread", "c": ["no", "yes"], "l": 0}, {"q": "home", "c": ["no", "yes"], "l": 1}]
+    lines("train", [{"q": "rain", "c": ["yes", "no"], "l": 0}, *other])
+    lines("validation", [{"q": "rain", "c": ["no", "yes"], "l": 1}])
+    dataset = {"path": "json", "data_files": {split: f"{split}.jsonl" for split in ("train", "validation")}}
+    common = {"dataset": dataset, "doc_to_text": "q", "fewshot_split": "train", "num_fewshot": 2}
+    (row,) = rows_of(tmp_path, ChoiceTask(doc_to_choice="c", doc_to_target="l", **common))
+    assert {example.text for example in row.examples} == {"bread", "home"}
+    target = "{{ c if q == 'rain' else c[:1] }}"  # other accepted answers in the one split than in the other
+    (row,) = load_rows(
+        "t",
+        GenerateTask(type="generate", doc_to_target=target, **common),
+        "validation",
+        root=tmp_path,
+        spec_file="spec.yaml",
+    )
+    assert {example.text for example in row.examples} == {"bread", "home"}
 
 
 def test_more_examples_than_rows_are_refused(tmp_path: Path) -> None:

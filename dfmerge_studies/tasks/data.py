@@ -132,7 +132,8 @@ def _with_examples(
     rows: Sequence[Row], pool: Sequence[Row], task: PromptedTask, *, same: bool, where: str
 ) -> list[Row]:
     """Rows with few-shot examples of a pool."""
-    questions, possible = ([(row.text, row.choices or row.targets) for row in side] for side in (rows, pool))
+    # What a row asks: not its targets, which may be worded otherwise, nor the order of its choices.
+    questions, possible = ([(row.text, tuple(sorted(row.choices))) for row in side] for side in (rows, pool))
     drawn = draw_examples(
         questions,
         possible,

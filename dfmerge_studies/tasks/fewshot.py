@@ -7,7 +7,7 @@ from random import Random
 
 from dfmerge_studies.errors import InputError
 
-Question = tuple[str, tuple[str, ...]]  # a row's input and its choices; where both are the same, one tells the other
+Question = tuple[str, tuple[str, ...]]  # a row's input, and its choices in one order for all rows
 
 
 def draw_examples(

@@ -137,12 +137,25 @@ def _encoded_writing(question: Question, lm: Any) -> Encoded:
     chat = question.loaded.settings.apply_chat_template is not False
     target, most = _target(task, question.document), _most_tokens(options)
     between = "" if chat else task.get_config("target_delimiter") or ""
-    prompt, answer = _pair(lm, context, f"{between}{target}") if target else (list(lm.tok_encode(context)), [])
+    prompt, answer = _written_behind(lm, context, between, target) if target else (list(lm.tok_encode(context)), [])
     room = max(1, lm.max_length - most) if lm.backend == "causal" else lm.max_length
     kept = prompt[max(0, len(prompt) - room) :]
     end = lm.tokenizer.eos_token_id  # as of our own tasks of type generate: what is written ends there
     choices = (tuple([*answer, *([end] if isinstance(end, int) else [])][:most]),) if answer else ()
     return Encoded(question.index, tuple(kept), choices, 0, None, len(kept) < len(prompt), question=question)
+
+
+def _written_behind(lm: Any, context: str, between: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of a text that is written behind it.
+
+    What is written follows the whole prompt, while what is scored takes the blanks at its end along.
+    """
+    if not context[-1:].isspace():
+        return _pair(lm, context, f"{between}{target}")
+    prompt = list(lm.tok_encode(context))
+    whole = list(lm.tok_encode(f"{context}{target}")) if lm.backend == "causal" else []
+    joined = whole[: len(prompt)] == prompt  # otherwise a token spans the join, or the two are apart
+    return prompt, whole[len(prompt) :] if joined else list(lm.tok_encode(target, add_special_tokens=False))
 
 
 def _most_tokens(options: Mapping[str, Any]) -> int:
