@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import socket
 import uuid
 from pathlib import Path
 
-_NAME = re.compile(r".*\.(?P<host>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{16}\.tmp")
+_NAME = re.compile(r"(?P<what>.*)\.(?P<host>[0-9a-f]{8})(?P<process>[0-9a-f]{8})[0-9a-f]{16}\.tmp")
 
 
 def token() -> str:
@@ -27,11 +28,12 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{token()}.tmp")
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Delete the unfinished files of dead processes of this machine.
+def sweep(folder: Path, name: str | None = None) -> list[Path]:
+    """Delete what dead processes of this machine left unfinished.
 
     Args:
         folder: where to look, not below it; it may be missing.
+        name: of the file or folder that they were to write; None for any.
 
     Returns:
         What was deleted.
@@ -44,8 +46,10 @@ def sweep(folder: Path) -> list[Path]:
             match = _NAME.fullmatch(path.name)
             if match is None or match["host"] != _host() or psutil.pid_exists(int(match["process"], 16)):
                 continue
+            if name is not None and match["what"] != f".{name}":
+                continue
             with contextlib.suppress(OSError):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
                 gone.append(path)
     return gone
 

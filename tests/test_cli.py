@@ -69,14 +69,18 @@ def test_json_goes_to_standard_output_alone(project):
     assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("colours: 1/1")]
 
 
-def _interrupted_while_loading(*words: str) -> None:
-    common.load_libraries = lambda: signal.raise_signal(signal.SIGINT)
+def _interrupted_while_loading(number: signal.Signals, *words: str) -> None:
+    common.load_libraries = lambda: signal.raise_signal(number)
     main([*words])
 
 
-def test_ctrl_c_before_the_first_trial_is_answered(project: Project) -> None:
-    words = ("run", "spec.yaml", "--no-test")
-    process = Forked(_interrupted_while_loading, *words, folder=project.folder, environment=cli_environment())
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", [("run", "spec.yaml", "--no-test"), ("merge", "spec.yaml", "--coefficients", "0.5")])
+def test_ctrl_c_or_sigterm_before_the_work_begins_is_answered(
+    project: Project, number: signal.Signals, words: tuple[str, ...]
+) -> None:
+    words = (*words, "--out", "out") if words[0] == "merge" else words
+    process = Forked(_interrupted_while_loading, number, *words, folder=project.folder, environment=cli_environment())
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, (output, errors)
     assert errors.splitlines() == ["interrupted"]

@@ -416,3 +416,19 @@ def test_the_script_that_shows_all_this_runs(tmp_path: Path) -> None:
     mean = next(line for line in output.splitlines() if line.startswith("mean"))
     assert float(mean.split()[1]) > 0.7  # plain averaging has 0.66
     assert list(tmp_path.iterdir()) == []  # without a storage nothing is written
+
+
+def test_weights_of_tasks_that_are_not_scored_are_refused() -> None:
+    base, experts = toys("a", "b")
+    objective = {"kind": "weighted", "weights": {"a": 3, "bb": 1}}
+    with pytest.raises(InputError, match="there is no task 'bb'") as caught:
+        optimize_merge(base, experts, lambda model: {"a": 0.9, "b": 0.1}, trials=2, objective=objective)
+    assert caught.value.where == "objective.weights"
+
+
+def test_a_base_that_is_no_module_and_experts_without_names_are_refused() -> None:
+    base, experts = toys("a", "b")
+    with pytest.raises(InputError, match=r"found OrderedDict, expected a torch\.nn\.Module"):
+        merge_models(base.state_dict(), experts, 0.5)  # type: ignore[type-var]
+    with pytest.raises(InputError, match="found list, expected a mapping"):
+        merge_models(base, [*experts.values()], 0.5)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dfmerge_studies import temporary
+from dfmerge_studies.checkpoints.write import new_directory
 
 
 def left_by_a_dead_process(folder: Path) -> Path:
@@ -36,6 +38,43 @@ def test_what_a_killed_process_left_is_deleted_and_all_else_stays(tmp_path: Path
     assert dead.exists()
     assert temporary.sweep(tmp_path) == [dead]
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, whole])
+
+
+def test_a_new_directory_deletes_what_a_killed_process_was_writing_to_its_place(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from dfmerge_studies.checkpoints.write import new_directory\n"
+        "with new_directory(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'model.safetensors').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for name in ("merged", "other"):
+        assert subprocess.run([sys.executable, "-c", code, str(tmp_path / name)]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    with new_directory(tmp_path / "merged") as folder:
+        (folder / "whole").touch()
+    left = sorted(path.name.partition(".tmp")[0].rpartition(".")[0] for path in tmp_path.iterdir())
+    assert left == ["", ".other"]
+
+
+def test_an_interrupted_replacement_leaves_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(content: str) -> None:
+        with new_directory(tmp_path / "merged", force=True, mark="mark.json") as folder:
+            (folder / "mark.json").write_text(f'{{"settings": "{content}"}}')
+
+    write("old")
+    rename, renamed = Path.rename, list[Path]()
+
+    def interrupted(path: Path, target: Path) -> Path:
+        renamed.append(path)
+        if len(renamed) == 2:  # the old one is out of the way, the new one not there yet
+            signal.raise_signal(signal.SIGINT)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert '"old"' in (tmp_path / "merged" / "mark.json").read_text()
 
 
 def test_a_missing_folder_has_nothing_to_sweep(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dfmerge_studies.checkpoints.load import quiet_transformers
 from dfmerge_studies.errors import InputError, RunError, first_line
-from dfmerge_studies.temporary import beside
+from dfmerge_studies.temporary import beside, sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +114,7 @@ def new_directory(out: Path, *, force: bool = False, mark: str = PROVENANCE) -> 
     check_target(out, force=force, mark=mark)
     out = out.absolute()
     temporary = beside(out)
+    sweep(out.parent, out.name)  # what a killed process was writing to the same place
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -280,7 +281,7 @@ def _move_into_place(temporary: Path, out: Path) -> None:
     out.rename(old)
     try:
         temporary.rename(out)
-    except OSError:
+    except BaseException:  # Ctrl-C, too, must not leave the place empty
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -5,9 +5,14 @@ Only light modules are imported here: `--help` must answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -136,7 +141,30 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given or bool(os.environ.get("DFMERGE_DEBUG"))
     terminal.prepare(debug=debug)
-    sys.exit(_exit_code(given, debug=debug))
+    with _terminated_as_interrupted():
+        code = _exit_code(given, debug=debug)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, by which schedulers stop a process, clean up as Ctrl-C does.
+
+    Not for launched ranks: one that waits for another would not come to it, and the launcher would have to wait.
+    """
+    ours = threading.current_thread() is threading.main_thread() and launched() == 1
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _exit_code(given: list[str], *, debug: bool) -> int:

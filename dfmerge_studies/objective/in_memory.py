@@ -131,6 +131,12 @@ class ModelMerger(Generic[Model]):
     """
 
     def __init__(self, base: Model, experts: Experts, how: MergeSettings) -> None:
+        if not isinstance(base, nn.Module):
+            what = f"found {type(base).__name__}, expected a torch.nn.Module"
+            raise InputError(what, where="base", hint="Load the state dict into a model, which merges are copies of")
+        if not isinstance(experts, Mapping):
+            what = f"found {type(experts).__name__}, expected a mapping"
+            raise InputError(what, where="experts", hint='Give them by name: {"a": model, "b": model}')
         if not experts:
             raise InputError("there are no experts to merge", where="experts")
         self.experts = list(experts)

@@ -195,7 +195,7 @@ def keep_card(study: optuna.Study, card: Path, workdir: Path) -> str:
 
 def escape(text: str) -> str:
     """A text that Markdown and HTML take as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(" ".join(text.split())))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _best_trials(view: StudyView) -> list[FrozenTrial]:

@@ -64,6 +64,22 @@ def given_objective(objective: str | Mapping[str, Any]) -> ObjectiveSettings:
     return how
 
 
+def check_weights(objective: ObjectiveSettings, tasks: Sequence[str]) -> None:
+    """Refuse weights of tasks that are not scored.
+
+    Args:
+        objective: of the search.
+        tasks: that are scored.
+
+    Raises:
+        InputError: naming the task.
+    """
+    for name in objective.weights or {}:
+        if name not in tasks:
+            where = "objective.weights"
+            raise InputError(f"there is no task {name!r}", where=where, hint=f"The tasks are {', '.join(tasks)}")
+
+
 def check_guards(
     guards: Mapping[str, float], tasks: Sequence[str], experts: Collection[str], objective: ObjectiveSettings
 ) -> None:

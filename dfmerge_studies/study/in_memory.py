@@ -45,7 +45,7 @@ from dfmerge_studies.storage import (
 )
 from dfmerge_studies.study import provenance, warm_start
 from dfmerge_studies.study.fingerprint import GUARDS, SAMPLER, sampler_of, stated_sampler
-from dfmerge_studies.study.given import check_guards, given_objective, given_search
+from dfmerge_studies.study.given import check_guards, check_weights, given_objective, given_search
 from dfmerge_studies.study.proposals import first_points, goal_of, study_sampler, total_trials
 from dfmerge_studies.study.scores import scores_attribute, stored_scores
 from dfmerge_studies.study.stopping import Noise, Rule, StopWatch, reconsider
@@ -217,6 +217,7 @@ class _Search(Generic[Model]):
         former = load_study(store, self.name) if self.name in optuna.get_all_study_names(store) else None
         self._score_references(former)
         warm = self._taken_over(former, store, url)
+        check_weights(self.objective, self.tasks)
         check_guards(self.guards, self.tasks, self.merger.experts, self.objective)
         if self.allowed and url is not None:
             check_constraints(url, len(self.allowed), where="max_drop")
