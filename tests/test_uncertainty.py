@@ -37,6 +37,15 @@ def test_of_accuracy_the_error_is_the_same_without_the_rows():
     assert standard_error(scored(rows, keep=False), ACCURACY) == pytest.approx(standard_error(scored(rows), ACCURACY))
 
 
+def test_a_score_that_a_study_keeps_without_its_rows_has_the_error_of_a_share() -> None:
+    error = standard_error(TaskScore(0.7, "f1", 101), METRICS["f1"])
+    assert error == pytest.approx(math.sqrt(0.7 * 0.3 / 100))
+    known = METRICS["f1"].result(Answers([[0.0, 1.0], [1.0, 0.0]] * 20, [0, 1, 1, 1] * 10, 1))
+    found = difference({"t": known}, {"t": TaskScore(0.5, "f1", 40)}, Metrics.named({"t": "f1"}))
+    assert not found.paired
+    assert found.error == pytest.approx(math.hypot(standard_error(known, METRICS["f1"]) or 0.0, 0.5 / math.sqrt(39)))
+
+
 def test_one_row_or_none_has_no_error_nor_has_a_range_without_an_end():
     assert standard_error(TaskScore(1.0, "accuracy", 1, [1.0]), ACCURACY) is None
     assert standard_error(TaskScore(0.5, "accuracy", 0), ACCURACY) is None
@@ -90,8 +99,7 @@ def test_rows_of_several_seeds_are_averaged_row_by_row():
 def test_a_metric_gives_its_rows_with_its_score():
     given = Answers([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], [0, 0, 0])
     assert METRICS["accuracy"].result(given) == TaskScore(2 / 3, "accuracy", 3, [1.0, 0.0, 1.0])
-    assert METRICS["macro_f1"].result(given).rows is None
-    assert METRICS["macro_f1"].result(given).n == 3
+    assert METRICS["macro_f1"].result(given).n == len(METRICS["macro_f1"].result(given).rows or ()) == 3
 
 
 # Tables

@@ -6,9 +6,9 @@
     T        completed trials
 
 A trial cannot be told from the best if it is worth at least as much in one of twenty resamples of the rows, drawn with
-replacement, the same for all trials (the paired bootstrap: Efron and Tibshirani 1993, chapter 16; Koehn 2004).  Where a
-trial has no rows, since its metric is no mean over them, its score is drawn with the standard error of a share of n[t]
-rows instead, independently of the others: that tells fewer apart.
+replacement, the same for all trials (the paired bootstrap: Efron and Tibshirani 1993, chapter 16; Koehn 2004).  Of F1
+and its kin, rows are what they make of the score to first order (`tasks/ratios.py`).  Where a trial keeps no rows, its
+score is drawn with the standard error of a share of n[t] rows instead, independently of the others.
 
 Of those, at most five are scored on the m[t] rows and judged by (n s + m f) / (n + m): a mean over all rows where the
 metric is one.  All of it costs as many scored rows as 0.05 T trials, or as one: K = max(2, floor(0.05 T)) trials, and

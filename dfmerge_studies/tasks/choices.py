@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dfmerge_studies.tasks.label_sets import LabelSets
+from dfmerge_studies.tasks.ratios import Part, of_correlation, of_ratios
 
 
 def predict(losses: Iterable[Sequence[float]]) -> list[int]:
@@ -73,12 +74,23 @@ def balanced_accuracy(answers: Answers) -> float:
     return float(recall_score(answers.wanted, answers.taken, labels=present, average="macro", zero_division=0.0))
 
 
+def balanced_accuracy_rows(answers: Answers) -> list[float]:
+    """Per input, what it makes of `balanced_accuracy` (`ratios`)."""
+    parts = ([(one, float(one == other), 1.0)] for one, other in zip(answers.wanted, answers.taken, strict=True))
+    return of_ratios(parts)
+
+
 def f1(answers: Answers) -> float:
     """F1 of the positive class against all others."""
     from sklearn.metrics import f1_score
 
     sides = ([each == answers.positive for each in side] for side in (answers.wanted, answers.taken))
     return float(f1_score(*sides, zero_division=0.0))
+
+
+def f1_rows(answers: Answers) -> list[float]:
+    """Per input, what it makes of `f1` (`ratios`)."""
+    return of_ratios([p for p in parts if p[0] == answers.positive] for parts in _f1_parts(answers))
 
 
 def macro_f1(answers: Answers | LabelSets) -> float:
@@ -90,11 +102,28 @@ def macro_f1(answers: Answers | LabelSets) -> float:
     return float(f1_score(*sides, average="macro", zero_division=np.nan))  # what neither side has does not count
 
 
+def macro_f1_rows(answers: Answers | LabelSets) -> list[float]:
+    """Per input, what it makes of `macro_f1` (`ratios`)."""
+    parts = answers.f1_parts if isinstance(answers, LabelSets) else _f1_parts(answers)
+    return of_ratios(parts)
+
+
+def _f1_parts(answers: Answers) -> list[list[Part]]:
+    """Of an input, its right class and the one that is taken; a hit is twice there."""
+    pairs = zip(answers.wanted, answers.taken, strict=True)
+    return [[(each, float(one == other), 1.0) for each in (one, other)] for one, other in pairs]
+
+
 def mcc(answers: Answers) -> float:
     """Matthews's correlation coefficient."""
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(answers.wanted, answers.taken))
+
+
+def mcc_rows(answers: Answers) -> list[float]:
+    """Per input, what it makes of `mcc` (`ratios`)."""
+    return of_correlation(answers.wanted, answers.taken)
 
 
 def no_positive(answers: Answers) -> str | None:

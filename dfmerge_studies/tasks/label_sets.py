@@ -14,6 +14,7 @@ from typing import Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.labels import read_labels
+from dfmerge_studies.tasks.ratios import Part, of_ratios
 from dfmerge_studies.tasks.readings import Convention, Reading, Way
 from dfmerge_studies.tasks.templates import CSV_HINT, as_list, is_missing
 
@@ -52,6 +53,18 @@ class LabelSets:
 
         sides = (np.array(side) for side in (self.wanted, self.taken))
         return float(f1_score(*sides, average="micro", zero_division=0.0))
+
+    def micro_f1_rows(self) -> list[float]:
+        """Per input, what it makes of `micro_f1` (`ratios`)."""
+        return of_ratios([(0, a, b) for _, a, b in parts] for parts in self.f1_parts)
+
+    @property
+    def f1_parts(self) -> list[list[Part]]:
+        """Per input, what it adds to F1 of each label that it has or is given."""
+        return [
+            [(k, 2.0 * one * other, float(one + other)) for k, (one, other) in enumerate(bits) if one or other]
+            for bits in (zip(*sides, strict=True) for sides in zip(self.wanted, self.taken, strict=True))
+        ]
 
 
 def taken_sets(given: Sequence[Sequence[float]]) -> list[Bits]:

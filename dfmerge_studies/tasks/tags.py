@@ -16,6 +16,7 @@ from typing import Any
 
 from dfmerge_studies.errors import InputError
 from dfmerge_studies.tasks.labels import read_labels
+from dfmerge_studies.tasks.ratios import of_ratios
 from dfmerge_studies.tasks.readings import Convention
 from dfmerge_studies.tasks.templates import as_list, is_missing
 
@@ -61,12 +62,29 @@ class Tags:
         """F1 over the entities that the tags spell, type and extent right, all types together: seqeval's."""
         from seqeval.metrics import f1_score
 
-        sides = [[[self.names[pair[side]] for pair in pairs] for pairs in self._pairs] for side in (1, 0)]
-        return float(f1_score(*sides, zero_division=0))
+        return float(f1_score(*self._named, zero_division=0))
+
+    def entity_f1_rows(self) -> list[float]:
+        """Per input, what it makes of `entity_f1` (`ratios`)."""
+        from seqeval.metrics.sequence_labeling import get_entities
+
+        entities = ([set(get_entities(tags)) for tags in sides] for sides in zip(*self._named, strict=True))
+        parts = ([(0, 2.0 * len(one & other), float(len(one) + len(other)))] for one, other in entities)
+        return of_ratios(parts)
+
+    @property
+    def _named(self) -> list[list[list[str]]]:
+        """The right tags by name, and those that are taken."""
+        return [[[self.names[pair[side]] for pair in pairs] for pairs in self._pairs] for side in (1, 0)]
 
     def word_accuracy(self) -> float:
         """The share of all words that have the right tag."""
         return fmean(one == other for pairs in self._pairs for one, other in pairs)
+
+    def word_accuracy_rows(self) -> list[float]:
+        """Per input, what it makes of `word_accuracy` (`ratios`); inputs are drawn, not words."""
+        parts = ([(0, float(one == other), 1.0) for one, other in pairs] for pairs in self._pairs)
+        return of_ratios(parts)
 
 
 def taken_tags(given: Sequence[Sequence[Sequence[float]]]) -> list[list[int]]:

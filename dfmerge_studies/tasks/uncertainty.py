@@ -1,12 +1,14 @@
 """How far a score may be off because its rows are few, and whether two scores can be told apart.
 
-s[i]   what a model scores on row i of a task, i = 1..n; where a metric is a mean over rows, its score is their mean
+s[i]   what a model scores on row i of a task, i = 1..n; of a metric that is no mean over rows (F1, Matthews
+       correlation) what the row makes of the score to first order (`ratios`); the score is their mean
 e      standard error of a score: sd(s) / sqrt(n), sd with n - 1 as in lm-evaluation-harness
 d[i]   s[i] of one model minus s[i] of another: the rows are the same, so their difficulty cancels out
 
 Where the rows' scores are not known, e is that of a number between `low` and `high` with this mean,
-sqrt((high - s) (s - low) / (n - 1)): the same for accuracy, an upper bound for other means over rows, and an
-approximation for metrics of all rows together (F1, Matthews correlation).  A metric without an end has none then.
+sqrt((high - s) (s - low) / (n - 1)): the same for accuracy and an upper bound for other means over rows, but no bound
+for metrics of all rows together: for F1 of a rare class it is several times too small, since it rests on the few rows
+that have to do with the class, and n is all of them.  A metric without an end has none then.
 """
 
 from __future__ import annotations

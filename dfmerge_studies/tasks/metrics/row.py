@@ -65,7 +65,8 @@ class TaskScore:
         score: the number.
         metric: name of what it is.
         n: inputs that it rests on; 0 where that is not known.
-        rows: one score per input, in their order, where the metric is a mean over inputs and they are known.
+        rows: one number per input, in their order, whose mean is the score, where they are known: what the input
+            scores, or of a metric that is no mean over inputs what it makes of the score to first order.
     """
 
     score: float
@@ -84,6 +85,8 @@ class Metric:
         of_rows: one number per input, where the score is their mean: any subset of the inputs then has a score.
         of_all: the score of all inputs together, where it is no mean over them; of code of one's own perhaps one number
             per input after all.
+        linear: beside `of_all`, one number per input, whose mean is the score and whose spread gives its standard error
+            (`ratios`). They do not score a part of the inputs.
         low: the worst score that there can be, or the best where `higher_is_better` is false.
         high: the other end.
         higher_is_better: which of two scores is the better one.
@@ -100,6 +103,7 @@ class Metric:
     name: str
     of_rows: Callable[[Any], Sequence[float]] | None = None
     of_all: Callable[[Any], float | Sequence[float]] | None = None
+    linear: Callable[[Any], Sequence[float]] | None = None
     tasks: frozenset[str] = CHOICES
     low: float = 0.0
     high: float = 1.0
@@ -145,7 +149,8 @@ class Metric:
         assert score is not None
         found = score(answers)
         if isinstance(found, (int, float)):
-            return TaskScore(float(found), self.name, len(answers.wanted))
+            rows = None if self.linear is None else self.linear(answers)
+            return TaskScore(float(found), self.name, len(answers.wanted), rows)
         return TaskScore(sum(found) / len(found), self.name, len(found), found)
 
     def worth(self, score: float) -> float:

@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dfmerge_studies.tasks.choices import Answers, balanced_accuracy, f1, macro_f1, mcc, no_positive, one_class
+from dfmerge_studies.tasks.choices import (
+    Answers,
+    balanced_accuracy,
+    balanced_accuracy_rows,
+    f1,
+    f1_rows,
+    macro_f1,
+    macro_f1_rows,
+    mcc,
+    mcc_rows,
+    no_positive,
+    one_class,
+)
 from dfmerge_studies.tasks.label_sets import LabelSets, no_labels
 from dfmerge_studies.tasks.metrics.row import AGREEMENT, CHOICES, GENERATE, NUMBERS, SETS, TAGS, TEXTS, Metric, Settled
 from dfmerge_studies.tasks.numbers import all_equal, pearson, spearman, squared_errors
@@ -60,14 +72,23 @@ METRICS: Mapping[str, Metric] = {
         replace(_of_sums, name="acc_norm", size=lambda text: float(len(text))),
         replace(_of_sums, name="acc_bytes", size=lambda text: float(len(text.encode()))),
         # Classes that neither labels nor answers have do not count in the three that follow: scikit-learn's rule.
-        Metric("balanced_accuracy", of_all=balanced_accuracy, classes=True),
-        Metric("f1", of_all=f1, classes=True, positive=True, pointless=no_positive),
-        Metric("macro_f1", of_all=macro_f1, classes=True, tasks=CHOICES | SETS, pointless=_no_labels),
-        Metric("mcc", of_all=mcc, low=-1.0, classes=True, pointless=one_class),
+        Metric("balanced_accuracy", of_all=balanced_accuracy, linear=balanced_accuracy_rows, classes=True),
+        Metric("f1", of_all=f1, linear=f1_rows, classes=True, positive=True, pointless=no_positive),
+        Metric(
+            "macro_f1", of_all=macro_f1, linear=macro_f1_rows, classes=True, tasks=CHOICES | SETS, pointless=_no_labels
+        ),
+        Metric("mcc", of_all=mcc, linear=mcc_rows, low=-1.0, classes=True, pointless=one_class),
         replace(_likelihood, tasks=CHOICES | SETS | TAGS),
-        Metric("micro_f1", of_all=LabelSets.micro_f1, tasks=SETS, pointless=_no_labels),
-        Metric("entity_f1", of_all=Tags.entity_f1, tasks=TAGS, pointless=no_entity, unreadable=no_entities_in),
-        Metric("word_accuracy", of_all=Tags.word_accuracy, tasks=TAGS),
+        Metric("micro_f1", of_all=LabelSets.micro_f1, linear=LabelSets.micro_f1_rows, tasks=SETS, pointless=_no_labels),
+        Metric(
+            "entity_f1",
+            of_all=Tags.entity_f1,
+            linear=Tags.entity_f1_rows,
+            tasks=TAGS,
+            pointless=no_entity,
+            unreadable=no_entities_in,
+        ),
+        Metric("word_accuracy", of_all=Tags.word_accuracy, linear=Tags.word_accuracy_rows, tasks=TAGS),
         replace(_of_texts, of_rows=bits_per_byte),
         replace(_of_texts, name="byte_perplexity", of_rows=perplexity("bytes"), low=1.0),
         replace(_of_texts, name="word_perplexity", of_rows=perplexity("words"), low=1.0),
