@@ -211,22 +211,45 @@ def join_ranks(spec: StudySpec) -> Ranks:
     return group
 
 
-def again(file: Path | None, *, storage: str | None, overrides: list[str] | None) -> str:
-    """What must follow a command's name to mean the same study: the spec and the flags that change it.
+def again(
+    file: Path | None, *, storage: str | None = None, overrides: list[str] | None, **flags: str | int | None
+) -> list[str]:
+    """The words that must follow a command's name to mean the same study: the spec and what changes it.
 
     Args:
         file: the spec, None for the quickstart.
         storage: value of `--storage`; what is secret in it is not shown.
         overrides: values of `--set`; likewise.
+        **flags: as `load_spec` takes them; told as values of `--set`, which every command has.
     """
-    parts = [] if file is None else [str(file)]
-    if storage is not None and not os.environ.get("DFMERGE_STORAGE"):
+    words = [] if file is None else [str(file)]
+    if storage is not None and storage != os.environ.get("DFMERGE_STORAGE"):
         from dfmerge_studies.storage import safe_url
 
-        parts += ["--storage", safe_url(storage)]
-    for override in overrides or ():
-        parts += ["--set", masked_override(override)]
-    return "".join(f" {shlex.quote(part)}" for part in parts)
+        words += ["--storage", safe_url(storage)]
+    given = [f"{key.replace('__', '.')}={value}" for key, value in flags.items() if value is not None]
+    for override in (*(overrides or ()), *given):
+        words += ["--set", masked_override(override)]
+    return words
+
+
+def command_line(*words: str) -> str:
+    """A command of this program as a shell takes it.
+
+    >>> command_line("run", "my spec.yaml")
+    "dfmerge run 'my spec.yaml'"
+    """
+    return shlex.join(["dfmerge", *words])
+
+
+def tell_next(*commands: list[str]) -> None:
+    """Print what may be done next, as lines to copy: a terminal does not break them.
+
+    Args:
+        *commands: the words of each, without the program's name.
+    """
+    lines = [f"  {command_line(*words)}" for words in commands]
+    output().print("\n".join(["next:", *lines]), markup=False, soft_wrap=True)
 
 
 class _OneLine(logging.Formatter):

@@ -41,4 +41,5 @@ def init(
     if json:
         common.print_json({"out": str(out)})
     else:
-        common.output().print(f"{out} written\nnext:\n  dfmerge validate {out}\n  dfmerge run {out}", markup=False)
+        common.output().print(f"{out} written", markup=False, soft_wrap=True)
+        common.tell_next(["validate", str(out)], ["run", str(out)])

@@ -221,6 +221,7 @@ def export(
 
     form = Form(forms.precision_of(dtype), split_heads, shard_size, as_adapter, rank)
     forms.check_push(push_to_hub, private)
+    again = common.again(spec, overrides=overrides, device=device)
     overrides = common.trusting(overrides, trust)
     settings = common.load_spec(spec, overrides, storage=storage, device=device, cache=cache)
     from dfmerge_studies.report.forms import check_form
@@ -258,8 +259,8 @@ def export(
     )
     forms.tell(exported, result)
     if spec is not None:
-        flags = f"{'' if settings.untested else ' --split test'}{' --trust-remote-code' * settings.trust_remote_code}"
-        console.print(f"next:\n  dfmerge evaluate {spec} --model {out}{flags}", markup=False)
+        split = [] if settings.untested else ["--split", "test"]
+        common.tell_next(["evaluate", *again, "--model", str(out), *split, *(["--trust-remote-code"] if trust else [])])
 
 
 def _described(score: TaskScore, metric: Metric) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dfmerge_studies.spec import StudySpec
 
 PROBED = [name for name, figure in FIGURES.items() if figure.probe is not None]  # need models the first time
+POINTS, GRID, RATIOS = 11, 9, "0.05,0.1,0.2,0.3,0.5,0.7,1"
 
 
 def report(
@@ -35,16 +36,14 @@ def report(
     ] = None,
     points: Annotated[
         int, typer.Option("--points", min=2, max=limits.POINTS, help="interpolation: models per expert, base included.")
-    ] = 11,
+    ] = POINTS,
     grid: Annotated[
         int, typer.Option("--grid", min=2, max=limits.GRID, help="landscape: coefficients per expert.")
-    ] = 9,
+    ] = GRID,
     pair: Annotated[
         str | None, typer.Option("--pair", metavar="a,b", help="landscape: two experts; the first two by default.")
     ] = None,
-    ratios: Annotated[
-        str, typer.Option("--ratios", help="ratio: shares of the validation rows.")
-    ] = "0.05,0.1,0.2,0.3,0.5,0.7,1",
+    ratios: Annotated[str, typer.Option("--ratios", help="ratio: shares of the validation rows.")] = RATIOS,
     storage: common.StorageOption = None,
     device: common.DeviceOption = None,
     cache: common.CacheOption = None,
@@ -79,7 +78,13 @@ def report(
             options = ProbeOptions(points, grid, pair.split(",") if pair else None, shares)
             _compute(settings, wanted, options, skip=figures == "all", progress=progress)
     again = common.again(spec, storage=storage, overrides=overrides)
-    command = f"dfmerge run{again}\ndfmerge report{again}{f' --figures {figures}' if figures else ''} --out {out.name}"
+    asked: list[tuple[str, object, object]] = [("--figures", figures, None)]
+    if wanted:
+        asked += [("--points", points, POINTS), ("--grid", grid, GRID), ("--pair", pair, None)]
+        asked += [("--ratios", ratios, RATIOS)]
+    own = [word for flag, value, usual in asked if value != usual for word in (flag, str(value))]
+    made = common.command_line("report", *again, *own, "--out", out.name or "report")
+    command = f"{common.command_line('run', *again)}\n{made}"
     with storage_errors(plan.url):
         view = StudyView.of(study)
         found = drawings(view, names)

@@ -66,16 +66,14 @@ def run(
             hint="Leave it out, or start run without accelerate launch or torchrun",
         )
     overrides = common.trusting(overrides, trust)
-    settings = common.load_spec(
-        spec,
-        overrides,
-        storage=storage,
-        search__seed=seed,
-        method=method,
-        search__acquisition=acquisition,
-        device=device,
-        cache=cache,
-    )
+    flags: dict[str, str | int | None] = {
+        "method": method,
+        "search__seed": seed,
+        "search__acquisition": acquisition,
+        "device": device,
+        "cache": cache,
+    }
+    settings = common.load_spec(spec, overrides, storage=storage, **flags)
     if workers > 1 and settings.device_map is not None:
         raise InputError(
             f"{settings.device_map} spreads one model over all CUDA devices, and --workers {workers} asks "
@@ -85,7 +83,7 @@ def run(
         )
     common.check_early(settings, storage=True)
     _say_unheard(settings, {"--trials": trials, "--add": add, "--acquisition": acquisition})
-    again = common.again(spec, storage=storage, overrides=overrides)
+    again = common.again(spec, storage=storage, overrides=overrides, **flags)
     with common.tracking_of(tracker) as tracking:
         _run(settings, _Asked(trials, add, workers, _splits(settings, test)), again, tracking, as_json=json)
 
@@ -100,7 +98,7 @@ class _Asked:
     splits: list[Split]
 
 
-def _run(settings: StudySpec, asked: _Asked, again: str, tracking: Tracking | None, *, as_json: bool) -> None:
+def _run(settings: StudySpec, asked: _Asked, again: list[str], tracking: Tracking | None, *, as_json: bool) -> None:
     started = time.monotonic()
     trials, add, splits = asked.trials, asked.add, asked.splits
     if asked.workers > 1:
@@ -251,7 +249,7 @@ def _rescored(session: Session, name: str, winner: FrozenTrial) -> list[Scored]:
     return [Scored(row, {"validation": tasks}, compete=False, detail=detail, results={"validation": scores})]
 
 
-def _tell_interrupted(plan: Plan, again: str, *, as_json: bool, seconds: float) -> None:
+def _tell_interrupted(plan: Plan, again: list[str], *, as_json: bool, seconds: float) -> None:
     """The state of a study that workers have left; nothing if they had not founded it yet."""
     study = plan.study_if_any()
     if study is not None:
@@ -262,7 +260,7 @@ def _tell(
     study: optuna.Study,
     plan: Plan,
     tables: dict[Split, Standings],
-    again: str,
+    again: list[str],
     *,
     finished: bool,
     as_json: bool,
@@ -309,4 +307,4 @@ def _tell(
             out.print("  no trial keeps every task within max_drop; this one comes closest")
     if kept is not None and (text := kept.text()):
         out.print(f"Fisher cache: {text}", markup=False)
-    out.print(f"next:\n  dfmerge status{again}\n  dfmerge export{again} --out merged-model", markup=False)
+    common.tell_next(["status", *again], ["export", *again, "--out", "merged-model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -262,7 +263,7 @@ def _command(spec: StudySpec, merged: Merged) -> str:
     fine = {fine_name(expert, g): v for expert, own in merged.point.groups.items() for g, v in own.items()}
     coefficients = ",".join(f"{name}={value!r}" for name, value in (fine or merged.point.coefficients).items())
     method = method_named(merged.method)
-    chosen = "" if method.coefficients is Coefficients.FISHER_TRACE else f" --coefficients {coefficients}"
+    chosen = "" if method.coefficients is Coefficients.FISHER_TRACE else f" --coefficients {shlex.quote(coefficients)}"
     command = f"dfmerge merge SPEC.yaml --out DIR --method {merged.method}{chosen}"
     own = [f"--{name.replace('_', '-')} {value!r}" for name, value in merged.point.parameters.items()]
     return " ".join([command, *own, f"--set search.seed={spec.search.seed}"]) if own or not chosen else command
