@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,14 +72,38 @@ def local_path(text: str | Path, root: Path, where: str) -> Path:
         where: file and field that the text stands in, or a flag.
 
     Raises:
-        InputError: no file can have this path: it is too long, runs in a circle of links, or may not be looked at.
+        InputError: no file can have this path: it is too long, runs in a circle of links, or may not be looked at; or
+            its name is no text.
     """
     shown = str(text) if len(str(text)) <= _SHOWN else f"{str(text)[:_SHOWN]}..."
     with reading(where, f"{shown!r} is no path that can be used", "Correct the path"):
         path = (root / Path(text).expanduser()).resolve()
         with suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
+    check_is_text(path, where)
     return path
+
+
+def check_is_text(path: Path, where: str) -> None:
+    """Refuse a path that is no text: databases, JSON and the libraries that load models cannot hold its name.
+
+    Args:
+        path: as it will be used.
+        where: file and field that it stands in, or a flag.
+
+    Raises:
+        InputError: it has bytes that the encoding of file names does not know.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        locale = "" if encoding == "utf-8" else ", or set LC_ALL=C.UTF-8"
+        raise InputError(
+            f"{str(path)!r} has bytes that are no {encoding.upper()} text",
+            where=where,
+            hint=f"Use a path that is{locale}",
+        ) from None
 
 
 def kind_of(path: Path) -> str | None:

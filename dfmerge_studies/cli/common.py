@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfmerge_studies.boundary import check_is_text
 from dfmerge_studies.cli.pulse import Pulse
 from dfmerge_studies.cli.terminal import messages as messages
 from dfmerge_studies.cli.terminal import output as output
@@ -150,6 +151,8 @@ def _spec_arguments(
     given = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     if file is None:
         file = Path(str(files("dfmerge_studies").joinpath(QUICKSTART, f"{QUICKSTART}.yaml")))
+        check_is_text(Path.cwd(), "the working directory")
+    check_is_text(file.absolute(), "SPEC")
     return file, [*(overrides or []), *given]
 
 

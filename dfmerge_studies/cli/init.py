@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dfmerge_studies.boundary import check_is_text
 from dfmerge_studies.cli import common
 from dfmerge_studies.errors import InputError, RunError, first_line
 
@@ -24,6 +25,9 @@ def init(
     json: common.JsonOption = False,
 ) -> None:
     """Write a commented spec from model folders and data files; it asks nothing."""
+    for flag, names in (("--out", [str(out)]), ("DIR", models), ("--data", data or []), ("--base", [base or ""])):
+        for name in names:
+            check_is_text(Path(name).absolute(), flag)
     if out.exists():
         raise InputError(f"{out} exists already", where="--out", hint="Choose another file, or move that one away")
     common.quiet_libraries()
