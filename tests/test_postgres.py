@@ -59,9 +59,16 @@ def test_the_password_shows_in_no_message_of_a_run_that_cannot_reach_its_databas
 ) -> None:
     url = make_url(postgres)
     wrong = url.set(password=PASSWORD + "x")
-    for each in (wrong, url.set(database="missing"), url.set(port=1), url.set(username="nobody")):
+    hints = {
+        wrong: "Correct the user and the password in the URL.",
+        url.set(database="missing"): "Create the database, or correct its name in the URL.",
+        url.set(port=1): "Run the same command again to go on.",
+        url.set(username="nobody"): "Correct the user and the password in the URL.",
+    }
+    for each, hint in hints.items():
         done = project.cli("run", "spec.yaml", check=1, DFMERGE_STORAGE=each.render_as_string(hide_password=False))
         assert "127.0.0.1" in done.stderr
+        assert done.stderr.endswith(f" {hint}\n")
         assert "***" in done.stderr
         assert clean(done.stderr + done.stdout)
     for scheme in ("postgresql", "postgresql+psycopg"):

@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from dfmerge_studies.errors import RunError
 from dfmerge_studies.report.pace import pace
+from dfmerge_studies.report.tables import pace_text
 from dfmerge_studies.search import make_sampler
 from dfmerge_studies.storage import join_study, load_study, open_storage
 from dfmerge_studies.study.pool import MAX_RESTARTS, Notice, Orders, Pool, device_of, threads_each
@@ -281,6 +282,12 @@ def test_the_pace_of_a_study_leaves_pauses_out_and_counts_parallel_time_once() -
     assert pace([*trials, trial(6, 86520, None)], target=9, workers=1)["seconds_left"] == 90.0
     assert pace(trials, target=6, workers=0)["seconds_left"] == 0.0
     assert pace([], target=6, workers=1) == {"trials_per_hour": {"overall": None, "recent": None}, "seconds_left": None}
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(12096.774, "12097"), (120.0, "120"), (31.04, "31"), (0.0417, "0.0417")])
+def test_rates_are_shown_in_plain_digits(rate: float, shown: str) -> None:
+    summary = {"trials_per_hour": {"overall": rate, "recent": rate}, "seconds_left": None}
+    assert pace_text(summary) == f"{shown} trials per hour, {shown} overall"
 
 
 @pytest.mark.slow

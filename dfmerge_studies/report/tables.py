@@ -218,8 +218,13 @@ def pace_text(summary: Mapping[str, Any]) -> str:
         summary: from `study_summary`, of a study with a completed trial.
     """
     rates, left = summary["trials_per_hour"], summary["seconds_left"]
-    text = f"{rates['recent']:.3g} trials per hour, {rates['overall']:.3g} overall"
+    text = f"{_rate_text(rates['recent'])} trials per hour, {_rate_text(rates['overall'])} overall"
     return f"{text}, about {timedelta(seconds=round(left))} left" if left else text
+
+
+def _rate_text(rate: float) -> str:
+    """Three significant digits, and all that stand before the point."""
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def status_line(summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import sqlite3
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,18 @@ _PASSING = (
     OSError,
     *_rpc_errors(),
 )
+# What a Postgres server answers for as long as nobody mends it; where a connection fails, drivers give no code for it.
+_REFUSALS = (
+    (re.compile(r'database "[^"]*" does not exist'), "Create the database, or correct its name in the URL"),
+    (
+        re.compile(
+            r'role "[^"]*" does not exist|(password|peer|ident) authentication failed|no password supplied', re.I
+        ),
+        "Correct the user and the password in the URL",
+    ),
+    (re.compile(r"permission denied", re.I), "Give the user of the URL the right to it, or name another database"),
+    (re.compile(r"could not translate host name|failed to resolve host", re.I), "Correct the host in the URL"),
+)
 
 
 @contextlib.contextmanager
@@ -63,7 +76,8 @@ def _translated(error: Exception, url: str | None) -> InputError | RunError:
             text = text.replace(str(password), "***") if password else text
     if is_damaged(error):
         return InputError(f"the database is damaged ({text})", where=where, hint="Restore a copy, or name another file")
-    return RunError(f"the study's storage failed: {text}", where=where, hint="Run the same command again to go on")
+    hint = next((hint for said, hint in _REFUSALS if said.search(text)), "Run the same command again to go on")
+    return RunError(f"the study's storage failed: {text}", where=where, hint=hint)
 
 
 def is_damaged(error: BaseException) -> bool:
