@@ -34,7 +34,7 @@ def ls(spec: common.SpecArgument = None, cache: common.CacheOption = None, json:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("key", "expert", "coefficient", "estimator", "MB", "last used"):
-        table.add_column(name, justify="right" if name in ("coefficient", "MB") else "left")
+        table.add_column(name, justify="right" if name in ("coefficient", "MB") else "left", overflow="fold")
     for entry in entries:
         short = _short(entry.metadata)
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from dfmerge_studies.study.session import Session
     from dfmerge_studies.trials.loop import Summary
 
-_WIDE = 240  # columns of a table that goes to a file: it is never folded
-
 
 def compare(
     spec: common.SpecArgument = None,
@@ -164,8 +162,6 @@ def _tell(found: Comparison, *, ablation: bool, form: str) -> None:
     else:
         title = f"{found.study}: {table.split} {table.metrics.heading}"
         out = common.output()
-        if not out.is_terminal:
-            out.width = _WIDE
         out.print(renderings.standings_table(table, title=title, labels=labels))
         for note in renderings.notes(table):
             out.print(note, markup=False)

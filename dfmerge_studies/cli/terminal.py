@@ -6,6 +6,7 @@ database that others write.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_WIDE = 10_000  # columns of what goes to a file or a pipe: nothing is folded or cut
+
+_SPELLED = "dfmerge.spelled"  # name of an error handler of encodings
+_SIGNS = {"±": "+-", "…": "...", "·": "-", "→": "->", "×": "x", "–": "-", "—": "-"}  # noqa: RUF001
+
+
 def prepare(*, debug: bool) -> None:
     """Make the standard streams usable, whatever they are; nothing happens where another program has replaced them.
 
@@ -36,12 +43,25 @@ def prepare(*, debug: bool) -> None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
     if not isinstance(sys.stdout, io.TextIOWrapper) or sys.__stdout__ not in (None, sys.stdout):
         return
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that are no Unicode
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_SPELLED)  # names that are no Unicode, and all that the locale does not know
     sys.stdout, sys.stderr = _Guarded(sys.stdout, _unwritten), _Guarded(sys.stderr)
     if not debug:
         warnings.formatwarning = lambda message, *_rest: f"WARNING: {printable(str(message))}\n"
         threading.excepthook = _tell_of_thread
         sys.unraisablehook = lambda _failed: None  # of destructors; nothing hangs on them
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that an encoding does not have: signs in ASCII, escapes for all else."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found), error.end
+
+
+codecs.register_error(_SPELLED, _spell)
 
 
 def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
@@ -143,7 +163,8 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
         value: what `json.dumps` takes; numbers that JSON does not have (NaN, infinity) become null.
         indent: None for a single line.
     """
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=not unicode, allow_nan=False)
     print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text), flush=True)
 
 
@@ -161,8 +182,8 @@ def problems_json(problems: Iterable[DFMergeError]) -> list[dict[str, str | None
 
 
 def output() -> Console:
-    """Standard output: results."""
-    return _console(soft_wrap=not sys.stdout.isatty())
+    """Standard output: results; to a file or a pipe, tables are as wide as they need."""
+    return _console() if sys.stdout.isatty() else _console(soft_wrap=True, width=_WIDE)
 
 
 def messages() -> Console:
@@ -173,9 +194,29 @@ def messages() -> Console:
 def _console(**options: Any) -> Console:
     from rich.console import Console, RenderableType
     from rich.segment import Segment
+    from rich.table import Table
+    from rich.text import Text
+
+    def spelled(shown: Any, encoding: str) -> Any:
+        """What is shown, before it is laid out: what stands for a character may be wider than it."""
+        if isinstance(shown, str):
+            return shown.encode(encoding, _SPELLED).decode(encoding)
+        if isinstance(shown, Text):
+            copy = shown.copy()
+            copy.plain = spelled(shown.plain, encoding)
+            return copy
+        if isinstance(shown, Table):
+            shown.title = spelled(shown.title, encoding)
+            for column in shown.columns:
+                column.header = spelled(column.header, encoding)
+                column._cells[:] = [spelled(cell, encoding) for cell in column._cells]
+        return shown
 
     class Literal(Console):
         """A console that obeys no markup in what it shows, and lets no control character through."""
+
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(spelled(each, self.encoding) for each in objects), **options)
 
         def render(self, renderable: RenderableType, options: Any = None) -> Iterable[Segment]:
             for text, style, control in super().render(renderable, options):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -253,7 +254,8 @@ def studies_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("study", "method", "complete", "total", "best", "metric"):
-        table.add_column(name, justify="right" if name in ("complete", "total", "best") else "left")
+        justify: JustifyMethod = "right" if name in ("complete", "total", "best") else "left"
+        table.add_column(name, justify=justify, overflow="fold")  # a name that does not fit is not cut
     for entry in entries:
         best, metrics = entry["best_value"], Metrics.named(entry["task_metrics"] or {}, entry["guards"] or {})
         table.add_row(
