@@ -10,11 +10,11 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
 
 from dfmerge_studies.errors import DFMergeError, RunError
 from dfmerge_studies.search import make_sampler
@@ -61,6 +61,31 @@ def _wait_until_there(file: Path) -> None:
         time.sleep(0.01)
 
 
+def _hang(settings: dict[str, Any]) -> None:
+    print(json.dumps(["hanging"]), flush=True)
+    _wait_until_there(Path(settings["go"]))
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _before_call(number: int | None, act: Callable[[], None], function: Any) -> Any:
+    """A function that acts before its call of that number, from 1 on; itself without one."""
+    if number is None:
+        return function
+    calls = 0
+
+    def called(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            act()
+        return function(*arguments)
+
+    return called
+
+
 def work_as_told(settings: dict[str, Any]) -> None:
     """One call of `work`, and the end of this process."""
     loop.PATIENCE_SECONDS = settings.get("patience", loop.PATIENCE_SECONDS)
@@ -74,11 +99,10 @@ def work_as_told(settings: dict[str, Any]) -> None:
         with log.open("a") as file:
             file.write(json.dumps([place, point]) + "\n")
         if calls == settings.get("kill_at_call"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die()
         if calls == settings.get("hang_at_call"):
             try:
-                print(json.dumps(["hanging"]), flush=True)
-                _wait_until_there(Path(settings["go"]))
+                _hang(settings)
             except KeyboardInterrupt:
                 if not settings.get("stubborn"):
                     raise
@@ -95,29 +119,8 @@ def work_as_told(settings: dict[str, Any]) -> None:
     def on_event(event: Event) -> None:
         print(json.dumps([event.kind, event.number, event.place, event.message]), flush=True)
 
-    if settings.get("kill_at_tell"):
-        told, tell = 0, loop.tell
-
-        def tell_or_die(*arguments: Any) -> None:
-            nonlocal told
-            told += 1
-            if told == settings["kill_at_tell"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            tell(*arguments)
-
-        loop.tell = tell_or_die
-    if settings.get("hang_at_claim"):
-        claimed, begin_trial = 0, claims.begin_trial
-
-        def hang_and_begin(*arguments: Any) -> FrozenTrial:
-            nonlocal claimed
-            claimed += 1
-            if claimed == settings["hang_at_claim"]:
-                print(json.dumps(["hanging"]), flush=True)
-                _wait_until_there(Path(settings["go"]))
-            return begin_trial(*arguments)
-
-        claims.begin_trial = hang_and_begin
+    loop.tell = _before_call(settings.get("kill_at_tell"), _die, loop.tell)
+    claims.begin_trial = _before_call(settings.get("hang_at_claim"), lambda: _hang(settings), claims.begin_trial)
     begun = time.monotonic()
     if settings.get("kill_after") is not None:
         threading.Timer(settings["kill_after"], os.kill, (os.getpid(), signal.SIGKILL)).start()

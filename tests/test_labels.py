@@ -242,6 +242,17 @@ def read_test(folder: Path, choices: list[str], **splits: list[Any]) -> list[int
     return labels(load_rows("t", task, "test", root=folder, spec_file="spec.yaml"))
 
 
+def read_two_labels(folder: Path, **splits: list[Any]) -> list[Any]:
+    task = MultiLabelTask(
+        type="multi-label-classification",
+        dataset=write_splits(folder, **splits),
+        doc_to_text="text",
+        doc_to_choice=["wet", "cold"],
+        doc_to_target="gold",
+    )
+    return labels(load_rows("t", task, "test", root=folder, spec_file="spec.yaml"))
+
+
 STARS = ["1", "2", "3"]
 
 
@@ -298,32 +309,15 @@ def test_rows_of_two_labels_are_bits_or_lists_as_the_validation_split_has_them(
     tmp_path: Path, validation: list[list[int]], expected: list[tuple[int, int]]
 ) -> None:
     test = [[0, 1], [0, 1]] if validation[0] == [1, 1] else [[0, 1], [1]]
-    task = MultiLabelTask(
-        type="multi-label-classification",
-        dataset=write_splits(tmp_path, validation=validation, test=test),
-        doc_to_text="text",
-        doc_to_choice=["wet", "cold"],
-        doc_to_target="gold",
-    )
-    assert [r.label for r in load_rows("t", task, "test", root=tmp_path, spec_file="spec.yaml")] == expected
+    assert read_two_labels(tmp_path, validation=validation, test=test) == expected
 
 
 def test_two_labels_in_each_row_are_lists_where_the_validation_split_has_lists_and_refused_as_bits_elsewhere(
     tmp_path: Path,
 ) -> None:
-    def read(validation: list[list[int]], test: list[list[int]]) -> list[Any]:
-        task = MultiLabelTask(
-            type="multi-label-classification",
-            dataset=write_splits(tmp_path, validation=validation, test=test),
-            doc_to_text="text",
-            doc_to_choice=["wet", "cold"],
-            doc_to_target="gold",
-        )
-        return [row.label for row in load_rows("t", task, "test", root=tmp_path, spec_file="spec.yaml")]
-
-    assert read([[0], [0, 1]], [[0, 1], [1, 0]]) == [(1, 1), (1, 1)]
+    assert read_two_labels(tmp_path, validation=[[0], [0, 1]], test=[[0, 1], [1, 0]]) == [(1, 1), (1, 1)]
     with pytest.raises(InputError, match="can only be lists of labels, and those of 'validation' are bits"):
-        read([[0, 1], [1, 1]], [[0], [0, 1]])
+        read_two_labels(tmp_path, validation=[[0, 1], [1, 1]], test=[[0], [0, 1]])
 
 
 def test_booleans_are_no_classes_of_an_unnamed_head_of_three(tmp_path: Path) -> None:

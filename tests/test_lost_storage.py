@@ -20,6 +20,7 @@ from dfmerge_studies.study.session import stored_study
 from dfmerge_studies.trials.reading import results
 from tests.loop_child import objective
 from tests.place import Place, wait_for
+from tests.processes import Forked
 from tests.project import Project
 
 STORAGES = {"sqlite": ("sqlite:///{}/s.db", "s.db"), "journal": ("journal:///{}/s.log", "s.log")}
@@ -128,6 +129,23 @@ def test_several_workers_of_one_lost_file_lose_nothing(tmp_path: Path) -> None:
     assert len(place.evaluations()) == max(12, begun)
 
 
+def failed(process: Forked) -> str:
+    """What a worker said that ended because its file was lost."""
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, (output, errors)
+    return output
+
+
+def check_goes_on(place: Place, name: str, damage: str) -> None:
+    """Run again, with the rescued copy where another file took the place, and look for every trial, once."""
+    if damage == "replaced":
+        for rescued in place.folder.glob(f"{Path(name).stem}.rescued-*"):
+            rescued.replace(place.folder / name)
+    place.run()
+    place.check_whole()
+    assert len(place.evaluations()) == 12
+
+
 @pytest.mark.parametrize("damage", ["deleted", "replaced"])
 def test_a_worker_evaluates_no_trial_that_the_copies_of_its_lost_file_do_not_have(
     tmp_path: Path, kind: str, another: Path, damage: str
@@ -141,20 +159,13 @@ def test_a_worker_evaluates_no_trial_that_the_copies_of_its_lost_file_do_not_hav
     wait_for(late, "hanging")
     DAMAGES[damage](place.folder / name, shutil.copy(another, place.folder / "other"))
     place.release()
-    output, errors = other.communicate(timeout=120)
-    assert other.returncode == 1, (output, errors)
+    failed(other)
     evaluated = len(place.evaluations())
     (place.folder / "later").touch()
-    output, errors = late.communicate(timeout=120)
-    assert late.returncode == 1, (output, errors)
+    output = failed(late)
     assert "while it was in use" in output
     assert len(place.evaluations()) == evaluated
-    for rescued in place.folder.glob(f"{Path(name).stem}.rescued-*"):
-        if damage == "replaced":
-            rescued.replace(place.folder / name)
-    place.run()
-    place.check_whole()
-    assert len(place.evaluations()) == 12
+    check_goes_on(place, name, damage)
 
 
 @pytest.mark.parametrize("damage", ["deleted", "moved", "replaced"])
@@ -169,17 +180,10 @@ def test_whichever_worker_writes_a_lost_file_again_it_has_what_all_of_them_told(
     wait_for(second, "hanging")
     DAMAGES[damage](place.folder / name, shutil.copy(another, place.folder / "other"))
     place.release()
-    output, errors = first.communicate(timeout=120)
-    assert first.returncode == 1, (output, errors)
+    failed(first)
     (place.folder / "later").touch()
-    output, errors = second.communicate(timeout=120)
-    assert second.returncode == 1, (output, errors)
-    for rescued in place.folder.glob(f"{Path(name).stem}.rescued-*"):
-        if damage == "replaced":
-            rescued.replace(place.folder / name)
-    place.run()
-    place.check_whole()
-    assert len(place.evaluations()) == 12
+    failed(second)
+    check_goes_on(place, name, damage)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.project import Project, cli_environment
+from tests.test_plain_output import ASCII
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 LINES = {
@@ -54,7 +55,7 @@ def test_a_project_in_a_folder_whose_name_is_no_text_is_refused_by_that_name(pro
 
 
 def test_where_file_names_are_ascii_the_locale_is_what_mends_it(project: Project) -> None:
-    environment = cli_environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    environment = cli_environment(**ASCII)
     words = [sys.executable, "-m", "dfmerge_studies", "merge", "spec.yaml", "--method", "averaging", "--out", "café"]
     said = subprocess.run(words, cwd=project.folder, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 2

@@ -45,7 +45,7 @@ _SHARED_WORK = frozenset(
 class _Commands(TyperGroup):
     """The commands; a Ctrl-C is told here, since typer makes a silent exit of it."""
 
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # click's own context, in later typers
+    def invoke(self, ctx: Any) -> Any:  # click's context, or that of typer's own click
         """Run a command.
 
         Raises:

@@ -161,6 +161,18 @@ def _type(model: type[BaseModel]) -> str:
     return str(get_args(field.annotation)[0]) if field is not None else model.__name__
 
 
+def the_first(problems: Sequence[InputError]) -> InputError:
+    """The first of some problems, with a word on the others."""
+    first, *others = problems
+    if not others:
+        return first
+    return InputError(
+        first.what,
+        where=first.where,
+        hint=f"{first.hint}. {len(others)} more problem{'s' * (len(others) > 1)}: `dfmerge validate` lists all",
+    )
+
+
 def odd_values(data: Mapping[str, Any], path: Path) -> Iterator[Wrong]:
     """Values that YAML knows and a spec does not: dates, bytes, sets, texts that are no text, immense numbers.
 

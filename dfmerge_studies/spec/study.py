@@ -26,8 +26,7 @@ from dfmerge_studies.spec.fields import (
     spread_over_all,
 )
 from dfmerge_studies.spec.known import KnownMethod
-from dfmerge_studies.spec.messages import Wrong, explained, odd_values
-from dfmerge_studies.spec.places import the_first
+from dfmerge_studies.spec.messages import Wrong, explained, odd_values, the_first
 from dfmerge_studies.spec.reading import read_fields
 from dfmerge_studies.spec.short import full_experts, full_objective, full_search, full_tasks
 from dfmerge_studies.tasks.metrics import AGREEMENT, METRICS, Metric, Metrics, agrees, is_own

@@ -74,10 +74,7 @@ def check_weights(objective: ObjectiveSettings, tasks: Sequence[str]) -> None:
     Raises:
         InputError: naming the task.
     """
-    for name in objective.weights or {}:
-        if name not in tasks:
-            where = "objective.weights"
-            raise InputError(f"there is no task {name!r}", where=where, hint=f"The tasks are {', '.join(tasks)}")
+    _check_scored(objective.weights or {}, tasks, "objective.weights")
 
 
 def check_guards(
@@ -94,9 +91,8 @@ def check_guards(
     Raises:
         InputError: naming the guard.
     """
+    _check_scored(guards, tasks, "guards")
     for name, points in guards.items():
-        if name not in tasks:
-            raise InputError(f"there is no task {name!r}", where="guards", hint=f"The tasks are {', '.join(tasks)}")
         if name in experts:
             what = f"the expert {name!r} stands for this task, and a guard is one that no expert stands for"
             raise InputError(what, where="guards", hint="Leave it out, or use max_drop")
@@ -107,6 +103,12 @@ def check_guards(
             raise InputError(what, where="objective", hint=f"Leave {name} out of the weights")
     if set(guards) >= set(tasks):
         raise InputError("all tasks are guards, so nothing is left to search for", where="guards")
+
+
+def _check_scored(names: Collection[str], tasks: Sequence[str], where: str) -> None:
+    for name in names:
+        if name not in tasks:
+            raise InputError(f"there is no task {name!r}", where=where, hint=f"The tasks are {', '.join(tasks)}")
 
 
 def _settings(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
